@@ -1,0 +1,22 @@
+#pragma once
+
+#include <sstream>
+
+#include "mage/error.h"
+
+// MAGE_CHECK(condition, "op: argument must be ", expected, ", got ", actual): throws mage::Error with all parts joined.
+#define MAGE_CHECK(condition, ...)                                       \
+    do {                                                                 \
+        if (!(condition)) ::mage::core::throw_error(__VA_ARGS__);        \
+    } while (0)
+
+namespace mage::core {
+
+template <typename... Parts>
+[[noreturn]] void throw_error(const Parts&... parts) {
+    std::ostringstream message;
+    (message << ... << parts);
+    throw Error(message.str());
+}
+
+}  // namespace mage::core

@@ -1,0 +1,1 @@
+"""Model families: configuration, one transformer, readers of weights and tokenizers."""

@@ -1,0 +1,60 @@
+"""What the project knows about a model: the one description that every family is read into."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape and decoding facts of a block-diffusion decoder.
+
+    Fields:
+        family: "fast_dllm_v2", "sdar" or "llama".
+        vocab_size, hidden_size, num_layers, num_heads, num_kv_heads, head_dim, intermediate_size: counts.
+        rope_theta: base of the rotary embedding; rms_eps: epsilon of every RMSNorm.
+        qkv_bias: q/k/v projections have a bias (Qwen2.5); qk_norm: RMSNorm over head_dim on q and k (Qwen3).
+        tie_embeddings: lm_head shares embed_tokens.
+        max_positions: positions the model was trained for; prompt + output may not exceed it.
+        block_size: tokens per denoised block; sub_block_size: rows of a sub-block step (None: no sub-blocks).
+        token_shift: logits at i-1 predict position i.
+        mask_id: token that stands for an undecided position; eos_ids: tokens that end a request.
+    """
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    rope_theta: float
+    rms_eps: float
+    max_positions: int
+    block_size: int
+    mask_id: int
+    eos_ids: tuple[int, ...] = field(default=())
+    sub_block_size: int | None = None
+    token_shift: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    tie_embeddings: bool = False
+
+    def __post_init__(self):
+        for name in (
+            "vocab_size hidden_size num_layers num_heads num_kv_heads head_dim intermediate_size max_positions block_size"
+        ).split():
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"ModelConfig: {name} must be a positive integer, got {value!r}")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"ModelConfig: num_heads must be a multiple of num_kv_heads ({self.num_kv_heads}), got {self.num_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"ModelConfig: head_dim must be even (rotary pairs), got {self.head_dim}")
+        if not 0 <= self.mask_id < self.vocab_size:
+            raise ValueError(f"ModelConfig: mask_id must be in [0, vocab_size = {self.vocab_size}), got {self.mask_id}")
+        if self.sub_block_size is not None and (self.sub_block_size < 1 or self.block_size % self.sub_block_size):
+            raise ValueError(
+                f"ModelConfig: sub_block_size must divide block_size ({self.block_size}), got {self.sub_block_size}"
+            )
