@@ -1,0 +1,286 @@
+"""Samplers: which token each open position would take, and which open positions are decided in this step.
+
+Pure functions on tensors, without state, host synchronisation or knowledge of the model, the cache and blocks. `open` says which
+positions are still undecided; it is a boolean of the loop's, never `token == mask_id`. Rows (requests) never influence each other.
+
+Test: pytest tests/python/test_sampling.py
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mage_ext.counter_random import random_uniform
+
+SAMPLERS = ("sequential", "low_confidence_static", "low_confidence_dynamic", "entropy_bounded")
+
+# Probabilities are summed as integers of this scale: such sums have one result on every device and in every order.
+# 2^40 resolves a uniform distribution over 262144 tokens with 22 bits each; a token below 2^-40 is never drawn.
+_FIXED_POINT = 2.0**40
+
+
+def _check_int(owner: str, name: str, value: object, minimum: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        raise ValueError(f"{owner}: {name} must be an integer >= {minimum}, got {value!r}")
+
+
+def _check_real(owner: str, name: str, value: object, low: float, high: float, open_low: bool = False) -> None:
+    is_real = isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+    if not is_real or not low <= value <= high or (open_low and value == low):
+        interval = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if math.isinf(high) else ']'}"
+        raise ValueError(f"{owner}: {name} must be a number in {interval}, got {value!r}")
+    if math.isinf(value):
+        raise ValueError(f"{owner}: {name} must be finite, got {value!r}")
+
+
+def _check_draw(owner: str, temperature: float, top_k: int, top_p: float) -> None:
+    _check_real(owner, "temperature", temperature, 0.0, math.inf)
+    _check_int(owner, "top_k", top_k, 0)
+    _check_real(owner, "top_p", top_p, 0.0, 1.0, open_low=True)
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """How positions are decided and tokens drawn.
+
+    Fields:
+        name: "sequential" (the leftmost open positions), "low_confidence_static" (the most confident ones),
+            "low_confidence_dynamic" (all above a threshold) or "entropy_bounded" (as many as the bound allows).
+        tokens_per_step: positions that sequential and low_confidence_static decide per step, >= 1.
+        threshold: of low_confidence_dynamic, in [0, 1]; strict: confidence > threshold, so 1 decides one position per step.
+        entropy_bound: gamma of entropy_bounded, nats, >= 0; 0 decides one position (more only where entropy is exactly 0).
+        temperature: >= 0; 0 takes the most probable token. top_k: 0 is off. top_p: in (0, 1], 1 is off.
+
+    Raises:
+        ValueError: naming the field, what it must be and what came.
+    """
+
+    name: str = "low_confidence_dynamic"
+    tokens_per_step: int = 1
+    threshold: float = 0.9
+    entropy_bound: float = 0.4
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self):
+        if self.name not in SAMPLERS:
+            raise ValueError(f"SamplerConfig: name must be one of {', '.join(SAMPLERS)}, got {self.name!r}")
+        _check_int("SamplerConfig", "tokens_per_step", self.tokens_per_step, 1)
+        _check_real("SamplerConfig", "threshold", self.threshold, 0.0, 1.0)
+        _check_real("SamplerConfig", "entropy_bound", self.entropy_bound, 0.0, math.inf)
+        _check_draw("SamplerConfig", self.temperature, self.top_k, self.top_p)
+
+    def max_forwards(self, num_open: int) -> int:
+        """Steps after which `num_open` positions are decided for certain; exact for the two static samplers."""
+        static = self.name in ("sequential", "low_confidence_static")
+        return -(-num_open // self.tokens_per_step) if static else num_open
+
+
+class Draws(NamedTuple):
+    """What draw_tokens found per position.
+
+    Fields:
+        token: [...], int64, never the mask id.
+        confidence: [...], float32. Probability of `token` under the model's distribution at temperature 1, without the mask id,
+            before top-k and top-p.
+        entropy: [...], float32, nats, of that distribution.
+    """
+
+    token: Tensor
+    confidence: Tensor
+    entropy: Tensor
+
+
+def draw_tokens(
+    logits: Tensor,
+    *,
+    mask_id: int | None,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seeds: Tensor | None = None,
+    positions: Tensor | None = None,
+    step: Tensor | int = 0,
+) -> Draws:
+    """One token per row of logits, with its confidence and the row's entropy.
+
+    Order: the mask id is excluded; at temperature 0 the largest logit wins (ties: lowest id). Otherwise logits / temperature, then
+    top_k (the k largest; of equal logits at the border the lower ids), then top_p over what is left (descending, equal ones by
+    lower id; a token is kept while the probability before it is < top_p, so at least one is), then one draw by inverse CDF in id order.
+    NaN logits count as -inf. Logits of +inf share the probability equally. A row without any finite logit gives the lowest
+    allowed id with confidence 0.
+
+    Args:
+        logits: [..., V], float32, bfloat16 or float16; not changed.
+        mask_id: id that may not be emitted, in [0, V); None: all ids may.
+        temperature, top_k, top_p: as in SamplerConfig.
+        seeds: [...] or broadcasting with it, int64. One per request; required at temperature > 0.
+        positions: [...] or broadcasting with it, int64, absolute positions; required at temperature > 0.
+        step: number of the step, an integer or int64 broadcasting with positions. (seed, position, step) is the whole key of a draw.
+    Returns:
+        Draws with tensors of shape [...].
+    Raises:
+        ValueError, TypeError: naming the argument.
+    """
+    _check_draw("draw_tokens", temperature, top_k, top_p)
+    if logits.dim() < 1 or not logits.is_floating_point():
+        raise TypeError(f"draw_tokens: logits must be floating point [..., V], got {logits.dtype} {list(logits.shape)}")
+    vocab_size = logits.shape[-1]
+    if vocab_size < (1 if mask_id is None else 2):
+        raise ValueError(f"draw_tokens: logits must have an id that may be emitted, got V = {vocab_size}")
+    if mask_id is not None and not 0 <= mask_id < vocab_size:
+        raise ValueError(f"draw_tokens: mask_id must be in [0, V = {vocab_size}), got {mask_id}")
+    if temperature > 0:
+        for name, value in (("seeds", seeds), ("positions", positions)):
+            if value is None or value.dtype != torch.int64:
+                got = "None" if value is None else value.dtype
+                raise ValueError(f"draw_tokens: {name} must be an int64 tensor at temperature > 0, got {got}")
+
+    scores = _scores(logits, mask_id)  # [..., V], float32
+    top = scores.amax(-1, keepdim=True)
+    has_token = (top > -math.inf).squeeze(-1)
+    token = scores.argmax(-1)
+    shifted = torch.where(has_token[..., None], scores - top, scores)
+    weight = shifted.exp()
+    total = weight.sum(-1)
+    surprise = torch.where(weight > 0, -shifted * weight, 0).sum(-1)
+    entropy = torch.where(has_token, total.log() + surprise / total, 0)
+    if temperature > 0:
+        scaled = shifted / temperature
+        if 0 < top_k < vocab_size:
+            scaled = _keep_top_k(scaled, top_k)
+        probs = torch.softmax(scaled, -1)
+        if top_p < 1:
+            probs = _keep_top_p(probs, top_p)
+        uniform = random_uniform(*torch.broadcast_tensors(seeds, positions), step).expand(token.shape)
+        token = torch.where(has_token, _inverse_cdf(probs, uniform), token)
+    if mask_id is not None:
+        # Reached by rows without a finite logit only.
+        token = torch.where(token == mask_id, 1 if mask_id == 0 else 0, token)
+    confidence = torch.where(has_token, weight.gather(-1, token[..., None]).squeeze(-1) / total, 0)
+    return Draws(token, confidence, entropy)
+
+
+def _scores(logits: Tensor, mask_id: int | None) -> Tensor:
+    """float32 logits with the mask id and NaN at -inf; in a row with +inf, those are 0 and the others -inf."""
+    scores = logits.float()
+    scores = torch.where(scores.isnan(), -math.inf, scores)
+    if mask_id is not None:
+        scores.select(-1, mask_id).fill_(-math.inf)
+    infinite = scores == math.inf
+    return torch.where(infinite.any(-1, keepdim=True), torch.where(infinite, 0.0, -math.inf), scores)
+
+
+def _keep_top_k(scores: Tensor, top_k: int) -> Tensor:
+    border = scores.topk(top_k, -1).values[..., -1:]
+    above = scores > border
+    ties = scores == border
+    room = top_k - above.sum(-1, keepdim=True)
+    return torch.where(above | (ties & (ties.cumsum(-1) <= room)), scores, -math.inf)
+
+
+def _fixed_point(probs: Tensor) -> Tensor:
+    return (probs.double() * _FIXED_POINT).long()
+
+
+def _keep_top_p(probs: Tensor, top_p: float) -> Tensor:
+    ordered, ids = torch.sort(probs, dim=-1, descending=True, stable=True)
+    ordered = _fixed_point(ordered)
+    cumulative = ordered.cumsum(-1)
+    keep = (cumulative - ordered).double() < top_p * cumulative[..., -1:].double()
+    return torch.where(torch.zeros_like(keep).scatter(-1, ids, keep), probs, 0)
+
+
+def _inverse_cdf(probs: Tensor, uniform: Tensor) -> Tensor:
+    """First id whose cumulative probability exceeds uniform * total; probs need not sum to 1."""
+    cumulative = _fixed_point(probs.nan_to_num(0.0)).cumsum(-1)
+    total = cumulative[..., -1]
+    target = torch.minimum((uniform * total.double()).long(), total - 1)  # the product may round up to the total
+    token = torch.searchsorted(cumulative, target[..., None].contiguous(), right=True).squeeze(-1)
+    return token.clamp(max=probs.shape[-1] - 1)
+
+
+def decide(config: SamplerConfig, draws: Draws, open: Tensor) -> Tensor:
+    """Positions that `config.name` decides in this step.
+
+    A row with an open position decides at least one, a row without decides none; nothing outside `open` is ever decided.
+
+    Args:
+        config: the sampler and its parameter. draws: of draw_tokens, tensors [B, Q].
+        open: [B, Q], bool. Undecided positions; restrict it to the current sub-block where there is one.
+    Returns:
+        [B, Q], bool.
+    """
+    if open.dtype != torch.bool or open.shape != draws.token.shape:
+        raise ValueError(f"decide: open must be bool {list(draws.token.shape)}, got {open.dtype} {list(open.shape)}")
+    if config.name == "sequential":
+        return sequential(open, config.tokens_per_step)
+    if config.name == "low_confidence_static":
+        return low_confidence_static(draws.confidence, open, config.tokens_per_step)
+    if config.name == "low_confidence_dynamic":
+        return low_confidence_dynamic(draws.confidence, open, config.threshold)
+    return entropy_bounded(draws.entropy, open, config.entropy_bound)
+
+
+def sequential(open: Tensor, tokens_per_step: int) -> Tensor:
+    """The leftmost min(tokens_per_step, open) open positions. open: [B, Q], bool. Returns [B, Q], bool."""
+    return open & (open.cumsum(-1) <= tokens_per_step)
+
+
+def low_confidence_static(confidence: Tensor, open: Tensor, tokens_per_step: int) -> Tensor:
+    """The min(tokens_per_step, open) most confident open positions; ties: leftmost; NaN ranks below every number.
+
+    Args:
+        confidence: [B, Q], float32. open: [B, Q], bool. tokens_per_step: >= 1.
+    Returns:
+        [B, Q], bool.
+    """
+    return open & (_rank(-_confidence_key(confidence), open) < tokens_per_step)
+
+
+def low_confidence_dynamic(confidence: Tensor, open: Tensor, threshold: float) -> Tensor:
+    """Every open position with confidence > threshold (strict), and the most confident one in any case (ties: leftmost).
+
+    Args:
+        confidence: [B, Q], float32. open: [B, Q], bool. threshold: compared in float32; NaN confidence is never above it.
+    Returns:
+        [B, Q], bool.
+    """
+    first = _rank(-_confidence_key(confidence), open) == 0
+    return open & ((confidence > threshold) | first)
+
+
+def entropy_bounded(entropy: Tensor, open: Tensor, entropy_bound: float) -> Tensor:
+    """The longest run of open positions in ascending entropy (ties: leftmost) with sum(entropy) - max(entropy) <= bound.
+
+    This is the rule of the EB-sampler (Ben-Hamu et al., "Accelerated Sampling from Masked Diffusion Models via Entropy Bounded
+    Unmasking", arXiv 2505.24857): the sum without its largest term bounds the mutual information of the positions decided
+    together. The run of one has sum 0, so one position is always decided. Sums are float64 in that order. NaN ranks last.
+
+    Args:
+        entropy: [B, Q], float32, nats, >= 0. open: [B, Q], bool. entropy_bound: gamma >= 0.
+    Returns:
+        [B, Q], bool.
+    """
+    key = torch.where(open, entropy.double().nan_to_num(nan=math.inf), math.inf)
+    rank = _rank(key, open)
+    ascending = torch.empty_like(key).scatter_(-1, rank, key)
+    before = torch.cat((torch.zeros_like(ascending[..., :1]), ascending[..., :-1].cumsum(-1)), -1)
+    return open & (before.gather(-1, rank) <= entropy_bound)
+
+
+def _confidence_key(confidence: Tensor) -> Tensor:
+    return confidence.nan_to_num(nan=-1.0)
+
+
+def _rank(key: Tensor, open: Tensor) -> Tensor:
+    """Rank of every position in ascending key, open ones before all others, equal keys from left to right. [B, Q], int64."""
+    order = torch.sort(key, dim=-1, stable=True).indices
+    closed_last = torch.sort(~open.gather(-1, order), dim=-1, stable=True).indices
+    order = order.gather(-1, closed_last)
+    ranks = torch.arange(key.shape[-1], device=key.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, ranks)
