@@ -1,0 +1,254 @@
+"""Paged KV cache: which pages hold whose keys and values, and nothing about tokens or attention.
+
+`PagedCache` owns the K and V pages of all layers and lends pages; a page has one number in every layer. `RaggedBatch` is the block
+tables of one batch of requests of any lengths. Forking a batch shares its full pages: they hold committed tokens, which nobody
+writes again, so only the partly filled page of each request is copied.
+
+Test: pytest tests/python/test_cache.py
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+PAGE_SIZES = (1, 16, 32, 64, 128, 256)
+
+
+class OutOfPages(RuntimeError):
+    """A reservation needs more pages than are free. Nothing was changed."""
+
+
+def _check_positive(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"PagedCache: {name} must be an integer >= 1, got {value!r}")
+
+
+class PagedCache:
+    """K and V pools of all layers and the allocator of their pages.
+
+    Bytes of a page: 2 * num_layers * page_size * num_kv_heads * head_dim * bytes of dtype. Pages are not cleared: what a request
+    has not written is never read.
+
+    Args:
+        num_layers, num_kv_heads, head_dim: shape of the model.
+        num_pages: pages to hold, each page_size tokens of one request.
+        page_size: 1, 16, 32, 64, 128 or 256 tokens.
+        dtype: float32, bfloat16 or float16. device: where the pools live.
+        growable: a reservation that doesn't fit enlarges the pools (both sizes exist for a moment) instead of raising OutOfPages.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        num_pages: int,
+        page_size: int = 64,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        growable: bool = False,
+    ):
+        for name, value in (
+            ("num_layers", num_layers),
+            ("num_kv_heads", num_kv_heads),
+            ("head_dim", head_dim),
+            ("num_pages", num_pages),
+        ):
+            _check_positive(name, value)
+        if isinstance(page_size, bool) or page_size not in PAGE_SIZES:
+            raise ValueError(f"PagedCache: page_size must be one of {PAGE_SIZES}, got {page_size!r}")
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"PagedCache: dtype must be float32, bfloat16 or float16, got {dtype}")
+        self.page_size = page_size
+        self.growable = growable
+        self._pools = torch.empty(
+            num_layers, 2, num_pages, page_size, num_kv_heads, head_dim, dtype=dtype, device=device
+        )
+        self._users = [0] * num_pages
+        self._free = list(range(num_pages - 1, -1, -1))
+
+    @classmethod
+    def for_model(cls, model: torch.nn.Module, **arguments) -> "PagedCache":
+        """A cache with the layers, KV heads, head_dim, dtype and device of a `Transformer`; the other arguments are the class's."""
+        weight = model.embed_tokens.weight
+        arguments = {"dtype": weight.dtype, "device": weight.device, **arguments}
+        config = model.config
+        return cls(config.num_layers, config.num_kv_heads, config.head_dim, **arguments)
+
+    @property
+    def num_layers(self) -> int:
+        return self._pools.shape[0]
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self._pools.shape[4]
+
+    @property
+    def head_dim(self) -> int:
+        return self._pools.shape[5]
+
+    @property
+    def num_pages(self) -> int:
+        return self._pools.shape[2]
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._pools.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._pools.device
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token's K and V of one KV head of one layer."""
+        return 2 * self.head_dim * self._pools.element_size()
+
+    def pages_for(self, num_tokens: int) -> int:
+        """Pages that hold num_tokens tokens of one request."""
+        return -(-num_tokens // self.page_size)
+
+    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """(k_cache, v_cache) of a layer, each [pages, page, Hkv, D]. Fetch them anew for every forward: growing replaces them."""
+        return self._pools[layer, 0], self._pools[layer, 1]
+
+    def allocate(self, count: int) -> list[int]:
+        """`count` pages with one user each, lowest free numbers of a fresh cache first.
+
+        Raises:
+            OutOfPages: fewer are free and the cache is not growable; none is taken.
+        """
+        if count > self.num_free:
+            if not self.growable:
+                raise OutOfPages(f"PagedCache: num_pages must leave {count} pages free, got {self.num_free}")
+            self._grow(max(count - self.num_free, self.num_pages // 4))
+        pages = [self._free.pop() for _ in range(count)]
+        for page in pages:
+            self._users[page] = 1
+        return pages
+
+    def retain(self, pages: Sequence[int]) -> None:
+        """One more user for each of `pages`, all of them in use."""
+        for page in pages:
+            if not self._users[page]:
+                raise ValueError(f"PagedCache: pages must be in use, got free page {page}")
+            self._users[page] += 1
+
+    def release(self, pages: Sequence[int]) -> None:
+        """One user less for each of `pages`; pages without users are free again."""
+        for page in reversed(pages):
+            if not self._users[page]:
+                raise ValueError(f"PagedCache: pages must be in use, got free page {page}")
+            self._users[page] -= 1
+            if not self._users[page]:
+                self._free.append(page)
+
+    def copy_pages(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Copies pages in all layers."""
+        if sources:
+            source = torch.tensor(sources, device=self.device)
+            self._pools[:, :, torch.tensor(targets, device=self.device)] = self._pools[:, :, source]
+
+    def _grow(self, count: int) -> None:
+        old, num_pages = self._pools, self.num_pages
+        self._pools = old.new_empty(*old.shape[:2], num_pages + count, *old.shape[3:])
+        self._pools[:, :, :num_pages] = old
+        self._users += [0] * count
+        self._free[:0] = range(num_pages + count - 1, num_pages - 1, -1)
+
+
+class RaggedBatch:
+    """Block tables of B requests of any lengths on one cache.
+
+    Fields:
+        cache: the pages. block_table: [B, max_pages], int32, on the cache's device; -1 where a request has no page.
+    """
+
+    def __init__(self, cache: PagedCache, num_requests: int):
+        self.cache = cache
+        self._pages: list[list[int]] = [[] for _ in range(num_requests)]
+        self.block_table = torch.full((num_requests, 1), -1, dtype=torch.int32, device=cache.device)
+
+    def __len__(self) -> int:
+        return len(self._pages)
+
+    def pages(self, request: int) -> list[int]:
+        """Page numbers of a request, in the order of its tokens."""
+        return list(self._pages[request])
+
+    def reserve(self, request: int, num_tokens: int) -> None:
+        """Gives a request the pages that it lacks for num_tokens tokens.
+
+        Raises:
+            OutOfPages: naming the request; it and all others keep what they had.
+        """
+        owned = self._pages[request]
+        missing = self.cache.pages_for(num_tokens) - len(owned)
+        if missing <= 0:
+            return
+        try:
+            owned += self.cache.allocate(missing)
+        except OutOfPages:
+            raise OutOfPages(
+                f"RaggedBatch: request {request} must find {missing} free pages of {self.cache.page_size} tokens for its "
+                f"{num_tokens} tokens, got {self.cache.num_free} of {self.cache.num_pages}"
+            ) from None
+        self._write_row(request)
+
+    def release(self, request: int) -> None:
+        """Returns all pages of a request; its row becomes -1."""
+        self.cache.release(self._pages[request])
+        self._pages[request] = []
+        self.block_table[request] = -1
+
+    def release_all(self) -> None:
+        """Returns all pages of all requests."""
+        for request in range(len(self)):
+            self.release(request)
+
+    def fork(self, lengths: Sequence[int]) -> "RaggedBatch":
+        """A batch that continues from the first lengths[b] tokens of every request; the two never write a shared page.
+
+        Full pages are shared, a partly filled one is copied, pages beyond are not taken over.
+
+        Args:
+            lengths: one per request, committed tokens; neither batch may write below them afterwards.
+        Raises:
+            OutOfPages: for the copies; nothing is changed.
+        """
+        size = self.cache.page_size
+        for request, length in enumerate(lengths):
+            if not 0 <= length <= len(self._pages[request]) * size:
+                raise ValueError(
+                    f"RaggedBatch: lengths[{request}] must be in [0, {len(self._pages[request]) * size}], got {length}"
+                )
+        partial = [request for request, length in enumerate(lengths) if length % size]
+        copies = self.cache.allocate(len(partial))
+        self.cache.copy_pages([self._pages[request][lengths[request] // size] for request in partial], copies)
+        twin = RaggedBatch(self.cache, len(self))
+        for request, length in enumerate(lengths):
+            shared = self._pages[request][: length // size]
+            self.cache.retain(shared)
+            twin._pages[request] = shared
+        for request, page in zip(partial, copies, strict=True):
+            twin._pages[request].append(page)
+        for request in range(len(twin)):
+            twin._write_row(request)
+        return twin
+
+    def _write_row(self, request: int) -> None:
+        pages = self._pages[request]
+        width = self.block_table.shape[1]
+        if len(pages) > width:
+            self.block_table = torch.nn.functional.pad(self.block_table, (0, len(pages) - width), value=-1)
+        row = pages + [-1] * (self.block_table.shape[1] - len(pages))
+        self.block_table[request] = torch.tensor(row, dtype=torch.int32).to(self.block_table.device)
