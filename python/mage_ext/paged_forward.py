@@ -1,0 +1,196 @@
+"""Attention of one forward over the paged cache: the `attend` function that the loop gives to the model.
+
+It writes the forward's K and V, then attends: exactly, exactly with emission of mass, or over a selection. It knows ops, pages and
+lists; it does not know tokens, samplers or steps.
+
+Test: pytest tests/python/test_denoise.py
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from mage_ext import ops
+from mage_ext.cache import PagedCache
+from mage_ext.selection import BlockSelection, SelectionConfig
+
+# Start of a request whose rows are not to be written: append_kv drops negative positions.
+NOT_WRITTEN = -(1 << 30)
+# Query rows that one attention launch takes; the CPU backend has no such bound.
+_CUDA_ROWS = 64
+
+
+@dataclass
+class Write:
+    """K/V rows to store.
+
+    Fields:
+        start: [A], int32. Position of the first row, or NOT_WRITTEN.
+        first_row: [A], int64. First of num_rows rows within the forward's rows; None: all of them.
+        num_rows: rows to store where first_row is given.
+    """
+
+    start: Tensor
+    first_row: Tensor | None = None
+    num_rows: int = 0
+
+
+@dataclass
+class Emission:
+    """Mass that a forward emits in its selecting layers, and what was collected.
+
+    Fields:
+        config: granularity, score, norm and rule (rule "layer" also collects votes).
+        row_mask: [A, Q], bool, rows that count; None: all. prefix_lens: [A], int32.
+        masses: per layer [A, Hkv, n], float32. votes: per layer (votes, union_size, coverage) of `row_votes`.
+    """
+
+    config: SelectionConfig
+    row_mask: Tensor | None
+    prefix_lens: Tensor
+    masses: list[Tensor] = field(default_factory=list)
+    votes: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+
+    def mass(self) -> Tensor:
+        """[L, A, Hkv, n]."""
+        return torch.stack(self.masses)
+
+    def stacked_votes(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """votes [L, A, Hkv, n], union_size and coverage [L, A, Hkv]; None for rules that need none."""
+        return tuple(torch.stack(parts) for parts in zip(*self.votes, strict=True)) if self.votes else None
+
+
+@dataclass
+class PagedForward:
+    """attend(layer, q, k, v) of one forward of A requests.
+
+    In selecting layers a request is attended exactly where exact_lens has its length and sparsely where sparse_lens has it; the
+    other is 0, an empty slot, whose output is 0, so the sum of both is every request's own.
+
+    Fields:
+        cache: the pools. block_table: [A, max_pages], int32. max_seq_len: host bound of all lengths.
+        writes: K/V rows that this forward stores before it attends.
+        seq_lens: [A], int32. Length per request, 0 for an empty slot; dense layers attend all of it.
+        kv_lens: [A, Q], int32, or None: the staircase of prefill.
+        selecting: selecting layer -> its index in selections; empty: every layer is dense.
+        exact_lens, sparse_lens: [A], int32, or None for nobody.
+        selection: lists of the sparse part. emission: collects the mass of the exact part.
+    """
+
+    cache: PagedCache
+    block_table: Tensor
+    max_seq_len: int
+    writes: list[Write]
+    seq_lens: Tensor
+    kv_lens: Tensor | None = None
+    selecting: dict[int, int] = field(default_factory=dict)
+    exact_lens: Tensor | None = None
+    sparse_lens: Tensor | None = None
+    selection: BlockSelection | None = None
+    emission: Emission | None = None
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k_cache, v_cache = self.cache.layer(layer)
+        for write in self.writes:
+            self._write(write, k, v, k_cache, v_cache)
+        index = self.selecting.get(layer)
+        if index is None:
+            return self._exact(q, k_cache, v_cache, self.seq_lens)
+        outs = []
+        if self.exact_lens is not None:
+            attend = self._exact if self.emission is None else self._emit
+            outs.append(attend(q, k_cache, v_cache, self.exact_lens))
+        if self.sparse_lens is not None:
+            indices, counts, tail_start = self.selection.layer(index)
+            out, _ = ops.sparse_block_attention(
+                q,
+                k_cache,
+                v_cache,
+                self.block_table,
+                self.sparse_lens,
+                indices,
+                counts,
+                tail_start,
+                g=self.selection.g,
+                max_seq_len=self.max_seq_len,
+            )
+            outs.append(out)
+        return outs[0] if len(outs) == 1 else outs[0] + outs[1]
+
+    def _write(self, write: Write, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
+        if write.first_row is not None:
+            rows = write.first_row[:, None] + torch.arange(write.num_rows, device=k.device)  # [A, num_rows]
+            rows = rows[:, :, None, None].expand(-1, -1, *k.shape[2:])
+            k, v = k.gather(1, rows), v.gather(1, rows)
+        ops.append_kv(k, v, k_cache, v_cache, self.block_table, write.start)
+
+    def _exact(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor) -> Tensor:
+        rows = _CUDA_ROWS if q.is_cuda else q.shape[1]
+        outs = []
+        for begin in range(0, q.shape[1], rows):
+            out, _ = ops.block_attention(
+                q[:, begin : begin + rows],
+                k_cache,
+                v_cache,
+                self.block_table,
+                seq_lens,
+                max_seq_len=self.max_seq_len,
+                kv_lens=None if self.kv_lens is None else self.kv_lens[:, begin : begin + rows].contiguous(),
+            )
+            outs.append(out)
+        return outs[0] if len(outs) == 1 else torch.cat(outs, 1)
+
+    def _emit(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor) -> Tensor:
+        """Exact attention whose mass (and votes, for rule "layer") is collected."""
+        emission = self.emission
+        config = emission.config
+        pool = (k_cache, v_cache, self.block_table, seq_lens)
+        prefix_lens = emission.prefix_lens if config.norm == "prefix" else None
+        # Token granularity on CUDA is a second pass over the keys; the attention kernels emit units of 16 tokens and more.
+        tokens_on_cuda = config.g == 1 and q.is_cuda
+        if tokens_on_cuda:
+            out, lse = ops.block_attention(q, *pool, max_seq_len=self.max_seq_len)
+            mass = ops.token_mass(
+                q,
+                k_cache,
+                self.block_table,
+                seq_lens,
+                lse,
+                max_seq_len=self.max_seq_len,
+                score="rows" if config.rule == "layer" else config.score,
+                row_mask=emission.row_mask,
+                norm=config.norm,
+                prefix_lens=prefix_lens,
+            )
+        elif config.rule == "layer":
+            out, _, mass = ops.block_attention_rows(q, *pool, max_seq_len=self.max_seq_len, g=config.g)
+        else:
+            out, _, mass = ops.block_attention_mass(
+                q,
+                *pool,
+                max_seq_len=self.max_seq_len,
+                g=config.g,
+                score=config.score,
+                row_mask=emission.row_mask,
+                norm=config.norm,
+                prefix_lens=prefix_lens,
+            )
+        if config.rule == "layer":
+            emission.votes.append(
+                ops.row_votes(mass, emission.prefix_lens, k=config.k, g=config.g, row_mask=emission.row_mask)
+            )
+            mass = _mass_of_rows(mass, emission.row_mask, config.score)
+        emission.masses.append(mass)
+        return out
+
+
+def _mass_of_rows(row_mass: Tensor, row_mask: Tensor | None, score: str) -> Tensor:
+    """Unit mass [A, Hkv, n] of log shares per row [A, Hkv, n, R], over the rows that row_mask [A, Q] keeps."""
+    shares = row_mass.exp()
+    if row_mask is None:
+        return shares.mean(-1) if score == "mean" else shares.amax(-1)
+    group = row_mass.shape[-1] // row_mask.shape[1]
+    kept = row_mask.repeat_interleave(group, 1)[:, None, None]  # [A, 1, 1, R]
+    shares = torch.where(kept, shares, 0.0)
+    return shares.sum(-1) / kept.sum(-1).clamp(min=1) if score == "mean" else shares.amax(-1)
