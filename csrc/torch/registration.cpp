@@ -1,6 +1,7 @@
 // Every schema of torch.ops.mage, and nothing else but the thread setting. An op's kernels are registered in <op>.cpp.
-// Tensors come first and are positional; what follows `*` is keyword-only. A mutated tensor has a named alias set and the
-// op then returns (): the functional ops are the ones that torch.compile can reorder. Letters are those of mage/types.h.
+// Tensors come first and are positional; what follows `*` is keyword-only. A mutated tensor has a named alias set and
+// the op then returns (): the functional ops are the ones that torch.compile can reorder. Letters are those of
+// mage/types.h.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -21,20 +22,28 @@ STABLE_TORCH_LIBRARY(mage, m) {
     // Threads of the CPU backend. 0, the default, follows torch.get_num_threads() at every call.
     m.def("set_num_threads(int n) -> ()");
 
+    // Debug switch: when on, ops also check values that live on the device, and throw. Returns the state before. Waits
+    // for the device at every op. debug_flag is the switch's address, for mage_ops_cuda.
+    m.def("set_debug(bool on) -> bool");
+    m.def("debug_flag() -> int");
+
     // Writes k, v [B, Q, Hkv, D] into the pool from position start [B] on.
     m.def(
-        "append_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor block_table, Tensor start) -> ()");
+        "append_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor block_table, Tensor start) -> "
+        "()");
 
     // Exact attention of q [B, Q, H, D] over [0, S): out like q, lse [B, H, Q] float32, natural log.
     m.def(
         "block_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens, *, "
-        "int max_seq_len, float? softmax_scale=None, Tensor? kv_lens=None, int split_tokens=0) -> (Tensor out, Tensor lse)");
+        "int max_seq_len, float? softmax_scale=None, Tensor? kv_lens=None, int split_tokens=0) -> (Tensor out, Tensor "
+        "lse)");
     m.def(
         "block_attention_out(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens, "
         "Tensor(a!) out, Tensor(b!) lse, Tensor(c!) workspace, *, "
         "int max_seq_len, float? softmax_scale=None, Tensor? kv_lens=None, int split_tokens=0) -> ()");
     m.def(
-        "block_attention_workspace(int batch, int q_len, int num_heads, int num_kv_heads, int head_dim, int max_seq_len, "
+        "block_attention_workspace(int batch, int q_len, int num_heads, int num_kv_heads, int head_dim, int "
+        "max_seq_len, "
         "int split_tokens=0) -> int");
 
     // The same, and mass [B, Hkv, n] float32: the softmax share of each unit of g tokens, combined over the rows.
@@ -68,12 +77,14 @@ STABLE_TORCH_LIBRARY(mage, m) {
     // Exact mass per token from q, K and the known lse, over everything or over the listed units.
     m.def(
         "token_mass(Tensor q, Tensor k_cache, Tensor block_table, Tensor seq_lens, Tensor lse, *, int max_seq_len, "
-        "str score=\"mean\", Tensor? row_mask=None, str norm=\"context\", Tensor? prefix_lens=None, Tensor? units=None, "
+        "str score=\"mean\", Tensor? row_mask=None, str norm=\"context\", Tensor? prefix_lens=None, Tensor? "
+        "units=None, "
         "int g=1, float? softmax_scale=None, Tensor? kv_lens=None) -> Tensor mass");
     m.def(
         "token_mass_out(Tensor q, Tensor k_cache, Tensor block_table, Tensor seq_lens, Tensor lse, "
         "Tensor(a!) mass, Tensor(b!) workspace, *, int max_seq_len, "
-        "str score=\"mean\", Tensor? row_mask=None, str norm=\"context\", Tensor? prefix_lens=None, Tensor? units=None, "
+        "str score=\"mean\", Tensor? row_mask=None, str norm=\"context\", Tensor? prefix_lens=None, Tensor? "
+        "units=None, "
         "int g=1, float? softmax_scale=None, Tensor? kv_lens=None) -> ()");
     m.def(
         "token_mass_workspace(int batch, int q_len, int num_heads, int num_kv_heads, int head_dim, int max_seq_len) "
@@ -84,11 +95,13 @@ STABLE_TORCH_LIBRARY(mage, m) {
         "row_votes(Tensor row_mass, Tensor prefix_lens, *, int k, int g, Tensor? row_mask=None) "
         "-> (Tensor votes, Tensor union_size, Tensor coverage)");
     m.def(
-        "row_votes_out(Tensor row_mass, Tensor prefix_lens, Tensor(a!) votes, Tensor(b!) union_size, Tensor(c!) coverage, "
+        "row_votes_out(Tensor row_mass, Tensor prefix_lens, Tensor(a!) votes, Tensor(b!) union_size, Tensor(c!) "
+        "coverage, "
         "Tensor(d!) workspace, *, int k, int g, Tensor? row_mask=None) -> ()");
     m.def("row_votes_workspace(int batch, int num_kv_heads, int num_units, int num_rows) -> int");
 
-    // Budgets and top-K of all L layers of a step: indices [L, B, Hkv, capacity], counts, kept_mass, tail_start, overflow.
+    // Budgets and top-K of all L layers of a step: indices [L, B, Hkv, capacity], counts, kept_mass, tail_start,
+    // overflow.
     m.def(
         "select_kv(Tensor mass, Tensor prefix_lens, *, int g, int capacity, str rule=\"fixed\", int k=0, int k_min=0, "
         "float p=0.0, int sinks=0, int recents=0, Tensor? votes=None, Tensor? union_size=None, Tensor? coverage=None) "

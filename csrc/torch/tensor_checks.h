@@ -12,12 +12,12 @@
 #include "mage/stream.h"
 #include "mage/types.h"
 
-// Checks of tensor arguments. Each throws "<op>: <argument> must be <expected>, got <actual>" and is called once, at the
-// tensor boundary, before anything is allocated or written.
+// Checks of tensor arguments. Each throws "<op>: <argument> must be <expected>, got <actual>" and is called once, at
+// the tensor boundary, before anything is allocated or written.
 //
-// A binding <op>.cpp is compiled into mage_ops, and again with MAGE_BACKEND_CUDA into mage_ops_cuda if csrc/kernels/<op>/
-// exists. MAGE_BACKEND_IMPL(m) registers the kernels of the backend at hand; MAGE_HOST_IMPL(m) those of ops without
-// tensors, once.
+// A binding <op>.cpp is compiled into mage_ops, and again with MAGE_BACKEND_CUDA into mage_ops_cuda if
+// csrc/kernels/<op>/ exists. MAGE_BACKEND_IMPL(m) registers the kernels of the backend at hand; MAGE_HOST_IMPL(m) those
+// of ops without tensors, once.
 #if defined(MAGE_BACKEND_CUDA)
 #define MAGE_BACKEND_IMPL(m) STABLE_TORCH_LIBRARY_IMPL(mage, CUDA, m)
 #define MAGE_HOST_IMPL(m) [[maybe_unused]] static void mage_unused_host_impl(torch::stable::detail::StableLibrary& m)
@@ -107,7 +107,8 @@ inline DType check_float(const char* op, const char* name, const Tensor& t) {
         case ScalarType::BFloat16:
             return DType::kBFloat16;
         default:
-            core::throw_error(op, ": ", name, " must be bfloat16, float16 or float32, got ", dtype_text(t.scalar_type()));
+            core::throw_error(op, ": ", name, " must be bfloat16, float16 or float32, got ",
+                              dtype_text(t.scalar_type()));
     }
 }
 
@@ -133,8 +134,9 @@ inline void check_vector_rows(const char* op, const char* name, const Tensor& t)
     check_last_stride(op, name, t);
     const auto bytes = static_cast<int64_t>(t.element_size());
     const int64_t last = t.dim() - 1;
-    MAGE_CHECK(t.size(last) * bytes % 16 == 0, op, ": ", name, " must have a last dimension of a multiple of 16 bytes, got ",
-               t.size(last), " elements of ", bytes, " bytes");
+    MAGE_CHECK(t.size(last) * bytes % 16 == 0, op, ": ", name,
+               " must have a last dimension of a multiple of 16 bytes, got ", t.size(last), " elements of ", bytes,
+               " bytes");
     const auto address = reinterpret_cast<uintptr_t>(t.const_data_ptr());
     MAGE_CHECK(address % 16 == 0, op, ": ", name, " must be aligned to 16 bytes, got a base ", address % 16,
                " bytes past it");
@@ -195,6 +197,16 @@ inline const int32_t* check_int32_vector(const char* op, const char* name, const
     check_shape(op, name, t, "[B]", {num_requests});
     check_contiguous(op, name, t);
     return static_cast<const int32_t*>(t.const_data_ptr());
+}
+
+// Scratch of at least `bytes` bytes, uint8 [W]; what it holds does not matter.
+inline void check_workspace(const char* op, const Tensor& workspace, const Tensor& first, int64_t bytes) {
+    check_device(op, "workspace", workspace, first);
+    check_dtype(op, "workspace", workspace, ScalarType::Byte);
+    check_rank(op, "workspace", workspace, 1);
+    check_contiguous(op, "workspace", workspace);
+    MAGE_CHECK(workspace.numel() >= bytes, op, ": workspace must have at least ", bytes, " bytes, got ",
+               workspace.numel());
 }
 
 #if defined(MAGE_BACKEND_CUDA)

@@ -293,7 +293,8 @@ class BlockSelection:
         try:
             with safe_open(path, framework="pt", device="cpu") as file:
                 metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
+                names = file.keys()
+                tensors = {name: file.get_tensor(name) for name in names}
         except SafetensorError as error:
             raise ValueError(f"BlockSelection: {path} must be a safetensors file, got: {error}") from None
         if metadata.get("format") != _FILE_FORMAT:
