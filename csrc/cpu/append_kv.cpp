@@ -27,8 +27,10 @@ void append_kv(const AppendKvParams& p) {
             if (page < 0 || page >= p.pages.num_pages) continue;
             const int64_t slot = position % p.pages.page_size;
             for (int64_t h = 0; h < p.num_kv_heads; ++h) {
-                const int64_t to_k = page * p.stride_k_cache_page + slot * p.stride_k_cache_token + h * p.stride_k_cache_head;
-                const int64_t to_v = page * p.stride_v_cache_page + slot * p.stride_v_cache_token + h * p.stride_v_cache_head;
+                const int64_t to_k =
+                    page * p.stride_k_cache_page + slot * p.stride_k_cache_token + h * p.stride_k_cache_head;
+                const int64_t to_v =
+                    page * p.stride_v_cache_page + slot * p.stride_v_cache_token + h * p.stride_v_cache_head;
                 const int64_t from_k = b * p.stride_k_request + i * p.stride_k_row + h * p.stride_k_head;
                 const int64_t from_v = b * p.stride_v_request + i * p.stride_v_row + h * p.stride_v_head;
                 std::memcpy(k_cache + to_k * bytes, k + from_k * bytes, row_bytes);

@@ -8,8 +8,8 @@ namespace {
 
 constexpr char kOp[] = "append_kv";
 
-void append_kv(const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache, const Tensor& block_table,
-               const Tensor& start) {
+void append_kv(const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache,
+               const Tensor& block_table, const Tensor& start) {
     // Check.
     check_rank(kOp, "k", k, 4);
     AppendKvParams params;

@@ -1,5 +1,6 @@
 #pragma once
 
+#include "mage/kernel_info.h"
 #include "mage/stream.h"
 #include "mage/types.h"
 
@@ -28,13 +29,13 @@ struct AppendKvParams {
     int64_t head_dim = 0;      // D
     DType dtype = DType::kBFloat16;
 
-    const void* k = nullptr;  // [B, Q, Hkv, D]
-    const void* v = nullptr;  // [B, Q, Hkv, D]
+    const void* k = nullptr;                                            // [B, Q, Hkv, D]
+    const void* v = nullptr;                                            // [B, Q, Hkv, D]
     int64_t stride_k_request = 0, stride_k_row = 0, stride_k_head = 0;  // elements
     int64_t stride_v_request = 0, stride_v_row = 0, stride_v_head = 0;  // elements
 
-    void* k_cache = nullptr;  // [pages, page, Hkv, D]
-    void* v_cache = nullptr;  // [pages, page, Hkv, D]
+    void* k_cache = nullptr;                                                             // [pages, page, Hkv, D]
+    void* v_cache = nullptr;                                                             // [pages, page, Hkv, D]
     int64_t stride_k_cache_page = 0, stride_k_cache_token = 0, stride_k_cache_head = 0;  // elements
     int64_t stride_v_cache_page = 0, stride_v_cache_token = 0, stride_v_cache_head = 0;  // elements
 
@@ -53,6 +54,9 @@ namespace cuda {
 
 // Asynchronous on `stream`; allocates nothing; can be captured in a graph, which then follows new tables and starts.
 void append_kv(const AppendKvParams& params, CudaStream stream);
+
+// How it is launched: looks at the dims and the dtype only.
+LaunchPlan append_kv_plan(const AppendKvParams& params);
 
 }  // namespace cuda
 
