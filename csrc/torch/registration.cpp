@@ -29,22 +29,21 @@ STABLE_TORCH_LIBRARY(mage, m) {
 
     // Writes k, v [B, Q, Hkv, D] into the pool from position start [B] on.
     m.def(
-        "append_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor block_table, Tensor start) -> "
-        "()");
+        "append_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor block_table, Tensor start) "
+        "-> ()");
 
     // Exact attention of q [B, Q, H, D] over [0, S): out like q, lse [B, H, Q] float32, natural log.
     m.def(
         "block_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens, *, "
-        "int max_seq_len, float? softmax_scale=None, Tensor? kv_lens=None, int split_tokens=0) -> (Tensor out, Tensor "
-        "lse)");
+        "int max_seq_len, float? softmax_scale=None, Tensor? kv_lens=None, int split_tokens=0) -> (Tensor out, "
+        "Tensor lse)");
     m.def(
         "block_attention_out(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens, "
-        "Tensor(a!) out, Tensor(b!) lse, Tensor(c!) workspace, *, "
-        "int max_seq_len, float? softmax_scale=None, Tensor? kv_lens=None, int split_tokens=0) -> ()");
+        "Tensor(a!) out, Tensor(b!) lse, Tensor(c!) workspace, *, int max_seq_len, float? softmax_scale=None, "
+        "Tensor? kv_lens=None, int split_tokens=0) -> ()");
     m.def(
-        "block_attention_workspace(int batch, int q_len, int num_heads, int num_kv_heads, int head_dim, int "
-        "max_seq_len, "
-        "int split_tokens=0) -> int");
+        "block_attention_workspace(int batch, int q_len, int num_heads, int num_kv_heads, int head_dim, "
+        "int max_seq_len, int split_tokens=0) -> int");
 
     // The same, and mass [B, Hkv, n] float32: the softmax share of each unit of g tokens, combined over the rows.
     m.def(
@@ -54,9 +53,9 @@ STABLE_TORCH_LIBRARY(mage, m) {
         "-> (Tensor out, Tensor lse, Tensor mass)");
     m.def(
         "block_attention_mass_out(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens, "
-        "Tensor(a!) out, Tensor(b!) lse, Tensor(c!) mass, Tensor(d!) workspace, *, "
-        "int max_seq_len, int g=64, str score=\"mean\", Tensor? row_mask=None, str norm=\"context\", "
-        "Tensor? prefix_lens=None, float? softmax_scale=None, Tensor? kv_lens=None, int split_tokens=0) -> ()");
+        "Tensor(a!) out, Tensor(b!) lse, Tensor(c!) mass, Tensor(d!) workspace, *, int max_seq_len, int g=64, "
+        "str score=\"mean\", Tensor? row_mask=None, str norm=\"context\", Tensor? prefix_lens=None, "
+        "float? softmax_scale=None, Tensor? kv_lens=None, int split_tokens=0) -> ()");
     m.def(
         "block_attention_mass_workspace(int batch, int q_len, int num_heads, int num_kv_heads, int head_dim, "
         "int max_seq_len, int g=64, int split_tokens=0) -> int");
@@ -68,50 +67,48 @@ STABLE_TORCH_LIBRARY(mage, m) {
         "-> (Tensor out, Tensor lse, Tensor row_mass)");
     m.def(
         "block_attention_rows_out(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens, "
-        "Tensor(a!) out, Tensor(b!) lse, Tensor(c!) row_mass, Tensor(d!) workspace, *, "
-        "int max_seq_len, int g=64, float? softmax_scale=None, Tensor? kv_lens=None, int split_tokens=0) -> ()");
+        "Tensor(a!) out, Tensor(b!) lse, Tensor(c!) row_mass, Tensor(d!) workspace, *, int max_seq_len, "
+        "int g=64, float? softmax_scale=None, Tensor? kv_lens=None, int split_tokens=0) -> ()");
     m.def(
         "block_attention_rows_workspace(int batch, int q_len, int num_heads, int num_kv_heads, int head_dim, "
         "int max_seq_len, int g=64, int split_tokens=0) -> int");
 
     // Exact mass per token from q, K and the known lse, over everything or over the listed units.
     m.def(
-        "token_mass(Tensor q, Tensor k_cache, Tensor block_table, Tensor seq_lens, Tensor lse, *, int max_seq_len, "
-        "str score=\"mean\", Tensor? row_mask=None, str norm=\"context\", Tensor? prefix_lens=None, Tensor? "
-        "units=None, "
-        "int g=1, float? softmax_scale=None, Tensor? kv_lens=None) -> Tensor mass");
+        "token_mass(Tensor q, Tensor k_cache, Tensor block_table, Tensor seq_lens, Tensor lse, *, "
+        "int max_seq_len, str score=\"mean\", Tensor? row_mask=None, str norm=\"context\", "
+        "Tensor? prefix_lens=None, Tensor? units=None, int g=1, float? softmax_scale=None, Tensor? kv_lens=None) "
+        "-> Tensor mass");
     m.def(
         "token_mass_out(Tensor q, Tensor k_cache, Tensor block_table, Tensor seq_lens, Tensor lse, "
-        "Tensor(a!) mass, Tensor(b!) workspace, *, int max_seq_len, "
-        "str score=\"mean\", Tensor? row_mask=None, str norm=\"context\", Tensor? prefix_lens=None, Tensor? "
-        "units=None, "
-        "int g=1, float? softmax_scale=None, Tensor? kv_lens=None) -> ()");
+        "Tensor(a!) mass, Tensor(b!) workspace, *, int max_seq_len, str score=\"mean\", Tensor? row_mask=None, "
+        "str norm=\"context\", Tensor? prefix_lens=None, Tensor? units=None, int g=1, float? softmax_scale=None, "
+        "Tensor? kv_lens=None) -> ()");
     m.def(
-        "token_mass_workspace(int batch, int q_len, int num_heads, int num_kv_heads, int head_dim, int max_seq_len) "
-        "-> int");
+        "token_mass_workspace(int batch, int q_len, int num_heads, int num_kv_heads, int head_dim, "
+        "int max_seq_len) -> int");
 
     // Each row's own top units of row_mass [B, Hkv, n, R]: votes [B, Hkv, n], union size and coverage [B, Hkv].
     m.def(
         "row_votes(Tensor row_mass, Tensor prefix_lens, *, int k, int g, Tensor? row_mask=None) "
         "-> (Tensor votes, Tensor union_size, Tensor coverage)");
     m.def(
-        "row_votes_out(Tensor row_mass, Tensor prefix_lens, Tensor(a!) votes, Tensor(b!) union_size, Tensor(c!) "
-        "coverage, "
-        "Tensor(d!) workspace, *, int k, int g, Tensor? row_mask=None) -> ()");
+        "row_votes_out(Tensor row_mass, Tensor prefix_lens, Tensor(a!) votes, Tensor(b!) union_size, "
+        "Tensor(c!) coverage, Tensor(d!) workspace, *, int k, int g, Tensor? row_mask=None) -> ()");
     m.def("row_votes_workspace(int batch, int num_kv_heads, int num_units, int num_rows) -> int");
 
     // Budgets and top-K of all L layers of a step: indices [L, B, Hkv, capacity], counts, kept_mass, tail_start,
     // overflow.
     m.def(
-        "select_kv(Tensor mass, Tensor prefix_lens, *, int g, int capacity, str rule=\"fixed\", int k=0, int k_min=0, "
-        "float p=0.0, int sinks=0, int recents=0, Tensor? votes=None, Tensor? union_size=None, Tensor? coverage=None) "
-        "-> (Tensor indices, Tensor counts, Tensor kept_mass, Tensor tail_start, Tensor overflow)");
+        "select_kv(Tensor mass, Tensor prefix_lens, *, int g, int capacity, str rule=\"fixed\", int k=0, "
+        "int k_min=0, float p=0.0, int sinks=0, int recents=0, Tensor? votes=None, Tensor? union_size=None, "
+        "Tensor? coverage=None) -> (Tensor indices, Tensor counts, Tensor kept_mass, Tensor tail_start, "
+        "Tensor overflow)");
     m.def(
-        "select_kv_out(Tensor mass, Tensor prefix_lens, Tensor(a!) indices, Tensor(b!) counts, Tensor(c!) kept_mass, "
-        "Tensor(d!) tail_start, Tensor(e!) overflow, Tensor(f!) workspace, *, "
-        "int g, int capacity, str rule=\"fixed\", int k=0, int k_min=0, "
-        "float p=0.0, int sinks=0, int recents=0, Tensor? votes=None, Tensor? union_size=None, Tensor? coverage=None) "
-        "-> ()");
+        "select_kv_out(Tensor mass, Tensor prefix_lens, Tensor(a!) indices, Tensor(b!) counts, "
+        "Tensor(c!) kept_mass, Tensor(d!) tail_start, Tensor(e!) overflow, Tensor(f!) workspace, *, int g, "
+        "int capacity, str rule=\"fixed\", int k=0, int k_min=0, float p=0.0, int sinks=0, int recents=0, "
+        "Tensor? votes=None, Tensor? union_size=None, Tensor? coverage=None) -> ()");
     m.def("select_kv_workspace(int num_layers, int batch, int num_kv_heads, int num_units, int capacity) -> int");
 
     // Attention over the listed units below tail_start and over [tail_start, S).
@@ -120,9 +117,10 @@ STABLE_TORCH_LIBRARY(mage, m) {
         "Tensor indices, Tensor counts, Tensor tail_start, *, int g, int max_seq_len, float? softmax_scale=None, "
         "Tensor? kv_lens=None, int split_tokens=0) -> (Tensor out, Tensor lse)");
     m.def(
-        "sparse_block_attention_out(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens, "
-        "Tensor indices, Tensor counts, Tensor tail_start, Tensor(a!) out, Tensor(b!) lse, Tensor(c!) workspace, *, "
-        "int g, int max_seq_len, float? softmax_scale=None, Tensor? kv_lens=None, int split_tokens=0) -> ()");
+        "sparse_block_attention_out(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, "
+        "Tensor seq_lens, Tensor indices, Tensor counts, Tensor tail_start, Tensor(a!) out, Tensor(b!) lse, "
+        "Tensor(c!) workspace, *, int g, int max_seq_len, float? softmax_scale=None, Tensor? kv_lens=None, "
+        "int split_tokens=0) -> ()");
     m.def(
         "sparse_block_attention_workspace(int batch, int q_len, int num_heads, int num_kv_heads, int head_dim, "
         "int max_seq_len, int g, int capacity, int split_tokens=0) -> int");
@@ -132,8 +130,8 @@ STABLE_TORCH_LIBRARY(mage, m) {
         "merge_attention(Tensor[] outs, Tensor[] lses, *, bool log2_in=False, bool log2_out=False) "
         "-> (Tensor out, Tensor lse)");
     m.def(
-        "merge_attention_out(Tensor[] outs, Tensor[] lses, Tensor(a!) out, Tensor(b!) lse, Tensor(c!) workspace, *, "
-        "bool log2_in=False, bool log2_out=False) -> ()");
+        "merge_attention_out(Tensor[] outs, Tensor[] lses, Tensor(a!) out, Tensor(b!) lse, Tensor(c!) workspace, "
+        "*, bool log2_in=False, bool log2_out=False) -> ()");
     m.def("merge_attention_workspace(int num_parts, int batch, int q_len, int num_heads, int head_dim) -> int");
 
     // One pass over logits [N, V]: argmax, its probability, entropy in nats.
