@@ -1,6 +1,7 @@
 """Random numbers that are a pure function of their key: no generator, no state, no order of calls.
 
-A draw keyed on (request seed, position, step) is the same whoever shares the batch, whatever the tensor shapes are and on every
+A draw keyed on (request seed, position, step) is the same whoever shares the batch, whatever the tensor shapes are and
+on every
 device: everything is 64-bit integer arithmetic, which has one result. It knows nothing of logits, blocks or selections.
 
 Test: pytest tests/python/test_sampling.py
@@ -30,7 +31,9 @@ def random_bits(key: Tensor, *counters: Tensor | int) -> Tensor:
     """64 random bits of (key, counters...), each word absorbed by one SplitMix64 step.
 
     Args:
-        key: int64, any shape. counters: int64 tensors that broadcast with it, or integers; their order matters.
+        key: int64, any shape.
+        *counters: int64 tensors that broadcast with it, or integers; their order matters.
+
     Returns:
         The broadcast shape, int64.
     """

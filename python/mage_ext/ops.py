@@ -52,11 +52,12 @@ MAX_TOKENS = 1 << 30
 
 
 def set_debug(on: bool) -> bool:
-    """Turns the debug switch on or off and returns its former state; the environment variable MAGE_DEBUG=1 starts with it on.
+    """Turns the debug switch on or off and returns its former state; the environment variable MAGE_DEBUG=1 starts with
+    it on.
 
-    When on, every op also checks the values that live on the device (lengths, page ids, lists, NaN among masses), which kernels
-    otherwise clamp or skip, and raises RuntimeError naming the first bad one, before it writes anything. It waits for the device
-    at every op, so it cannot be on during CUDA graph capture.
+    When on, every op also checks the values that live on the device (lengths, page ids, lists, NaN among masses), which
+    kernels otherwise clamp or skip, and raises RuntimeError naming the first bad one, before it writes anything. It
+    waits for the device at every op, so it cannot be on during CUDA graph capture.
     """
     if not isinstance(on, bool):
         raise TypeError(f"set_debug: on must be a bool, got {on!r}")
@@ -80,10 +81,12 @@ def row_votes(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Units that each row of one layer would select on its own, counted (MAGE v1).
 
-    Every kept row takes its top k / g units among [0, floor(P / g)) by share, ties to the lowest unit; only units with a share > 0.
+    Every kept row takes its top k / g units among [0, floor(P / g)) by share, ties to the lowest unit; only units with
+    a share > 0.
 
     Args:
-        row_mass: [B, Hkv, n, R], float32, contiguous. Natural log of each unit's share in each row, of block_attention_rows.
+        row_mass: [B, Hkv, n, R], float32, contiguous. Natural log of each unit's share in each row, of
+            block_attention_rows.
         prefix_lens: [B], int32. P, clamped to [0, n * g].
         k: tokens per row, multiple of g.
         g: tokens per unit: 1, 16, 32 or 64.
@@ -92,8 +95,8 @@ def row_votes(
     Returns:
         votes: [B, Hkv, n], int32. Rows that took the unit.
         union_size: [B, Hkv], int32. Units with a vote.
-        coverage: [B, Hkv], float32. Mean over the kept rows of the part of the row's mass that lies in units with a vote; 0 if
-            no row is kept.
+        coverage: [B, Hkv], float32. Mean over the kept rows of the part of the row's mass that lies in units with a
+            vote; 0 if no row is kept.
 
     Raises:
         ValueError: g or k is not as above. RuntimeError: a tensor is not.
@@ -126,7 +129,8 @@ def row_votes_out(
     g: int,
     row_mask: Tensor | None = None,
 ) -> None:
-    """row_votes into given contiguous tensors; workspace: uint8, row_votes_workspace bytes. Allocates nothing on a device."""
+    """row_votes into given contiguous tensors; workspace: uint8, row_votes_workspace bytes. Allocates nothing on a
+    device."""
     _check_granularity("row_votes", g)
     _check_tokens("row_votes", "k", k, g)
     torch.ops.mage.row_votes_out(
@@ -176,27 +180,34 @@ def select_kv(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Budgets and top units of all layers of a step.
 
-    With P = prefix_lens, units [0, floor(P / g)) can be listed; what lies at or after tail_start = floor(P / g) * g is attended anyway.
-    A budget of K tokens lists K / g units, one fewer if P is not a multiple of g. Listed first, as far as the budget reaches: units
-    that intersect [0, sinks), lowest first, then those that intersect [P - recents, P), latest first. The rest is ranked by mass
-    (float bits; NaN last; ties to the lowest unit). Rules:
+    With P = prefix_lens, units [0, floor(P / g)) can be listed; what lies at or after tail_start = floor(P / g) * g is
+    attended anyway. A budget of K tokens lists K / g units, one fewer if P is not a multiple of g. Listed first, as far
+    as the budget reaches: units that intersect [0, sinks), lowest first, then those that intersect [P - recents, P),
+    latest first. The rest is ranked by mass (float bits; NaN last; ties to the lowest unit). Rules:
 
       fixed  K = k per layer and KV head.
-      layer  s_l = max over heads of union_size * (1 - ln coverage); K_l = max(k_min, floor(s_l / sum s * k / g * L) * g), and k where
-             all s_l are 0; ranked by votes (ties: lowest unit), then units without votes, the most recent first. coverage is clamped
-             to [2^-24, 1] and 1 - ln coverage rounded to a multiple of 2^-20.
-      mass   the fewest units with which the kept mass reaches p of the total of all n units; at least k_min; sinks and recents
-             are always in.
-      joint  the KV heads of a layer and request share their budgets of k: after each head's sinks and recents one ranking over
-             all heads (ties: lowest unit, then lowest head).
+      layer  s_l = max over heads of union_size * (1 - ln coverage); K_l = max(k_min, floor(s_l / sum s * k / g * L) *
+             g), and k where all s_l are 0; ranked by votes (ties: lowest unit), then units without votes, the most
+             recent first. coverage is clamped to [2^-24, 1] and 1 - ln coverage rounded to a multiple of 2^-20.
+      mass   the fewest units with which the kept mass reaches p of the total of all n units; at least k_min; sinks and
+             recents are always in.
+      joint  the KV heads of a layer and request share their budgets of k: after each head's sinks and recents one
+             ranking over all heads (ties: lowest unit, then lowest head).
 
     Args:
         mass: [L, B, Hkv, n], float32, last stride 1.
         prefix_lens: [B], int32. P, clamped to [0, n * g].
         g: tokens per unit: 1, 16, 32 or 64.
         capacity: Kmax in units; a longer list keeps its best `capacity` units and sets overflow.
-        k, k_min: tokens, multiples of g. p: in (0, 1], rule "mass". sinks, recents: tokens.
-        votes, union_size, coverage: [L, B, Hkv, n] int32, [L, B, Hkv] int32, [L, B, Hkv] float32, contiguous; of row_votes, rule "layer".
+        rule: see above.
+        k: tokens, multiple of g.
+        k_min: tokens, multiple of g; rules "layer" and "mass".
+        p: share of the mass in (0, 1]; rule "mass".
+        sinks: tokens.
+        recents: tokens.
+        votes: [L, B, Hkv, n], int32, contiguous; of row_votes, rule "layer".
+        union_size: [L, B, Hkv], int32, contiguous; likewise.
+        coverage: [L, B, Hkv], float32, contiguous; likewise.
 
     Returns:
         indices: [L, B, Hkv, capacity], int32. Strictly ascending unit numbers, -1 after the count.
@@ -206,11 +217,12 @@ def select_kv(
         overflow: [L, B, Hkv], bool.
 
     Raises:
-        ValueError: a plain argument is not as above. RuntimeError: a tensor is not, or one of the three of rule "layer" is missing.
+        ValueError: a plain argument is not as above. RuntimeError: a tensor is not, or one of the three of rule "layer"
+            is missing.
 
     Notes:
-        Masses are summed as integers (clamped to [0, 1], times 2^40, rounded down; NaN: 0), so results are the same bits for any
-        number of threads and on every device. Reference: mage_ext.reference.select_kv.
+        Masses are summed as integers (clamped to [0, 1], times 2^40, rounded down; NaN: 0), so results are the same
+        bits for any number of threads and on every device. Reference: mage_ext.reference.select_kv.
     """
     _check_select(g, capacity, rule, k, k_min, p, sinks, recents)
     return torch.ops.mage.select_kv(
@@ -264,7 +276,8 @@ def select_kv_out(
     union_size: Tensor | None = None,
     coverage: Tensor | None = None,
 ) -> None:
-    """select_kv into given contiguous tensors; workspace: uint8, select_kv_workspace bytes. Allocates nothing on a device."""
+    """select_kv into given contiguous tensors; workspace: uint8, select_kv_workspace bytes. Allocates nothing on a
+    device."""
     _check_select(g, capacity, rule, k, k_min, p, sinks, recents)
     torch.ops.mage.select_kv_out(
         mass,
@@ -303,7 +316,8 @@ def token_confidence(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The most probable token of each row, its probability and the row's entropy, in one pass.
 
     Args:
-        logits: [N, V], float32, bfloat16 or float16, last stride 1. NaN counts as -inf; logits of +inf share the probability equally.
+        logits: [N, V], float32, bfloat16 or float16, last stride 1. NaN counts as -inf; logits of +inf share the
+            probability equally.
 
     Returns:
         token: [N], int64. Ties: lowest id. 0 for a row without any logit above -inf.
@@ -314,7 +328,8 @@ def token_confidence(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         RuntimeError: logits is not as above.
 
     Notes:
-        Bit-reproducible for any number of threads and rows on one instruction set. Reference: mage_ext.reference.token_confidence.
+        Bit-reproducible for any number of threads and rows on one instruction set. Reference:
+        mage_ext.reference.token_confidence.
     """
     return torch.ops.mage.token_confidence(logits)
 

@@ -57,7 +57,8 @@ def row_votes(
 
 
 def _mass_order(mass: Tensor, heads: int = 1) -> Tensor:
-    """Positions of mass [heads * n] in the order of rank: NaN last, zeros and negatives equal, ties to the lowest unit, then head."""
+    """Positions of mass [heads * n] in the order of rank: NaN last, zeros and negatives equal, ties to the lowest unit,
+    then head."""
     bits = mass.contiguous().view(torch.int32).long()
     rank = torch.where(mass.isnan(), 0, torch.where(bits > 0, bits + 1, 1)).view(heads, -1)
     by_unit = torch.arange(rank.numel()).view(heads, -1).T.flatten()
@@ -122,7 +123,8 @@ def select_kv(
                     if rule == "layer":
                         voted = votes[l, b, h, :eligible]
                         order = torch.sort(voted.clamp(min=0), descending=True, stable=True).indices.tolist()
-                        order = [u for u in order if voted[u] > 0] + [u for u in reversed(range(eligible)) if voted[u] <= 0]
+                        order = [unit for unit in order if voted[unit] > 0]
+                        order += [unit for unit in reversed(range(eligible)) if voted[unit] <= 0]
                     else:
                         order = _mass_order(mass[l, b, h, :eligible]).tolist()
                     order = forced + [unit for unit in order if unit not in forced]

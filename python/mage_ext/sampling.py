@@ -1,7 +1,8 @@
 """Samplers: which token each open position would take, and which open positions are decided in this step.
 
-Pure functions on tensors, without state, host synchronisation or knowledge of the model, the cache and blocks. `open` says which
-positions are still undecided; it is a boolean of the loop's, never `token == mask_id`. Rows (requests) never influence each other.
+Pure functions on tensors, without state, host synchronisation or knowledge of the model, the cache and blocks. `open`
+says which positions are still undecided; it is a boolean of the loop's, never `token == mask_id`. Rows (requests) never
+influence each other.
 
 Test: pytest tests/python/test_sampling.py
 """
@@ -13,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mage_ext import ops
 from mage_ext.counter_random import random_uniform
 
 SAMPLERS = ("sequential", "low_confidence_static", "low_confidence_dynamic", "entropy_bounded")
@@ -50,9 +52,13 @@ class SamplerConfig:
         name: "sequential" (the leftmost open positions), "low_confidence_static" (the most confident ones),
             "low_confidence_dynamic" (all above a threshold) or "entropy_bounded" (as many as the bound allows).
         tokens_per_step: positions that sequential and low_confidence_static decide per step, >= 1.
-        threshold: of low_confidence_dynamic, in [0, 1]; strict: confidence > threshold, so 1 decides one position per step.
-        entropy_bound: gamma of entropy_bounded, nats, >= 0; 0 decides one position (more only where entropy is exactly 0).
-        temperature: >= 0; 0 takes the most probable token. top_k: 0 is off. top_p: in (0, 1], 1 is off.
+        threshold: of low_confidence_dynamic, in [0, 1]; strict: confidence > threshold, so 1 decides one position per
+            step.
+        entropy_bound: gamma of entropy_bounded, nats, >= 0; 0 decides one position (more only where entropy is exactly
+            0).
+        temperature: >= 0; 0 takes the most probable token.
+        top_k: 0 is off.
+        top_p: in (0, 1]; 1 is off.
 
     Raises:
         ValueError: naming the field, what it must be and what came.
@@ -85,8 +91,8 @@ class Draws(NamedTuple):
 
     Fields:
         token: [...], int64, never the mask id.
-        confidence: [...], float32. Probability of `token` under the model's distribution at temperature 1, without the mask id,
-            before top-k and top-p.
+        confidence: [...], float32. Probability of `token` under the model's distribution at temperature 1, without the
+            mask id, before top-k and top-p.
         entropy: [...], float32, nats, of that distribution.
     """
 
@@ -108,21 +114,26 @@ def draw_tokens(
 ) -> Draws:
     """One token per row of logits, with its confidence and the row's entropy.
 
-    Order: the mask id is excluded; at temperature 0 the largest logit wins (ties: lowest id). Otherwise logits / temperature, then
-    top_k (the k largest; of equal logits at the border the lower ids), then top_p over what is left (descending, equal ones by
-    lower id; a token is kept while the probability before it is < top_p, so at least one is), then one draw by inverse CDF in id order.
-    NaN logits count as -inf. Logits of +inf share the probability equally. A row without any finite logit gives the lowest
-    allowed id with confidence 0.
+    The mask id is excluded first. At temperature 0 the largest logit wins (ties: lowest id). Otherwise logits are
+    divided by the temperature; top_k keeps the k largest (of equal ones at the border the lower ids); top_p keeps, of
+    what is left and in descending order (equal ones by lower id), a token while the probability before it is < top_p,
+    so at least one; then one is drawn by inverse CDF in id order. NaN logits count as -inf, logits of +inf share the
+    probability equally. A row without any logit above -inf gives the lowest allowed id with confidence 0.
 
     Args:
         logits: [..., V], float32, bfloat16 or float16; not changed.
         mask_id: id that may not be emitted, in [0, V); None: all ids may.
-        temperature, top_k, top_p: as in SamplerConfig.
+        temperature: as in SamplerConfig.
+        top_k: as in SamplerConfig.
+        top_p: as in SamplerConfig.
         seeds: [...] or broadcasting with it, int64. One per request; required at temperature > 0.
         positions: [...] or broadcasting with it, int64, absolute positions; required at temperature > 0.
-        step: number of the step, an integer or int64 broadcasting with positions. (seed, position, step) is the whole key of a draw.
+        step: number of the step, an integer or int64 broadcasting with positions. (seed, position, step) is the whole
+            key of a draw.
+
     Returns:
         Draws with tensors of shape [...].
+
     Raises:
         ValueError, TypeError: naming the argument.
     """
@@ -140,16 +151,14 @@ def draw_tokens(
                 got = "None" if value is None else value.dtype
                 raise ValueError(f"draw_tokens: {name} must be an int64 tensor at temperature > 0, got {got}")
 
-    scores = _scores(logits, mask_id)  # [..., V], float32
-    top = scores.amax(-1, keepdim=True)
-    has_token = (top > -math.inf).squeeze(-1)
-    token = scores.argmax(-1)
-    shifted = torch.where(has_token[..., None], scores - top, scores)
-    weight = shifted.exp()
-    total = weight.sum(-1)
-    surprise = torch.where(weight > 0, -shifted * weight, 0).sum(-1)
-    entropy = torch.where(has_token, total.log() + surprise / total, 0)
+    if mask_id is not None:
+        logits = logits.clone()
+        logits.select(-1, mask_id).fill_(-math.inf)
+    token, confidence, entropy = _most_probable(logits)
     if temperature > 0:
+        has_token = confidence > 0
+        scores = _finite_scores(logits)
+        shifted = scores - torch.where(has_token, scores.gather(-1, token[..., None]).squeeze(-1), 0)[..., None]
         scaled = shifted / temperature
         if 0 < top_k < vocab_size:
             scaled = _keep_top_k(scaled, top_k)
@@ -158,19 +167,35 @@ def draw_tokens(
             probs = _keep_top_p(probs, top_p)
         uniform = random_uniform(*torch.broadcast_tensors(seeds, positions), step).expand(token.shape)
         token = torch.where(has_token, _inverse_cdf(probs, uniform), token)
+        # p(token) = e^(x_token - x_top) * p(top), without another pass.
+        confidence = confidence * shifted.gather(-1, token[..., None]).squeeze(-1).exp()
     if mask_id is not None:
         # Reached by rows without a finite logit only.
         token = torch.where(token == mask_id, 1 if mask_id == 0 else 0, token)
-    confidence = torch.where(has_token, weight.gather(-1, token[..., None]).squeeze(-1) / total, 0)
     return Draws(token, confidence, entropy)
 
 
-def _scores(logits: Tensor, mask_id: int | None) -> Tensor:
-    """float32 logits with the mask id and NaN at -inf; in a row with +inf, those are 0 and the others -inf."""
+def _most_probable(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """ops.token_confidence over [..., V]. That op runs on the CPU alone so far; elsewhere its definition in float32
+    torch."""
+    if logits.is_cpu:
+        rows = ops.token_confidence(logits.reshape(-1, logits.shape[-1]))
+        return tuple(row.view(logits.shape[:-1]) for row in rows)
+    scores = _finite_scores(logits)
+    top, token = scores.max(-1)
+    has_token = top > -math.inf
+    shifted = torch.where(has_token[..., None], scores - top[..., None], scores)
+    weight = shifted.exp()
+    total = weight.sum(-1)
+    surprise = torch.where(weight > 0, -shifted * weight, 0).sum(-1)
+    confidence = torch.where(has_token, 1 / total, 0)
+    return token, confidence, torch.where(has_token, total.log() + surprise / total, 0)
+
+
+def _finite_scores(logits: Tensor) -> Tensor:
+    """float32 logits with NaN at -inf; in a row with +inf, those are 0 and the others -inf."""
     scores = logits.float()
     scores = torch.where(scores.isnan(), -math.inf, scores)
-    if mask_id is not None:
-        scores.select(-1, mask_id).fill_(-math.inf)
     infinite = scores == math.inf
     return torch.where(infinite.any(-1, keepdim=True), torch.where(infinite, 0.0, -math.inf), scores)
 
@@ -207,11 +232,14 @@ def _inverse_cdf(probs: Tensor, uniform: Tensor) -> Tensor:
 def decide(config: SamplerConfig, draws: Draws, open: Tensor) -> Tensor:
     """Positions that `config.name` decides in this step.
 
-    A row with an open position decides at least one, a row without decides none; nothing outside `open` is ever decided.
+    A row with an open position decides at least one, a row without decides none; nothing outside `open` is ever
+    decided.
 
     Args:
-        config: the sampler and its parameter. draws: of draw_tokens, tensors [B, Q].
+        config: the sampler and its parameter.
+        draws: of draw_tokens, tensors [B, Q].
         open: [B, Q], bool. Undecided positions; restrict it to the current sub-block where there is one.
+
     Returns:
         [B, Q], bool.
     """
@@ -235,7 +263,10 @@ def low_confidence_static(confidence: Tensor, open: Tensor, tokens_per_step: int
     """The min(tokens_per_step, open) most confident open positions; ties: leftmost; NaN ranks below every number.
 
     Args:
-        confidence: [B, Q], float32. open: [B, Q], bool. tokens_per_step: >= 1.
+        confidence: [B, Q], float32.
+        open: [B, Q], bool.
+        tokens_per_step: >= 1.
+
     Returns:
         [B, Q], bool.
     """
@@ -243,10 +274,14 @@ def low_confidence_static(confidence: Tensor, open: Tensor, tokens_per_step: int
 
 
 def low_confidence_dynamic(confidence: Tensor, open: Tensor, threshold: float) -> Tensor:
-    """Every open position with confidence > threshold (strict), and the most confident one in any case (ties: leftmost).
+    """Every open position with confidence > threshold (strict), and the most confident one in any case (ties:
+    leftmost).
 
     Args:
-        confidence: [B, Q], float32. open: [B, Q], bool. threshold: compared in float32; NaN confidence is never above it.
+        confidence: [B, Q], float32; NaN is never above the threshold.
+        open: [B, Q], bool.
+        threshold: compared in float32.
+
     Returns:
         [B, Q], bool.
     """
@@ -255,14 +290,19 @@ def low_confidence_dynamic(confidence: Tensor, open: Tensor, threshold: float) -
 
 
 def entropy_bounded(entropy: Tensor, open: Tensor, entropy_bound: float) -> Tensor:
-    """The longest run of open positions in ascending entropy (ties: leftmost) with sum(entropy) - max(entropy) <= bound.
+    """The longest run of open positions in ascending entropy (ties: leftmost) with sum(entropy) - max(entropy) <=
+    bound.
 
-    This is the rule of the EB-sampler (Ben-Hamu et al., "Accelerated Sampling from Masked Diffusion Models via Entropy Bounded
-    Unmasking", arXiv 2505.24857): the sum without its largest term bounds the mutual information of the positions decided
-    together. The run of one has sum 0, so one position is always decided. Sums are float64 in that order. NaN ranks last.
+    This is the rule of the EB-sampler (Ben-Hamu et al., "Accelerated Sampling from Masked Diffusion Models via Entropy
+    Bounded Unmasking", arXiv 2505.24857): the sum without its largest term bounds the mutual information of the
+    positions decided together. The run of one has sum 0, so one position is always decided. Sums are float64 in that
+    order. NaN ranks last.
 
     Args:
-        entropy: [B, Q], float32, nats, >= 0. open: [B, Q], bool. entropy_bound: gamma >= 0.
+        entropy: [B, Q], float32, nats, >= 0.
+        open: [B, Q], bool.
+        entropy_bound: gamma >= 0.
+
     Returns:
         [B, Q], bool.
     """
@@ -278,7 +318,8 @@ def _confidence_key(confidence: Tensor) -> Tensor:
 
 
 def _rank(key: Tensor, open: Tensor) -> Tensor:
-    """Rank of every position in ascending key, open ones before all others, equal keys from left to right. [B, Q], int64."""
+    """Rank of every position in ascending key, open ones before all others, equal keys from left to right. [B, Q],
+    int64."""
     order = torch.sort(key, dim=-1, stable=True).indices
     closed_last = torch.sort(~open.gather(-1, order), dim=-1, stable=True).indices
     order = order.gather(-1, closed_last)

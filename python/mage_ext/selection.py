@@ -1,8 +1,8 @@
 """Which prefix units the sparse steps of a block attend: the configuration, the object, and how one becomes the other.
 
-A unit is g consecutive tokens of the prefix. A `BlockSelection` lists units per layer, request and KV head; attention adds
-everything from `tail_start` on by itself, so the partial unit at the end of the prefix and the current block are never listed.
-This module knows nothing of attention and of the loop; the ranking itself is the op `select_kv`.
+A unit is g consecutive tokens of the prefix. A `BlockSelection` lists units per layer, request and KV head; attention
+adds everything from `tail_start` on by itself, so the partial unit at the end of the prefix and the current block are
+never listed. This module knows nothing of attention and of the loop; the ranking itself is the op `select_kv`.
 
 Test: pytest tests/python/test_selection.py
 """
@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from os import PathLike
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from mage_ext import ops
@@ -30,14 +32,16 @@ class SelectionConfig:
     """How much of the prefix is kept, and which part. Tokens everywhere, except `capacity`.
 
     Fields:
-        rule: "fixed" (k per KV head), "layer" (k on average over the layers, more where attention is diffuse; needs votes),
-            "mass" (the fewest units that reach the share p) or "joint" (the KV heads of a layer share their budgets).
-        k: budget per layer and KV head, multiple of g. Sinks, recents and the partial unit are charged to it; rule "mass"
-            does not use it.
+        rule: "fixed" (k per KV head), "layer" (k on average over the layers, more where attention is diffuse; needs
+            votes), "mass" (the fewest units that reach the share p) or "joint" (the KV heads of a layer share their
+            budgets).
+        k: budget per layer and KV head, multiple of g. Sinks, recents and the partial unit are charged to it; rule
+            "mass" does not use it.
         k_min: least budget of rules "layer" and "mass", multiple of g.
         p: share of the mass that rule "mass" keeps, in (0, 1].
         g: tokens per unit: 1, 16, 32 or 64.
-        sinks, recents: tokens at the start and at the end of the prefix that are always kept, as far as the budget reaches.
+        sinks: tokens at the start of the prefix that are always kept, as far as the budget reaches.
+        recents: the same at its end.
         capacity: width of the lists in units; None: whatever the rule can need (see capacity_units).
         score: "mean" over the rows or "max", the largest share any row gives.
         score_rows: "open" (rows whose logits an undecided position consumes) or "all" rows of the block.
@@ -82,7 +86,9 @@ class SelectionConfig:
         """Width of the index lists: `capacity`, or the most units that the rule can list, at least 1.
 
         Args:
-            num_units: n, the units of the mass buffer. num_layers: L, layers that select. num_kv_heads: Hkv.
+            num_units: n, the units of the mass buffer.
+            num_layers: L, layers that select.
+            num_kv_heads: Hkv.
         """
         if self.capacity is not None:
             return self.capacity
@@ -112,7 +118,8 @@ class BlockSelection:
     Fields:
         indices: [L, B, Hkv, Kmax], int32. Unit numbers, strictly ascending, -1 after the count.
         counts: [L, B, Hkv], int32. Listed units.
-        kept_mass: [L, B, Hkv], float32. Mass of everything attended (listed units and all from tail_start on); NaN: not known.
+        kept_mass: [L, B, Hkv], float32. Mass of everything attended (listed units and all from tail_start on); NaN: not
+            known.
         tail_start: [B], int32. First token that is attended without being listed; a multiple of g.
         g: tokens per unit.
         overflow: [L, B, Hkv], bool. The rule asked for more than Kmax units and got the best Kmax.
@@ -148,13 +155,18 @@ class BlockSelection:
         capacity: int | None = None,
         device: torch.device | str = "cpu",
     ) -> "BlockSelection":
-        """A selection from outside: units[layer][request][head] is any order of unit numbers below tail_start[request] / g.
+        """A selection from outside.
 
         Args:
-            units: nested sequences; every layer has the same requests, every request the same number of heads.
-            tail_start: one per request, multiple of g. capacity: Kmax; None: the longest list, at least 1.
+            units: units[layer][request][head] is a list of unit numbers below tail_start[request] / g, in any order.
+            tail_start: one per request, multiple of g.
+            g: tokens per unit.
+            capacity: Kmax; None: the longest list, at least 1.
+            device: of the tensors.
+
         Raises:
-            ValueError: a list of another length, a duplicate, a unit outside [0, tail_start / g), a list longer than capacity.
+            ValueError: a list of another length, a duplicate, a unit outside [0, tail_start / g), a list longer than
+                capacity.
         """
         lists = [[[sorted(int(unit) for unit in head) for head in request] for request in layer] for layer in units]
         shape = (len(lists), len(lists[0]) if lists else 0, len(lists[0][0]) if lists and lists[0] else 0)
@@ -197,7 +209,7 @@ class BlockSelection:
         return self.indices.shape[3]
 
     def layer(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-        """indices [B, Hkv, Kmax], counts [B, Hkv] and tail_start [B] of one selecting layer, as sparse_block_attention takes them."""
+        """What sparse_block_attention takes of one layer: indices [B, Hkv, Kmax], counts [B, Hkv], tail_start [B]."""
         return self.indices[layer], self.counts[layer], self.tail_start
 
     def units(self, request: int, layer: int, head: int) -> list[int]:
@@ -252,7 +264,8 @@ class BlockSelection:
         if len(bad):
             l, b, h = bad[0].tolist()
             raise ValueError(
-                f"BlockSelection: counts[{l}, {b}, {h}] must be in [0, capacity = {self.capacity}], got {counts[l, b, h]}"
+                f"BlockSelection: counts[{l}, {b}, {h}] must be in [0, capacity = {self.capacity}], "
+                f"got {counts[l, b, h]}"
             )
         slot = torch.arange(self.capacity)
         listed = slot < counts[..., None]
@@ -276,8 +289,6 @@ class BlockSelection:
 
     def save(self, path: str | PathLike) -> None:
         """Writes one safetensors file with the five tensors; g is in its metadata."""
-        from safetensors.torch import save_file
-
         tensors = {name: getattr(self, name).cpu().contiguous() for name in _TENSORS}
         save_file(tensors, path, metadata={"format": _FILE_FORMAT, "g": str(self.g)})
 
@@ -288,8 +299,6 @@ class BlockSelection:
         Raises:
             ValueError: not such a file, keys missing or unknown, or values that don't hold.
         """
-        from safetensors import SafetensorError, safe_open
-
         try:
             with safe_open(path, framework="pt", device="cpu") as file:
                 metadata = file.metadata() or {}
@@ -345,10 +354,12 @@ def select(
         mass: [L, B, Hkv, n], float32. Share of each unit, as the attention ops emit it with the same g.
         prefix_lens: [B], int32. P of each request.
         config: rule and budgets.
-        votes: (votes [L, B, Hkv, n] int32, union_size [L, B, Hkv] int32, coverage [L, B, Hkv] float32) of `row_votes`, stacked
-            over the layers; needed by rule "layer" alone.
+        votes: (votes [L, B, Hkv, n] int32, union_size [L, B, Hkv] int32, coverage [L, B, Hkv] float32) of `row_votes`,
+            stacked over the layers; needed by rule "layer" alone.
+
     Returns:
         BlockSelection on mass's device.
+
     Raises:
         ValueError, TypeError: naming the argument.
     """
@@ -383,7 +394,7 @@ def recency_selection(
     *,
     votes: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> BlockSelection:
-    """Baseline of exactly the size of `select` with the same arguments, list by list: the same sinks, then the most recent units.
+    """Baseline: every list is as long as that of `select` and has the same sinks, then the most recent units.
 
     kept_mass is what these lists keep of `mass`. Arguments, returns and errors are those of `select`.
     """
@@ -399,12 +410,18 @@ def random_selection(
     *,
     votes: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> BlockSelection:
-    """Baseline of exactly the size of `select` with the same arguments, list by list: the same sinks and recents, then random units.
+    """Baseline: every list is as long as that of `select` and has the same sinks and recents, then random units.
 
     Args:
-        seed: an integer, or [B], int64. The list of a (layer, request, head) depends on (seed of the request, layer, head) alone, so
-            requests with one seed draw alike, whoever shares the batch.
-    Others, returns and errors as in `select`; kept_mass is what these lists keep of `mass`.
+        mass: as in `select`; kept_mass is what these lists keep of it.
+        prefix_lens: as in `select`.
+        config: as in `select`.
+        seed: an integer, or [B], int64. The list of a (layer, request, head) depends on (seed of the request, layer,
+            head) alone, so requests with one seed draw alike, whoever shares the batch.
+        votes: as in `select`.
+
+    Returns:
+        BlockSelection on mass's device.
     """
     num_layers, num_requests, num_heads, num_units = mass.shape
     device = mass.device
@@ -422,7 +439,7 @@ def _select_by(
     config: SelectionConfig,
     votes: tuple[Tensor, Tensor, Tensor] | None,
 ) -> BlockSelection:
-    """The selection of `select` with its lists refilled by descending `score`: [L, B, Hkv, n], int64 in [-2^61, 2^61)."""
+    """`select`, its lists refilled by descending score [L, B, Hkv, n], int64 in [-2^61, 2^61)."""
     chosen = select(mass, prefix_lens, config, votes=votes)
     g, num_units, top = config.g, mass.shape[-1], 1 << 62
     unit = torch.arange(num_units, device=mass.device)
