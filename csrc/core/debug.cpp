@@ -37,7 +37,8 @@ void check_nondecreasing(const char* op, const char* name, const int32_t* values
     }
 }
 
-void check_pages(const char* op, const PageTable& table, int64_t num_requests, const int32_t* begin, const int32_t* count) {
+void check_pages(const char* op, const PageTable& table, int64_t num_requests, const int32_t* begin,
+                 const int32_t* count) {
     for (int64_t request = 0; request < num_requests; ++request) {
         const int64_t first = begin ? begin[request] : 0, end = first + count[request];
         for (int64_t page = first / table.page_size; page * table.page_size < end; ++page) {
@@ -48,16 +49,16 @@ void check_pages(const char* op, const PageTable& table, int64_t num_requests, c
     }
 }
 
-void check_lists(const char* op, const int32_t* indices, const int32_t* counts, const int32_t* tail_start, int64_t num_requests,
-                 int64_t num_kv_heads, int64_t capacity, int64_t g) {
+void check_lists(const char* op, const int32_t* indices, const int32_t* counts, const int32_t* tail_start,
+                 int64_t num_requests, int64_t num_kv_heads, int64_t capacity, int64_t g) {
     for (int64_t request = 0; request < num_requests; ++request) {
         const int32_t tail = tail_start[request];
-        MAGE_CHECK(tail >= 0 && tail % g == 0, op, ": tail_start[", request, "] must be a multiple of g = ", g, " >= 0, got ",
-                   tail);
+        MAGE_CHECK(tail >= 0 && tail % g == 0, op, ": tail_start[", request, "] must be a multiple of g = ", g,
+                   " >= 0, got ", tail);
         for (int64_t head = 0; head < num_kv_heads; ++head) {
             const int64_t row = request * num_kv_heads + head;
-            MAGE_CHECK(counts[row] >= 0 && counts[row] <= capacity, op, ": counts[", request, ", ", head, "] must be in [0, ",
-                       capacity, "], got ", counts[row]);
+            MAGE_CHECK(counts[row] >= 0 && counts[row] <= capacity, op, ": counts[", request, ", ", head,
+                       "] must be in [0, ", capacity, "], got ", counts[row]);
             int64_t previous = -1;
             for (int64_t i = 0; i < counts[row]; ++i) {
                 const int32_t unit = indices[row * capacity + i];

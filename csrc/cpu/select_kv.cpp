@@ -27,7 +27,8 @@ void check_select_kv(const SelectKvParams& params) {
     const auto check_tokens = [](const char* name, int64_t tokens, int64_t multiple) {
         MAGE_CHECK(tokens >= 0 && tokens <= kSelectMaxTokens, "select_kv: ", name, " must be in [0, ", kSelectMaxTokens,
                    "], got ", tokens);
-        MAGE_CHECK(tokens % multiple == 0, "select_kv: ", name, " must be a multiple of g = ", multiple, ", got ", tokens);
+        MAGE_CHECK(tokens % multiple == 0, "select_kv: ", name, " must be a multiple of g = ", multiple, ", got ",
+                   tokens);
     };
     check_tokens("k", params.k, g);
     check_tokens("k_min", params.k_min, g);
@@ -44,8 +45,8 @@ constexpr float kFixedPoint = 1099511627776.0f;  // 2^40
 constexpr double kLeastCoverage = 1.0 / (1 << 24);
 constexpr double kLogGrid = 1 << 20;
 
-// Key of a mass: NaN 1, zero and negative 2, then ascending with the value. Bits, not comparisons, so that denormals keep their
-// order where the processor flushes them to zero.
+// Key of a mass: NaN 1, zero and negative 2, then ascending with the value. Bits, not comparisons, so that denormals
+// keep their order where the processor flushes them to zero.
 inline uint32_t mass_key(float mass) {
     int32_t bits;
     std::memcpy(&bits, &mass, sizeof bits);
@@ -201,7 +202,8 @@ std::vector<int64_t> layer_budgets(const SelectKvParams& params) {
     for (int64_t i = 0; i < static_cast<int64_t>(scores.size()); ++i) {
         for (int64_t head = 0; head < heads; ++head) {
             const double coverage = params.coverage[i * heads + head];
-            const double share = coverage > kLeastCoverage ? std::min(coverage, 1.0) : kLeastCoverage;  // NaN: the least
+            const double share =
+                coverage > kLeastCoverage ? std::min(coverage, 1.0) : kLeastCoverage;  // NaN: the least
             const int64_t weight = std::llrint((1.0 - std::log(share)) * kLogGrid);
             const int64_t size = std::clamp<int64_t>(params.union_size[i * heads + head], 0, params.num_units);
             scores[i] = std::max(scores[i], size * weight);

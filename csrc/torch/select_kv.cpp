@@ -21,7 +21,8 @@ SelectRule rule_of(const std::string& rule) {
 }
 
 // A per-head statistic of rule "layer": [L, B, Hkv], or [L, B, Hkv, n] with `per_unit`.
-const void* check_statistic(const char* name, const std::optional<Tensor>& t, const Tensor& mass, ScalarType dtype, bool per_unit) {
+const void* check_statistic(const char* name, const std::optional<Tensor>& t, const Tensor& mass, ScalarType dtype,
+                            bool per_unit) {
     MAGE_CHECK(t.has_value(), kOp, ": ", name, " must be given with rule \"layer\", got None");
     check_device(kOp, name, *t, mass);
     check_dtype(kOp, name, *t, dtype);
@@ -41,8 +42,8 @@ void check_output(const char* name, const Tensor& t, const Tensor& mass, ScalarT
 }
 
 // Checks the inputs and fills in everything but the outputs.
-SelectKvParams check_inputs(const Tensor& mass, const Tensor& prefix_lens, int64_t g, int64_t capacity, const std::string& rule,
-                            int64_t k, int64_t k_min, double p, int64_t sinks, int64_t recents,
+SelectKvParams check_inputs(const Tensor& mass, const Tensor& prefix_lens, int64_t g, int64_t capacity,
+                            const std::string& rule, int64_t k, int64_t k_min, double p, int64_t sinks, int64_t recents,
                             const std::optional<Tensor>& votes, const std::optional<Tensor>& union_size,
                             const std::optional<Tensor>& coverage) {
     SelectKvParams params;
@@ -68,8 +69,10 @@ SelectKvParams check_inputs(const Tensor& mass, const Tensor& prefix_lens, int64
     params.recents = recents;
     if (params.rule == SelectRule::kLayer) {
         params.votes = static_cast<const int32_t*>(check_statistic("votes", votes, mass, ScalarType::Int, true));
-        params.union_size = static_cast<const int32_t*>(check_statistic("union_size", union_size, mass, ScalarType::Int, false));
-        params.coverage = static_cast<const float*>(check_statistic("coverage", coverage, mass, ScalarType::Float, false));
+        params.union_size =
+            static_cast<const int32_t*>(check_statistic("union_size", union_size, mass, ScalarType::Int, false));
+        params.coverage =
+            static_cast<const float*>(check_statistic("coverage", coverage, mass, ScalarType::Float, false));
     }
     check_select_kv(params);
     if (debug_enabled()) {
@@ -86,8 +89,8 @@ SelectKvParams check_inputs(const Tensor& mass, const Tensor& prefix_lens, int64
     return params;
 }
 
-void call(SelectKvParams& params, const Tensor& indices, const Tensor& counts, const Tensor& kept_mass, const Tensor& tail_start,
-          const Tensor& overflow) {
+void call(SelectKvParams& params, const Tensor& indices, const Tensor& counts, const Tensor& kept_mass,
+          const Tensor& tail_start, const Tensor& overflow) {
     params.indices = static_cast<int32_t*>(indices.mutable_data_ptr());
     params.counts = static_cast<int32_t*>(counts.mutable_data_ptr());
     params.kept_mass = static_cast<float*>(kept_mass.mutable_data_ptr());
@@ -96,10 +99,12 @@ void call(SelectKvParams& params, const Tensor& indices, const Tensor& counts, c
     cpu::select_kv(params);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> select_kv(
-    const Tensor& mass, const Tensor& prefix_lens, int64_t g, int64_t capacity, const std::string& rule, int64_t k, int64_t k_min,
-    double p, int64_t sinks, int64_t recents, const std::optional<Tensor>& votes, const std::optional<Tensor>& union_size,
-    const std::optional<Tensor>& coverage) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> select_kv(const Tensor& mass, const Tensor& prefix_lens, int64_t g,
+                                                             int64_t capacity, const std::string& rule, int64_t k,
+                                                             int64_t k_min, double p, int64_t sinks, int64_t recents,
+                                                             const std::optional<Tensor>& votes,
+                                                             const std::optional<Tensor>& union_size,
+                                                             const std::optional<Tensor>& coverage) {
     SelectKvParams params =
         check_inputs(mass, prefix_lens, g, capacity, rule, k, k_min, p, sinks, recents, votes, union_size, coverage);
     const int64_t layers = params.num_layers, requests = params.num_requests, heads = params.num_kv_heads;
@@ -113,10 +118,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> select_kv(
 }
 
 void select_kv_out(const Tensor& mass, const Tensor& prefix_lens, const Tensor& indices, const Tensor& counts,
-                   const Tensor& kept_mass, const Tensor& tail_start, const Tensor& overflow, const Tensor& workspace, int64_t g,
-                   int64_t capacity, const std::string& rule, int64_t k, int64_t k_min, double p, int64_t sinks, int64_t recents,
-                   const std::optional<Tensor>& votes, const std::optional<Tensor>& union_size,
-                   const std::optional<Tensor>& coverage) {
+                   const Tensor& kept_mass, const Tensor& tail_start, const Tensor& overflow, const Tensor& workspace,
+                   int64_t g, int64_t capacity, const std::string& rule, int64_t k, int64_t k_min, double p,
+                   int64_t sinks, int64_t recents, const std::optional<Tensor>& votes,
+                   const std::optional<Tensor>& union_size, const std::optional<Tensor>& coverage) {
     SelectKvParams params =
         check_inputs(mass, prefix_lens, g, capacity, rule, k, k_min, p, sinks, recents, votes, union_size, coverage);
     const int64_t layers = params.num_layers, requests = params.num_requests, heads = params.num_kv_heads;
@@ -130,7 +135,8 @@ void select_kv_out(const Tensor& mass, const Tensor& prefix_lens, const Tensor& 
     check_output("tail_start", tail_start, mass, ScalarType::Int);
     check_shape(kOp, "overflow", overflow, "[L, B, Hkv]", {layers, requests, heads});
     check_output("overflow", overflow, mass, ScalarType::Bool);
-    check_workspace(kOp, workspace, mass, mage::select_kv_workspace(layers, requests, heads, params.num_units, capacity));
+    check_workspace(kOp, workspace, mass,
+                    mage::select_kv_workspace(layers, requests, heads, params.num_units, capacity));
     call(params, indices, counts, kept_mass, tail_start, overflow);
 }
 

@@ -4,13 +4,15 @@
 
 // row_votes: what each row of one layer would select on its own (MAGE v1), from the log-shares of block_attention_rows.
 //
-// Per (b, KV head), with E = floor(P / g) units below the tail (P = prefix_lens[b] clamped to [0, n * g]) and r over the kept rows:
-//   T_r      = top min(k / g, E) units of [0, E) by row_mass[:, r], only those with a share > 0; ties to the lowest unit
+// Per (b, KV head), with E = floor(P / g) units below the tail (P = prefix_lens[b] clamped to [0, n * g]) and r over
+// the kept rows:
+//   T_r      = top min(k / g, E) units of [0, E) by row_mass[:, r], only those with a share > 0; ties to the lowest
+//              unit
 //   votes[u] = number of kept rows r with u in T_r
 //   union    = units with a vote;  union_size = their number
 //   coverage = mean over the kept rows of  (sum over u in union of share[u, r]) / (sum over all n units of share[u, r])
-// A row without any mass contributes 0 to the mean. No kept row: votes 0, union_size 0, coverage 0. NaN shares count as 0, log-shares
-// above 0 as 0 in sums.
+// A row without any mass contributes 0 to the mean. No kept row: votes 0, union_size 0, coverage 0. NaN shares count as
+// 0, log-shares above 0 as 0 in sums.
 //
 // Rows are R = G * Q, row r = q * G + head in group; row_mask keeps query position q = r / G, G = R / Q.
 // Every sum runs in one fixed order, so results are bit-reproducible for any number of threads.

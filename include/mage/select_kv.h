@@ -5,26 +5,30 @@
 // select_kv: budgets and top units of all layers of a step, from the mass that exact attention emitted.
 //
 // Per request b, with P = prefix_lens[b] clamped to [0, n * g]:
-//   tail_start[b] = P / g * g; the units [0, E), E = P / g, can be listed; everything from tail_start on is attended anyway.
+//   tail_start[b] = P / g * g; the units [0, E), E = P / g, can be listed; everything from tail_start on is attended
+//                   anyway.
 //   A budget of K tokens lists K / g units, one fewer if P % g != 0 (the partial unit is charged), never fewer than 0.
-//   First come the forced units, as far as the budget reaches: those that intersect [0, sinks), lowest first, then those below
-//   tail_start that intersect [P - recents, P), latest first. The rest follows by rank.
-// Rank by mass: larger first, compared as float bits; zero and negative masses are equal; NaN comes last; ties to the lowest unit.
+//   First come the forced units, as far as the budget reaches: those that intersect [0, sinks), lowest first, then
+//   those below tail_start that intersect [P - recents, P), latest first. The rest follows by rank.
+// Rank by mass: larger first, compared as float bits; zero and negative masses are equal; NaN comes last; ties to the
+// lowest unit.
 //
 // Rules:
 //   kFixed  K = k for every layer and KV head.
-//   kLayer  (MAGE v1) per layer l and request b: s_l = max_h union_size_h * (1 - ln coverage_h), coverage clamped to [2^-24, 1] (NaN:
-//           2^-24), 1 - ln rounded to a multiple of 2^-20; K_l = max(k_min, floor(s_l / sum_l s_l * k / g * L) * g). If every s_l is 0,
-//           K_l = max(k_min, k). Rank by votes, ties to the lowest unit; units without votes follow, the most recent first.
-//   kMass   the fewest units with which the kept mass reaches p of the total, at least k_min / g (less the partial unit); all
-//           forced ones are in.
-//   kJoint  the Hkv heads of a layer and request share Hkv * (units of K = k): forced ones per head first (cut to the head's own
-//           share), then one ranking over all heads by mass, ties to the lowest unit, then to the lowest head.
+//   kLayer  (MAGE v1) per layer l and request b: s_l = max_h union_size_h * (1 - ln coverage_h), coverage clamped to
+//           [2^-24, 1] (NaN: 2^-24), 1 - ln rounded to a multiple of 2^-20; K_l = max(k_min, floor(s_l / sum_l s_l * k
+//           / g * L) * g). If every s_l is 0, K_l = max(k_min, k). Rank by votes, ties to the lowest unit; units
+//           without votes follow, the most recent first.
+//   kMass   the fewest units with which the kept mass reaches p of the total, at least k_min / g (less the partial
+//           unit); all forced ones are in.
+//   kJoint  the Hkv heads of a layer and request share Hkv * (units of K = k): forced ones per head first (cut to the
+//           head's own share), then one ranking over all heads by mass, ties to the lowest unit, then to the lowest
+//           head.
 //
 // A list that would be longer than `capacity` keeps its first `capacity` units in the order above and sets overflow.
 //
-// Sums are integers: every mass, clamped to [0, 1] (NaN: 0), times 2^40, rounded down. So a uniform mass over 2^20 units still has 20
-// bits, and results are the same bit for bit for any number of threads and on every backend.
+// Sums are integers: every mass, clamped to [0, 1] (NaN: 0), times 2^40, rounded down. So a uniform mass over 2^20
+// units still has 20 bits, and results are the same bit for bit for any number of threads and on every backend.
 //
 // Cost: reads mass once from memory (rule mass: up to three more passes from cache), O(L * B * Hkv * n).
 namespace mage {
@@ -70,9 +74,11 @@ struct SelectKvParams {
 };
 
 // Bytes of workspace, for every backend the same. NOTE: 0 today, the CPU backend needs none; callers ask nevertheless.
-int64_t select_kv_workspace(int64_t num_layers, int64_t num_requests, int64_t num_kv_heads, int64_t num_units, int64_t capacity);
+int64_t select_kv_workspace(int64_t num_layers, int64_t num_requests, int64_t num_kv_heads, int64_t num_units,
+                            int64_t capacity);
 
-// Throws mage::Error if a dimension or a budget does not hold. Backends call it; a binding calls it before it allocates.
+// Throws mage::Error if a dimension or a budget does not hold. Backends call it; a binding calls it before it
+// allocates.
 void check_select_kv(const SelectKvParams& params);
 
 namespace cpu {

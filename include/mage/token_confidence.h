@@ -4,11 +4,12 @@
 
 // token_confidence: the most probable token of each row of logits, its probability and the row's entropy.
 //
-//   token = argmax_v x_v (ties: lowest id)      prob = softmax(x)[token]      entropy = -sum_v softmax(x)_v ln softmax(x)_v, in nats
+//   token = argmax_v x_v (ties: lowest id)      prob = softmax(x)[token]      entropy = -sum_v softmax(x)_v ln
+//           softmax(x)_v, in nats
 //
 // NaN counts as -inf. If logits are +inf, those share the probability equally. A row without any logit above -inf gives
-// token 0, prob 0, entropy 0. Sums are float32 within pieces of fixed length and float64 between them, always in the same order:
-// results are bit-reproducible for any number of threads and any N, on one instruction set.
+// token 0, prob 0, entropy 0. Sums are float32 within pieces of fixed length and float64 between them, always in the
+// same order: results are bit-reproducible for any number of threads and any N, on one instruction set.
 //
 // Cost: N * V logits, read once from memory (and once more from cache), one exponential each.
 namespace mage {

@@ -274,8 +274,7 @@ def low_confidence_static(confidence: Tensor, open: Tensor, tokens_per_step: int
 
 
 def low_confidence_dynamic(confidence: Tensor, open: Tensor, threshold: float) -> Tensor:
-    """Every open position with confidence > threshold (strict), and the most confident one in any case (ties:
-    leftmost).
+    """Every open position with confidence > threshold, and the most confident one in any case (ties: leftmost).
 
     Args:
         confidence: [B, Q], float32; NaN is never above the threshold.
@@ -290,13 +289,12 @@ def low_confidence_dynamic(confidence: Tensor, open: Tensor, threshold: float) -
 
 
 def entropy_bounded(entropy: Tensor, open: Tensor, entropy_bound: float) -> Tensor:
-    """The longest run of open positions in ascending entropy (ties: leftmost) with sum(entropy) - max(entropy) <=
-    bound.
+    """The longest run of open positions in ascending entropy whose sum without its largest term is <= entropy_bound.
 
     This is the rule of the EB-sampler (Ben-Hamu et al., "Accelerated Sampling from Masked Diffusion Models via Entropy
     Bounded Unmasking", arXiv 2505.24857): the sum without its largest term bounds the mutual information of the
     positions decided together. The run of one has sum 0, so one position is always decided. Sums are float64 in that
-    order. NaN ranks last.
+    order. Ties rank from left to right, NaN last.
 
     Args:
         entropy: [B, Q], float32, nats, >= 0.
@@ -318,8 +316,7 @@ def _confidence_key(confidence: Tensor) -> Tensor:
 
 
 def _rank(key: Tensor, open: Tensor) -> Tensor:
-    """Rank of every position in ascending key, open ones before all others, equal keys from left to right. [B, Q],
-    int64."""
+    """[B, Q], int64: rank in ascending key, open positions before all others, equal keys from left to right."""
     order = torch.sort(key, dim=-1, stable=True).indices
     closed_last = torch.sort(~open.gather(-1, order), dim=-1, stable=True).indices
     order = order.gather(-1, closed_last)
