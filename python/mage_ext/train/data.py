@@ -1,0 +1,175 @@
+"""Training rows: prose of given novels or of the project's own, facts hidden in it, questions behind it.
+
+Text is tokenised sentence by sentence once; rows are put together from token runs, so a worker makes hundreds per second.
+
+Test: pytest tests/python/test_train.py
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from mage_ext.evaluation import tasks
+from mage_ext.models.tokenizer import Tokenizer
+from mage_ext.train.packing import Batch, Branch, Layout, pack
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Sentences of several texts as one run of tokens: tokens uint16/32 [n], starts [sentences + 1]."""
+
+    tokens: np.ndarray
+    starts: np.ndarray
+
+    @classmethod
+    def build(cls, texts: Sequence[tuple[str, str]], tokenizer: Tokenizer) -> "Corpus":
+        runs = []
+        for _, text in texts:
+            sentences = [" " + s for s in tasks.split_sentences(text)]
+            runs += [e.ids for e in tokenizer.backend.encode_batch_fast(sentences, add_special_tokens=False)]
+        starts = np.concatenate(([0], np.cumsum([len(r) for r in runs]))).astype(np.int64)
+        return cls(np.concatenate([np.asarray(r, np.uint32) for r in runs]) if runs else np.zeros(0, np.uint32), starts)
+
+    def run(self, rng: random.Random, tokens: int) -> list[np.ndarray]:
+        """Consecutive sentences of at least `tokens` tokens in all (wrapping round at the end)."""
+        count = len(self.starts) - 1
+        at, got, out = rng.randrange(count), 0, []
+        while got < tokens:
+            out.append(self.tokens[self.starts[at] : self.starts[at + 1]])
+            got += len(out[-1])
+            at = (at + 1) % count
+        return out
+
+
+class RowMaker:
+    """Makes packed batches.
+
+    Args:
+        tokenizer, corpus. layout: of the rows. rows: per batch. mask_id, end_id: tokens.
+        held_out: draw facts from the held-out keys (for gates), all_masked: see packing.pack.
+        own_prose: share of rows whose prose is the project's own. keys_asked: number of keys per question -> weight.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        corpus: Corpus | None,
+        layout: Layout,
+        rows: int,
+        mask_id: int,
+        end_id: int,
+        held_out: bool = False,
+        all_masked: bool = False,
+        own_prose: float = 0.25,
+        keys_asked: dict[int, float] | None = None,
+    ):
+        self.tokenizer, self.corpus, self.layout, self.rows = tokenizer, corpus, layout, rows
+        self.mask_id, self.end_id = mask_id, end_id
+        self.held_out, self.all_masked = held_out, all_masked
+        self.own_prose = own_prose if corpus is not None else 1.0
+        self.keys_asked = keys_asked or {1: 0.5, 2: 0.1, 3: 0.1, 4: 0.3}
+        chat = tokenizer.render_chat([{"role": "user", "content": "\x00"}])
+        head, tail = chat.split("\x00")
+        self._head = tokenizer.encode(head, add_special_tokens=False)
+        self._tail = tail
+        self._sentences: dict[str, np.ndarray] = {}
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def _prose(self, rng: random.Random, tokens: int, own: bool) -> list[np.ndarray]:
+        if not own:
+            return self.corpus.run(rng, tokens)
+        out, got = [], 0
+        while got < tokens:
+            sentence = " " + tasks.filler_sentence(rng)
+            if sentence not in self._sentences:
+                self._sentences[sentence] = np.asarray(self._encode(sentence), np.uint32)
+            out.append(self._sentences[sentence])
+            got += len(out[-1])
+        return out
+
+    def _row(self, rng: random.Random) -> tuple[np.ndarray, list[Branch]]:
+        layout, block = self.layout, self.layout.block
+        own = rng.random() < self.own_prose
+        most = max(4, min(24, layout.trunk // 48))
+        facts = tasks.draw_facts(
+            rng,
+            rng.randint(4, most),
+            self.held_out,
+            digits=7 if self.held_out or rng.random() < 0.8 else rng.randint(4, 8),
+            wording=0 if self.held_out else None,
+        )
+        stated = [np.asarray(self._encode(" " + fact.statement), np.uint32) for fact in facts]
+        length = layout.trunk if rng.random() < 0.7 else rng.randint(layout.trunk // 2, layout.trunk)
+        pieces = self._prose(rng, length - len(self._head), own)
+        room = length - len(self._head) - sum(map(len, stated))
+        kept, used = [], 0
+        for piece in pieces:  # prose up to the room; the last sentence is cut
+            kept.append(piece[: max(0, room - used)])
+            used += len(kept[-1])
+        for statement in stated:
+            kept.insert(rng.randint(0, len(kept)), statement)
+        trunk = np.concatenate((np.asarray(self._head, np.uint32), *kept))[: length // block * block]
+
+        branches = []
+        counts, weights = zip(*self.keys_asked.items())
+        for _ in range(layout.branches):
+            asked = rng.sample(facts, min(len(facts), rng.choices(counts, weights)[0]))
+            question = self._encode("\n\n" + tasks.ask(asked) + self._tail)
+            # The context goes on for 0..31 tokens of prose in the branch, so that answers start anywhere in a block; long answers
+            # start at a block's first position half of the time.
+            aligned = -len(question) % block
+            extra = aligned if len(asked) > 2 and rng.random() < 0.5 else rng.randrange(block)
+            prose = np.concatenate(self._prose(rng, extra + 1, own))[:extra]
+            prompt = [*prose.tolist(), *question]
+            full = prompt + self._encode(tasks.answer(asked)) + [self.end_id]
+            fits = -(-len(full) // block) - len(prompt) // block <= layout.branch_blocks
+            if len(full) <= layout.branch_tokens and fits:
+                branches.append(Branch(full, len(prompt)))
+        return trunk, branches
+
+    def batch(self, seed: int) -> Batch:
+        """The batch that `seed` names."""
+        rng = random.Random(seed)
+        made = [self._row(rng) for _ in range(self.rows)]
+        return pack(
+            np.random.default_rng(seed),
+            self.layout,
+            [trunk for trunk, _ in made],
+            [branches for _, branches in made],
+            self.mask_id,
+            self.end_id,
+            all_masked=self.all_masked,
+        )
+
+
+class BatchStream(torch.utils.data.IterableDataset):
+    """Endless batches of a RowMaker, seeds `first`, `first` + 1, ... dealt out over the loader's workers."""
+
+    def __init__(self, maker: RowMaker, first: int):
+        self.maker, self.first = maker, first
+
+    def __iter__(self) -> Iterator[Batch]:
+        info = torch.utils.data.get_worker_info()
+        index, step = (info.id, info.num_workers) if info else (0, 1)
+        seed = self.first + index
+        while True:
+            yield self.maker.batch(seed)
+            seed += step
+
+
+def loader(maker: RowMaker, first: int, workers: int) -> Iterator[Batch]:
+    """Batches in the order of their seeds; worker processes when workers > 0."""
+    return iter(
+        torch.utils.data.DataLoader(
+            BatchStream(maker, first),
+            batch_size=None,
+            num_workers=workers,
+            prefetch_factor=4 if workers else None,
+            multiprocessing_context="fork" if workers else None,
+        )
+    )
