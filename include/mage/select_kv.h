@@ -41,7 +41,7 @@ constexpr int64_t kSelectMaxTokens = int64_t{1} << 30;
 
 struct SelectKvParams {
     int64_t num_layers = 0;    // L
-    int64_t num_requests = 0;  // B
+    int64_t num_requests = 0;  // B, >= 0
     int64_t num_kv_heads = 0;  // Hkv
     int64_t num_units = 0;     // n, at most kSelectMaxUnits
     int64_t granularity = 0;   // g: 1, 16, 32 or 64

@@ -1,0 +1,41 @@
+#include "mage/block_attention.h"
+
+#include <cmath>
+
+#include "core/check.h"
+#include "cpu/attention.h"
+
+namespace mage {
+
+namespace {
+
+constexpr char kOp[] = "block_attention";
+
+}  // namespace
+
+int64_t block_attention_workspace(int64_t num_requests, int64_t num_queries, int64_t num_heads, int64_t num_kv_heads,
+                                  int64_t head_dim, int64_t max_seq_len, int64_t split_tokens) {
+    const BlockAttentionParams dims = cpu::attention_dims(kOp, num_requests, num_queries, num_heads, num_kv_heads, head_dim,
+                                                          max_seq_len, split_tokens);
+    return 4 * cpu::plan_attention(dims, max_seq_len).workspace_floats();
+}
+
+void check_block_attention(const BlockAttentionParams& p, const char* op) {
+    cpu::check_attention_dims(op, p);
+    MAGE_CHECK(p.max_seq_len <= int64_t{p.pages.max_pages} * p.pages.page_size, op,
+               ": block_table must have pages for max_seq_len = ", p.max_seq_len, " tokens, got ", p.pages.max_pages,
+               " pages of ", p.pages.page_size);
+    MAGE_CHECK(std::isfinite(p.softmax_scale), op, ": softmax_scale must be finite, got ", p.softmax_scale);
+}
+
+namespace cpu {
+
+void block_attention(const BlockAttentionParams& p) {
+    check_block_attention(p);
+    const AttentionPlan plan = plan_attention(p, p.max_seq_len);
+    check_workspace(kOp, p.workspace_bytes, 4 * plan.workspace_floats());
+    run_attention(p, plan, UnitBuffers(), RunsOf());
+}
+
+}  // namespace cpu
+}  // namespace mage
