@@ -29,7 +29,7 @@ test:  ## build, then run all tests
 	@$(PREPARE) test
 	@status=0; \
 	cpp=$$(ls build/cpython-*/tests/cpp/mage_cpp_tests 2>/dev/null | head -n 1); \
-	if [ -n "$$cpp" ]; then $$cpp --gtest_brief=1 $(GTEST_ARGS) || status=1; fi; \
+	if [ -n "$$cpp" ]; then $$cpp $(GTEST_ARGS) || status=1; fi; \
 	$(BIN)/python -m pytest $(PYTEST_ARGS) || status=1; \
 	if [ -z "$$cpp" ]; then echo "C++ tests NOT RUN (GoogleTest is missing)"; [ "$(NO_CPP)" = 1 ] || status=1; fi; \
 	exit $$status
@@ -38,7 +38,7 @@ test-cpp:  ## build and run the C++ tests alone, torch absent
 	@$(PREPARE) test-cpp
 	@PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/cpp -G Ninja -DMAGE_TORCH=OFF -DMAGE_TESTS=ON $(CMAKE_ARGS)
 	@PATH="$(abspath $(BIN)):$$PATH" cmake --build build/cpp
-	@build/cpp/tests/cpp/mage_cpp_tests --gtest_brief=1 $(GTEST_ARGS)
+	@build/cpp/tests/cpp/mage_cpp_tests $(GTEST_ARGS)
 
 lint:  ## check format and style of everything tracked
 	@$(PREPARE) lint
@@ -53,7 +53,7 @@ sanitize:  ## the C++ tests under compute-sanitizer; needs a Hopper GPU
 	@$(PREPARE) test
 	@cpp=$$(ls build/cpython-*/tests/cpp/mage_cpp_tests | head -n 1); \
 	for tool in memcheck racecheck; do \
-	  MAGE_REQUIRE_GPU=1 compute-sanitizer --tool $$tool --error-exitcode 1 $$cpp --gtest_brief=1 $(GTEST_ARGS) || exit 1; \
+	  MAGE_REQUIRE_GPU=1 compute-sanitizer --tool $$tool --error-exitcode 1 $$cpp $(GTEST_ARGS) || exit 1; \
 	done
 
 clean:  ## remove everything that was built, the environment too
