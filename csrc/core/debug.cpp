@@ -1,5 +1,6 @@
 #include "core/debug.h"
 
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 
@@ -72,7 +73,8 @@ void check_lists(const char* op, const int32_t* indices, const int32_t* counts, 
 
 void check_shares(const char* op, const char* name, const float* values, int64_t count, float low) {
     for (int64_t i = 0; i < count; ++i) {
-        MAGE_CHECK(values[i] >= low, op, ": ", name, " must have values >= ", low, " that are not NaN, got ", values[i],
+        const float value = std::isnan(values[i]) ? NAN : values[i];  // one spelling, whatever its sign
+        MAGE_CHECK(value >= low, op, ": ", name, " must have values >= ", low, " that are not NaN, got ", value,
                    " at element ", i);
     }
 }

@@ -16,8 +16,8 @@ int64_t row_votes_workspace(int64_t, int64_t, int64_t, int64_t) { return 0; }
 
 void check_row_votes(const RowVotesParams& params) {
     const int64_t g = params.granularity;
-    MAGE_CHECK(params.num_requests >= 1 && params.num_kv_heads >= 1 && params.num_units >= 1,
-               "row_votes: row_mass must have at least one request, head and unit, got [", params.num_requests, ", ",
+    MAGE_CHECK(params.num_requests >= 0 && params.num_kv_heads >= 1 && params.num_units >= 1,
+               "row_votes: row_mass must have at least one head and unit, got [", params.num_requests, ", ",
                params.num_kv_heads, ", ", params.num_units, ", ", params.num_rows, "]");
     MAGE_CHECK(params.num_rows >= 1 && params.num_rows <= kMaxVoteRows, "row_votes: row_mass must have 1 to ",
                kMaxVoteRows, " rows, got ", params.num_rows);
@@ -37,6 +37,9 @@ namespace {
 // Rows handled together: one cache line of row_mass per unit.
 constexpr int64_t kGroup = 16;
 
+// Units of a group that are worth a thread of their own.
+constexpr int64_t kUnitsPerTask = 1024;
+
 // Key of a log-share: ascending with its value; 0 for a share that can't be chosen (-inf, NaN).
 inline uint32_t share_key(float log_share) {
     uint32_t bits;
@@ -55,12 +58,13 @@ public:
 
     void run() {
         const int64_t heads = params_.num_requests * params_.num_kv_heads;
+        const int64_t grain = std::max<int64_t>(1, kUnitsPerTask / params_.num_units);
         std::fill_n(params_.votes, heads * params_.num_units, 0);
-        core::parallel_for(heads * groups_, 1, [&](int64_t begin, int64_t end) {
+        core::parallel_for(heads * groups_, grain, [&](int64_t begin, int64_t end) {
             std::vector<uint32_t> keys(kGroup * params_.num_units);
             for (int64_t i = begin; i < end; ++i) vote(i / groups_, i % groups_ * kGroup, keys.data());
         });
-        core::parallel_for(heads * groups_, 1, [&](int64_t begin, int64_t end) {
+        core::parallel_for(heads * groups_, grain, [&](int64_t begin, int64_t end) {
             for (int64_t i = begin; i < end; ++i) add_shares(i / groups_, i % groups_ * kGroup);
         });
         for (int64_t head = 0; head < heads; ++head) finish(head);
@@ -144,6 +148,7 @@ private:
 
 void row_votes(const RowVotesParams& params) {
     check_row_votes(params);
+    if (params.num_requests == 0) return;
     MAGE_CHECK(params.row_mass && params.prefix_lens && params.votes && params.union_size && params.coverage,
                "row_votes: row_mass, prefix_lens and the outputs must be given, got a null pointer");
     Votes(params).run();

@@ -16,8 +16,8 @@ int64_t select_kv_workspace(int64_t, int64_t, int64_t, int64_t, int64_t) { retur
 
 void check_select_kv(const SelectKvParams& params) {
     const int64_t g = params.granularity;
-    MAGE_CHECK(params.num_layers >= 1 && params.num_requests >= 1 && params.num_kv_heads >= 1,
-               "select_kv: mass must have at least one layer, request and head, got [", params.num_layers, ", ",
+    MAGE_CHECK(params.num_layers >= 1 && params.num_requests >= 0 && params.num_kv_heads >= 1,
+               "select_kv: mass must have at least one layer and head, got [", params.num_layers, ", ",
                params.num_requests, ", ", params.num_kv_heads, ", ", params.num_units, "]");
     MAGE_CHECK(params.num_units >= 1 && params.num_units <= kSelectMaxUnits, "select_kv: mass must have 1 to ",
                kSelectMaxUnits, " units, got ", params.num_units);
@@ -40,6 +40,9 @@ void check_select_kv(const SelectKvParams& params) {
 
 namespace cpu {
 namespace {
+
+// Units that are worth a thread of their own.
+constexpr int64_t kUnitsPerTask = 16384;
 
 constexpr float kFixedPoint = 1099511627776.0f;  // 2^40
 constexpr double kLeastCoverage = 1.0 / (1 << 24);
@@ -291,6 +294,7 @@ void select_joint(const SelectKvParams& params, int64_t layer, int64_t request, 
 
 void select_kv(const SelectKvParams& params) {
     check_select_kv(params);
+    if (params.num_requests == 0) return;
     MAGE_CHECK(params.rule != SelectRule::kLayer || (params.votes && params.union_size && params.coverage),
                "select_kv: votes, union_size and coverage must be given with rule \"layer\", got a null pointer");
     MAGE_CHECK(params.mass && params.prefix_lens && params.indices && params.counts && params.kept_mass &&
@@ -303,7 +307,8 @@ void select_kv(const SelectKvParams& params) {
         params.tail_start[request] = static_cast<int32_t>(prefix.eligible * params.granularity);
     }
     if (params.rule == SelectRule::kJoint) {
-        core::parallel_for(layers * requests, 1, [&](int64_t begin, int64_t end) {
+        const int64_t grain = std::max<int64_t>(1, kUnitsPerTask / (heads * params.num_units));
+        core::parallel_for(layers * requests, grain, [&](int64_t begin, int64_t end) {
             std::vector<uint32_t> keys(heads * params.num_units);
             for (int64_t i = begin; i < end; ++i) select_joint(params, i / requests, i % requests, keys);
         });
@@ -311,7 +316,8 @@ void select_kv(const SelectKvParams& params) {
     }
     std::vector<int64_t> budgets(layers * requests, 0);
     if (params.rule == SelectRule::kLayer) budgets = layer_budgets(params);
-    core::parallel_for(layers * requests * heads, 1, [&](int64_t begin, int64_t end) {
+    const int64_t grain = std::max<int64_t>(1, kUnitsPerTask / params.num_units);
+    core::parallel_for(layers * requests * heads, grain, [&](int64_t begin, int64_t end) {
         std::vector<uint32_t> keys(params.num_units);
         for (int64_t i = begin; i < end; ++i) {
             const int64_t request = i / heads % requests;

@@ -24,6 +24,9 @@ namespace {
 // Logits per piece: small enough for the first-level cache, so that memory is read once.
 constexpr int64_t kPiece = 4096;
 
+// Pieces that are worth a thread of their own, if they are whole.
+constexpr int64_t kPiecesPerTask = 4;
+
 struct Confidence {
     int64_t token = 0;
     float prob = 0.0f;
@@ -73,7 +76,8 @@ void token_confidence(const TokenConfidenceParams& params) {
     const int64_t num_pieces = (params.vocab_size + kPiece - 1) / kPiece;
     const int64_t bytes = dtype_bytes(params.dtype);
     std::vector<ConfidencePiece> pieces(params.num_rows * num_pieces);
-    core::parallel_for(params.num_rows * num_pieces, 1, [&](int64_t begin, int64_t end) {
+    const int64_t grain = kPiecesPerTask * kPiece / std::min(kPiece, params.vocab_size);
+    core::parallel_for(params.num_rows * num_pieces, grain, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
             const int64_t row = i / num_pieces, first = i % num_pieces * kPiece;
             const char* logits =

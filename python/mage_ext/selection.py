@@ -327,7 +327,7 @@ def _check_tensor(name: str, tensor: object, dtype: torch.dtype, shape: tuple[in
     if tensor.dtype != dtype:
         raise TypeError(f"BlockSelection: {name} must be {dtype}, got {tensor.dtype}")
     if shape is None:
-        if tensor.dim() != 4 or 0 in tensor.shape:
+        if tensor.dim() != 4 or 0 in (tensor.shape[0], *tensor.shape[2:]):
             raise ValueError(f"BlockSelection: {name} must be [L, B, Hkv, Kmax], got {list(tensor.shape)}")
     elif tuple(tensor.shape) != shape:
         raise ValueError(f"BlockSelection: {name} must have shape {list(shape)}, got {list(tensor.shape)}")
