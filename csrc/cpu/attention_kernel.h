@@ -49,7 +49,7 @@ struct RowTile {
     int32_t row_begin = 0, row_end = 0;
     const int32_t* kv_lens = nullptr;  // [Q] of this request, or null
     int32_t seq_len = 0;               // S, clamped
-    float scale_log2 = 0.0f;           // softmax scale * log2(e)
+    float scale_log2 = 0.0f;           // softmax scale * log2(e); q k is multiplied by it after the sum
 };
 
 // Shared by all items of a call.

@@ -56,8 +56,8 @@ void check_block_attention_mass(const BlockAttentionMassParams& params) {
     check_block_attention(params.attention, kOp);
     cpu::check_granularity(kOp, params.granularity);
     MAGE_CHECK(params.score != MassScore::kRows, kOp, ": score must be mean or max, got rows");
-    MAGE_CHECK((params.norm == MassNorm::kPrefix) == (params.prefix_lens != nullptr), kOp,
-               ": prefix_lens must be given with norm prefix and only then");
+    MAGE_CHECK(params.norm == MassNorm::kContext || params.prefix_lens != nullptr || params.attention.num_requests == 0, kOp,
+               ": prefix_lens must be given with norm prefix");
 }
 
 namespace cpu {

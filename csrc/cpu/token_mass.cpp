@@ -56,8 +56,8 @@ void check_token_mass(const TokenMassParams& p) {
     MAGE_CHECK(p.has_units || p.granularity == 1, kOp, ": g must be 1 without units, got ", p.granularity);
     MAGE_CHECK(p.num_candidates >= 0 && p.num_candidates <= (int64_t{1} << 30) / p.granularity, kOp,
                ": units must hold at most 2^30 tokens per KV head, got ", p.num_candidates, " units of ", p.granularity);
-    MAGE_CHECK((p.norm == MassNorm::kPrefix) == (p.prefix_lens != nullptr), kOp,
-               ": prefix_lens must be given with norm prefix and only then");
+    MAGE_CHECK(p.norm == MassNorm::kContext || p.prefix_lens != nullptr || p.num_requests == 0, kOp,
+               ": prefix_lens must be given with norm prefix");
 }
 
 namespace cpu {

@@ -44,6 +44,752 @@ def _(k, v, k_cache, v_cache, block_table, start):
     return None
 
 
+# --- attention -------------------------------------------------------------------------------------------------------
+
+MASS_SCORES = ("mean", "max")
+MASS_NORMS = ("context", "prefix")
+SPLIT_STEP = 64
+
+
+def _check_lengths(op: str, max_seq_len: int, split_tokens: int = 0) -> None:
+    if not 1 <= max_seq_len <= MAX_TOKENS:
+        raise ValueError(f"{op}: max_seq_len must be in [1, {MAX_TOKENS}], got {max_seq_len}")
+    if split_tokens < 0 or split_tokens % SPLIT_STEP:
+        raise ValueError(f"{op}: split_tokens must be 0 or a positive multiple of {SPLIT_STEP}, got {split_tokens}")
+
+
+def _check_mass(op: str, score: str, scores: tuple[str, ...], norm: str, prefix_lens: Tensor | None) -> None:
+    if score not in scores:
+        raise ValueError(f"{op}: score must be one of {', '.join(scores)}, got {score!r}")
+    if norm not in MASS_NORMS:
+        raise ValueError(f"{op}: norm must be one of {', '.join(MASS_NORMS)}, got {norm!r}")
+    if (norm == "prefix") != (prefix_lens is not None):
+        got = "None" if prefix_lens is None else "a tensor"
+        raise ValueError(f'{op}: prefix_lens must be given with norm "prefix" only, got {got} with norm {norm!r}')
+
+
+def _new_out_and_lse(q: Tensor) -> tuple[Tensor, Tensor]:
+    batch, q_len, heads, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((batch, heads, q_len), dtype=torch.float32)
+
+
+def _num_units(max_seq_len: int, g: int) -> int:
+    return -(-max_seq_len // g)
+
+
+def block_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    *,
+    max_seq_len: int,
+    softmax_scale: float | None = None,
+    kv_lens: Tensor | None = None,
+    split_tokens: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Exact attention of every query row over the first S tokens of its request: softmax(scale * q k^T) v.
+
+    Args:
+        q: [B, Q, H, D], bfloat16, float16 or float32, last stride 1; H a multiple of Hkv, D a multiple of 8 up to 512.
+            Head h reads KV head h // G.
+        k_cache: [pages, page, Hkv, D], dtype of q. Holds the current block's K already.
+        v_cache: like k_cache.
+        block_table: [B, max_pages], int32, page ids. A token of a page outside the pool weighs 0.
+        seq_lens: [B], int32. S, clamped to [0, max_seq_len].
+        max_seq_len: tokens that a request can have at most; block_table must span them.
+        softmax_scale: factor of the scores; None: D^-0.5.
+        kv_lens: [B, Q], int32, nondecreasing. Row q sees [0, min(S, kv_lens[b, q])); None: [0, S). It gives the
+            staircase of a chunked prefill and causal masks.
+        split_tokens: 0 cuts the KV stream as the shapes suggest; a multiple of 64 cuts it at its multiples.
+
+    Returns:
+        out: [B, Q, H, D], dtype of q.
+        lse: [B, H, Q], float32. Natural log of the sum of exponentials.
+
+    Raises:
+        ValueError: max_seq_len or split_tokens is not as above. RuntimeError: a tensor is not.
+
+    Notes:
+        A row without tokens gets out 0 and lse -inf. K and V of [0, S) must be finite. Bitwise repeatable, for any
+        number of threads too. Reference: mage_ext.reference.block_attention.
+
+    Example:
+        >>> seq_lens = torch.tensor([70], dtype=torch.int32)
+        >>> q, pool = torch.randn(1, 32, 9, 64), torch.randn(2, 2, 64, 3, 64)
+        >>> out, lse = block_attention(q, *pool, torch.tensor([[1, 0]], dtype=torch.int32), seq_lens, max_seq_len=128)
+    """
+    _check_lengths("block_attention", max_seq_len, split_tokens)
+    return torch.ops.mage.block_attention(
+        q,
+        k_cache,
+        v_cache,
+        block_table,
+        seq_lens,
+        max_seq_len=max_seq_len,
+        softmax_scale=softmax_scale,
+        kv_lens=kv_lens,
+        split_tokens=split_tokens,
+    )
+
+
+@torch.library.register_fake("mage::block_attention")
+def _(q, k_cache, v_cache, block_table, seq_lens, **options):
+    return _new_out_and_lse(q)
+
+
+def block_attention_out(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    workspace: Tensor,
+    *,
+    max_seq_len: int,
+    softmax_scale: float | None = None,
+    kv_lens: Tensor | None = None,
+    split_tokens: int = 0,
+) -> None:
+    """block_attention into given contiguous tensors; workspace: uint8, block_attention_workspace bytes."""
+    _check_lengths("block_attention", max_seq_len, split_tokens)
+    torch.ops.mage.block_attention_out(
+        q,
+        k_cache,
+        v_cache,
+        block_table,
+        seq_lens,
+        out,
+        lse,
+        workspace,
+        max_seq_len=max_seq_len,
+        softmax_scale=softmax_scale,
+        kv_lens=kv_lens,
+        split_tokens=split_tokens,
+    )
+
+
+@torch.library.register_fake("mage::block_attention_out")
+def _(q, k_cache, v_cache, block_table, seq_lens, out, lse, workspace, **options):
+    return None
+
+
+def block_attention_workspace(
+    batch: int, q_len: int, num_heads: int, num_kv_heads: int, head_dim: int, max_seq_len: int, split_tokens: int = 0
+) -> int:
+    """Bytes of workspace of block_attention_out, enough on every device: partial results of the splits."""
+    return torch.ops.mage.block_attention_workspace(
+        batch, q_len, num_heads, num_kv_heads, head_dim, max_seq_len, split_tokens
+    )
+
+
+def block_attention_mass(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    *,
+    max_seq_len: int,
+    g: int = 64,
+    score: str = "mean",
+    row_mask: Tensor | None = None,
+    norm: str = "context",
+    prefix_lens: Tensor | None = None,
+    softmax_scale: float | None = None,
+    kv_lens: Tensor | None = None,
+    split_tokens: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """block_attention, and the share of attention that each unit of g tokens received from the rows of a KV head.
+
+    share[r, j] is the sum of row r's softmax probabilities over tokens [j * g, (j + 1) * g).
+
+    Args:
+        q: [B, Q, H, D]; this and the next four as block_attention.
+        k_cache: [pages, page, Hkv, D].
+        v_cache: [pages, page, Hkv, D].
+        block_table: [B, max_pages], int32.
+        seq_lens: [B], int32.
+        max_seq_len: as block_attention.
+        g: tokens per unit: 16, 32 or 64; on the CPU also 1, at the price of a second pass over K.
+        score: "mean": mean share over the kept rows. "max": the largest share that a kept row gives.
+        row_mask: [B, Q], bool. Query positions whose rows count for mass; None: all. It changes neither out nor lse.
+        norm: "context": shares of all S tokens. "prefix": only tokens below P count, and each row's shares are divided
+            by their sum, so units past P get 0 and a unit across P its part below.
+        prefix_lens: [B], int32. P, clamped to [0, S]; with norm "prefix" and only then.
+        softmax_scale: as block_attention.
+        kv_lens: [B, Q], int32; as block_attention.
+        split_tokens: as block_attention.
+
+    Returns:
+        out: [B, Q, H, D], dtype of q.
+        lse: [B, H, Q], float32, natural log.
+        mass: [B, Hkv, n], float32. 0 past S, in an empty slot and where no row is kept; with score "mean" it sums to 1.
+
+    Raises:
+        ValueError: a plain argument is not as above. RuntimeError: a tensor is not.
+
+    Notes:
+        Exact: shares use the final lse, whatever the splits. A row that sees no token, or whose share of [0, P) is
+            below
+        2^-126 with norm "prefix", gives nothing but is counted in the mean.
+        Reference: mage_ext.reference.block_attention_mass.
+    """
+    _check_lengths("block_attention_mass", max_seq_len, split_tokens)
+    _check_granularity("block_attention_mass", g)
+    _check_mass("block_attention_mass", score, MASS_SCORES, norm, prefix_lens)
+    return torch.ops.mage.block_attention_mass(
+        q,
+        k_cache,
+        v_cache,
+        block_table,
+        seq_lens,
+        max_seq_len=max_seq_len,
+        g=g,
+        score=score,
+        row_mask=row_mask,
+        norm=norm,
+        prefix_lens=prefix_lens,
+        softmax_scale=softmax_scale,
+        kv_lens=kv_lens,
+        split_tokens=split_tokens,
+    )
+
+
+@torch.library.register_fake("mage::block_attention_mass")
+def _(q, k_cache, v_cache, block_table, seq_lens, *, max_seq_len, g=64, **options):
+    shape = (q.shape[0], k_cache.shape[2], _num_units(max_seq_len, g))
+    return *_new_out_and_lse(q), q.new_empty(shape, dtype=torch.float32)
+
+
+def block_attention_mass_out(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mass: Tensor,
+    workspace: Tensor,
+    *,
+    max_seq_len: int,
+    g: int = 64,
+    score: str = "mean",
+    row_mask: Tensor | None = None,
+    norm: str = "context",
+    prefix_lens: Tensor | None = None,
+    softmax_scale: float | None = None,
+    kv_lens: Tensor | None = None,
+    split_tokens: int = 0,
+) -> None:
+    """block_attention_mass into given contiguous tensors; workspace: uint8, block_attention_mass_workspace bytes."""
+    _check_lengths("block_attention_mass", max_seq_len, split_tokens)
+    _check_granularity("block_attention_mass", g)
+    _check_mass("block_attention_mass", score, MASS_SCORES, norm, prefix_lens)
+    torch.ops.mage.block_attention_mass_out(
+        q,
+        k_cache,
+        v_cache,
+        block_table,
+        seq_lens,
+        out,
+        lse,
+        mass,
+        workspace,
+        max_seq_len=max_seq_len,
+        g=g,
+        score=score,
+        row_mask=row_mask,
+        norm=norm,
+        prefix_lens=prefix_lens,
+        softmax_scale=softmax_scale,
+        kv_lens=kv_lens,
+        split_tokens=split_tokens,
+    )
+
+
+@torch.library.register_fake("mage::block_attention_mass_out")
+def _(q, k_cache, v_cache, block_table, seq_lens, out, lse, mass, workspace, **options):
+    return None
+
+
+def block_attention_mass_workspace(
+    batch: int,
+    q_len: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    max_seq_len: int,
+    g: int = 64,
+    split_tokens: int = 0,
+) -> int:
+    """Bytes of workspace of block_attention_mass_out, enough on every device: partial results and unit sums per row."""
+    return torch.ops.mage.block_attention_mass_workspace(
+        batch, q_len, num_heads, num_kv_heads, head_dim, max_seq_len, g, split_tokens
+    )
+
+
+def block_attention_rows(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    *,
+    max_seq_len: int,
+    g: int = 64,
+    softmax_scale: float | None = None,
+    kv_lens: Tensor | None = None,
+    split_tokens: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """block_attention, and every row's own share of every unit of g tokens.
+
+    Args:
+        q: [B, Q, H, D]; this and the next four as block_attention.
+        k_cache: [pages, page, Hkv, D].
+        v_cache: [pages, page, Hkv, D].
+        block_table: [B, max_pages], int32.
+        seq_lens: [B], int32.
+        max_seq_len: as block_attention.
+        g: tokens per unit: 16, 32 or 64; on the CPU also 1, at the price of a second pass over K.
+        softmax_scale: as block_attention.
+        kv_lens: [B, Q], int32; as block_attention.
+        split_tokens: as block_attention.
+
+    Returns:
+        out: [B, Q, H, D], dtype of q.
+        lse: [B, H, Q], float32, natural log.
+        row_mass: [B, Hkv, n, R], float32. Natural log of the row's summed probabilities over the unit, row r = q * G +
+            head within the group; -inf past the row's last token and where the share is below about 2^-126.
+
+    Raises:
+        ValueError: a plain argument is not as above. RuntimeError: a tensor is not.
+
+    Notes:
+        Input of row_votes. Reference: mage_ext.reference.block_attention_rows.
+    """
+    _check_lengths("block_attention_rows", max_seq_len, split_tokens)
+    _check_granularity("block_attention_rows", g)
+    return torch.ops.mage.block_attention_rows(
+        q,
+        k_cache,
+        v_cache,
+        block_table,
+        seq_lens,
+        max_seq_len=max_seq_len,
+        g=g,
+        softmax_scale=softmax_scale,
+        kv_lens=kv_lens,
+        split_tokens=split_tokens,
+    )
+
+
+@torch.library.register_fake("mage::block_attention_rows")
+def _(q, k_cache, v_cache, block_table, seq_lens, *, max_seq_len, g=64, **options):
+    rows = q.shape[1] * (q.shape[2] // k_cache.shape[2])
+    shape = (q.shape[0], k_cache.shape[2], _num_units(max_seq_len, g), rows)
+    return *_new_out_and_lse(q), q.new_empty(shape, dtype=torch.float32)
+
+
+def block_attention_rows_out(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    row_mass: Tensor,
+    workspace: Tensor,
+    *,
+    max_seq_len: int,
+    g: int = 64,
+    softmax_scale: float | None = None,
+    kv_lens: Tensor | None = None,
+    split_tokens: int = 0,
+) -> None:
+    """block_attention_rows into given contiguous tensors; workspace: uint8, block_attention_rows_workspace bytes."""
+    _check_lengths("block_attention_rows", max_seq_len, split_tokens)
+    _check_granularity("block_attention_rows", g)
+    torch.ops.mage.block_attention_rows_out(
+        q,
+        k_cache,
+        v_cache,
+        block_table,
+        seq_lens,
+        out,
+        lse,
+        row_mass,
+        workspace,
+        max_seq_len=max_seq_len,
+        g=g,
+        softmax_scale=softmax_scale,
+        kv_lens=kv_lens,
+        split_tokens=split_tokens,
+    )
+
+
+@torch.library.register_fake("mage::block_attention_rows_out")
+def _(q, k_cache, v_cache, block_table, seq_lens, out, lse, row_mass, workspace, **options):
+    return None
+
+
+def block_attention_rows_workspace(
+    batch: int,
+    q_len: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    max_seq_len: int,
+    g: int = 64,
+    split_tokens: int = 0,
+) -> int:
+    """Bytes of workspace of block_attention_rows_out, enough on every device."""
+    return torch.ops.mage.block_attention_rows_workspace(
+        batch, q_len, num_heads, num_kv_heads, head_dim, max_seq_len, g, split_tokens
+    )
+
+
+def token_mass(
+    q: Tensor,
+    k_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    lse: Tensor,
+    *,
+    max_seq_len: int,
+    score: str = "mean",
+    row_mask: Tensor | None = None,
+    norm: str = "context",
+    prefix_lens: Tensor | None = None,
+    units: Tensor | None = None,
+    g: int = 1,
+    softmax_scale: float | None = None,
+    kv_lens: Tensor | None = None,
+) -> Tensor:
+    """The share of attention that each single token received: one pass over K with the lse that block_attention gave.
+
+    share[r, t] = exp(scale * q[r] . k[t] - lse[r])
+
+    Args:
+        q: [B, Q, H, D]; this and the next three as in the call that gave lse.
+        k_cache: [pages, page, Hkv, D].
+        block_table: [B, max_pages], int32.
+        seq_lens: [B], int32.
+        lse: [B, H, Q], float32, contiguous, natural log.
+        max_seq_len: as in that call.
+        score: "mean" or "max" over the kept rows, or "rows": the natural log of each row's share.
+        row_mask: [B, Q], bool. Query positions that count; None: all. With score "rows" the others get -inf.
+        norm: "context", or "prefix": tokens at or past P get 0 and each row's shares are divided by their sum.
+        prefix_lens: [B], int32. P, clamped to [0, S]; with norm "prefix" and only then.
+        units: [B, Hkv, C], int32, contiguous. Candidate units of g tokens, -1 unused; None: all tokens.
+        g: tokens per candidate: 1, 16, 32 or 64; 1 without units.
+        softmax_scale: as in that call.
+        kv_lens: [B, Q], int32; as in that call.
+
+    Returns:
+        mass: [B, Hkv, N], float32, or [B, Hkv, N, R] with score "rows". N = max_seq_len, or C * g in the order of the
+            candidates. 0 (score "rows": -inf) past S, for unused candidates and where no row is kept.
+
+    Raises:
+        ValueError: a plain argument is not as above. RuntimeError: a tensor is not.
+
+    Notes:
+        With units and norm "prefix" the rows' sums still run over the whole prefix, which costs a pass over K below P.
+        Reference: mage_ext.reference.token_mass.
+    """
+    _check_token_mass(max_seq_len, score, norm, prefix_lens, units, g)
+    return torch.ops.mage.token_mass(
+        q,
+        k_cache,
+        block_table,
+        seq_lens,
+        lse,
+        max_seq_len=max_seq_len,
+        score=score,
+        row_mask=row_mask,
+        norm=norm,
+        prefix_lens=prefix_lens,
+        units=units,
+        g=g,
+        softmax_scale=softmax_scale,
+        kv_lens=kv_lens,
+    )
+
+
+def _check_token_mass(
+    max_seq_len: int, score: str, norm: str, prefix_lens: Tensor | None, units: Tensor | None, g: int
+) -> None:
+    _check_lengths("token_mass", max_seq_len)
+    _check_granularity("token_mass", g)
+    _check_mass("token_mass", score, (*MASS_SCORES, "rows"), norm, prefix_lens)
+    if units is None and g != 1:
+        raise ValueError(f"token_mass: g must be 1 without units, got {g}")
+
+
+@torch.library.register_fake("mage::token_mass")
+def _(q, k_cache, block_table, seq_lens, lse, *, max_seq_len, score="mean", units=None, g=1, **options):
+    tokens = max_seq_len if units is None else units.shape[2] * g
+    shape = (q.shape[0], k_cache.shape[2], tokens)
+    if score == "rows":
+        shape = (*shape, q.shape[1] * (q.shape[2] // k_cache.shape[2]))
+    return q.new_empty(shape, dtype=torch.float32)
+
+
+def token_mass_out(
+    q: Tensor,
+    k_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    lse: Tensor,
+    mass: Tensor,
+    workspace: Tensor,
+    *,
+    max_seq_len: int,
+    score: str = "mean",
+    row_mask: Tensor | None = None,
+    norm: str = "context",
+    prefix_lens: Tensor | None = None,
+    units: Tensor | None = None,
+    g: int = 1,
+    softmax_scale: float | None = None,
+    kv_lens: Tensor | None = None,
+) -> None:
+    """token_mass into a given contiguous tensor; workspace: uint8, token_mass_workspace bytes."""
+    _check_token_mass(max_seq_len, score, norm, prefix_lens, units, g)
+    torch.ops.mage.token_mass_out(
+        q,
+        k_cache,
+        block_table,
+        seq_lens,
+        lse,
+        mass,
+        workspace,
+        max_seq_len=max_seq_len,
+        score=score,
+        row_mask=row_mask,
+        norm=norm,
+        prefix_lens=prefix_lens,
+        units=units,
+        g=g,
+        softmax_scale=softmax_scale,
+        kv_lens=kv_lens,
+    )
+
+
+@torch.library.register_fake("mage::token_mass_out")
+def _(q, k_cache, block_table, seq_lens, lse, mass, workspace, **options):
+    return None
+
+
+def token_mass_workspace(
+    batch: int, q_len: int, num_heads: int, num_kv_heads: int, head_dim: int, max_seq_len: int
+) -> int:
+    """Bytes of workspace of token_mass_out, enough on every device."""
+    return torch.ops.mage.token_mass_workspace(batch, q_len, num_heads, num_kv_heads, head_dim, max_seq_len)
+
+
+def sparse_block_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    tail_start: Tensor,
+    *,
+    g: int,
+    max_seq_len: int,
+    softmax_scale: float | None = None,
+    kv_lens: Tensor | None = None,
+    split_tokens: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Attention over the units listed for each KV head below tail_start, and over everything in [tail_start, S).
+
+    Args:
+        q: [B, Q, H, D]; this and the next four as block_attention.
+        k_cache: [pages, page, Hkv, D].
+        v_cache: [pages, page, Hkv, D].
+        block_table: [B, max_pages], int32.
+        seq_lens: [B], int32.
+        indices: [B, Hkv, Kmax], int32, contiguous. Unit numbers, ascending; select_kv gives one such tensor per layer.
+        counts: [B, Hkv], int32, contiguous. Entries that are valid, clamped to [0, Kmax].
+        tail_start: [B], int32. First token that every head sees whatever the list says; clamped to [0, S].
+        g: tokens per unit: 1, 16, 32 or 64.
+        max_seq_len: as block_attention.
+        softmax_scale: as block_attention.
+        kv_lens: [B, Q], int32; as block_attention.
+        split_tokens: as block_attention, along the listed tokens and then the tail.
+
+    Returns:
+        out: [B, Q, H, D], dtype of q.
+        lse: [B, H, Q], float32, natural log, over the attended tokens.
+
+    Raises:
+        ValueError: a plain argument is not as above. RuntimeError: a tensor is not.
+
+    Notes:
+        An entry that is negative, not larger than one before it, or whose unit starts at or past tail_start or S is
+        skipped; a unit across tail_start is cut there. So no token counts twice, and a full list equals
+        block_attention.
+        Reference: mage_ext.reference.sparse_block_attention.
+    """
+    _check_lengths("sparse_block_attention", max_seq_len, split_tokens)
+    _check_granularity("sparse_block_attention", g)
+    return torch.ops.mage.sparse_block_attention(
+        q,
+        k_cache,
+        v_cache,
+        block_table,
+        seq_lens,
+        indices,
+        counts,
+        tail_start,
+        g=g,
+        max_seq_len=max_seq_len,
+        softmax_scale=softmax_scale,
+        kv_lens=kv_lens,
+        split_tokens=split_tokens,
+    )
+
+
+@torch.library.register_fake("mage::sparse_block_attention")
+def _(q, k_cache, v_cache, block_table, seq_lens, indices, counts, tail_start, **options):
+    return _new_out_and_lse(q)
+
+
+def sparse_block_attention_out(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    tail_start: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    workspace: Tensor,
+    *,
+    g: int,
+    max_seq_len: int,
+    softmax_scale: float | None = None,
+    kv_lens: Tensor | None = None,
+    split_tokens: int = 0,
+) -> None:
+    """sparse_block_attention into given contiguous tensors; workspace: sparse_block_attention_workspace bytes."""
+    _check_lengths("sparse_block_attention", max_seq_len, split_tokens)
+    _check_granularity("sparse_block_attention", g)
+    torch.ops.mage.sparse_block_attention_out(
+        q,
+        k_cache,
+        v_cache,
+        block_table,
+        seq_lens,
+        indices,
+        counts,
+        tail_start,
+        out,
+        lse,
+        workspace,
+        g=g,
+        max_seq_len=max_seq_len,
+        softmax_scale=softmax_scale,
+        kv_lens=kv_lens,
+        split_tokens=split_tokens,
+    )
+
+
+@torch.library.register_fake("mage::sparse_block_attention_out")
+def _(q, k_cache, v_cache, block_table, seq_lens, indices, counts, tail_start, out, lse, workspace, **options):
+    return None
+
+
+def sparse_block_attention_workspace(
+    batch: int,
+    q_len: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    max_seq_len: int,
+    g: int,
+    capacity: int,
+    split_tokens: int = 0,
+) -> int:
+    """Bytes of workspace of sparse_block_attention_out, enough on every device; capacity: Kmax, in units."""
+    return torch.ops.mage.sparse_block_attention_workspace(
+        batch, q_len, num_heads, num_kv_heads, head_dim, max_seq_len, g, capacity, split_tokens
+    )
+
+
+def merge_attention(
+    outs: list[Tensor], lses: list[Tensor], *, log2_in: bool = False, log2_out: bool = False
+) -> tuple[Tensor, Tensor]:
+    """One attention result out of several over disjoint tokens: outs weighted by exp(lse), lses added as exponentials.
+
+    Args:
+        outs: tensors [B, Q, H, D], one dtype (bfloat16, float16 or float32), last stride 1.
+        lses: as many tensors [B, H, Q], float32, contiguous; natural logs, or log2 with log2_in.
+        log2_in: the lses given are in log2.
+        log2_out: the lse returned is in log2.
+
+    Returns:
+        out: [B, Q, H, D], dtype of outs.
+        lse: [B, H, Q], float32.
+
+    Raises:
+        ValueError: outs is empty, or lses is not of its length. RuntimeError: a tensor is not as above.
+
+    Notes:
+        A part with lse -inf has no say, whatever its out holds; if all are -inf, out is 0 and lse -inf. Summed in
+        float32 in the order given. Reference: mage_ext.reference.merge_attention.
+    """
+    _check_parts(outs, lses)
+    return torch.ops.mage.merge_attention(outs, lses, log2_in=log2_in, log2_out=log2_out)
+
+
+def _check_parts(outs: list[Tensor], lses: list[Tensor]) -> None:
+    if len(outs) == 0:
+        raise ValueError("merge_attention: outs must hold at least one tensor, got none")
+    if len(lses) != len(outs):
+        raise ValueError(f"merge_attention: lses must be as many as outs ({len(outs)}), got {len(lses)}")
+
+
+@torch.library.register_fake("mage::merge_attention")
+def _(outs, lses, **options):
+    return _new_out_and_lse(outs[0])
+
+
+def merge_attention_out(
+    outs: list[Tensor],
+    lses: list[Tensor],
+    out: Tensor,
+    lse: Tensor,
+    workspace: Tensor,
+    *,
+    log2_in: bool = False,
+    log2_out: bool = False,
+) -> None:
+    """merge_attention into given contiguous tensors; workspace: uint8, merge_attention_workspace bytes."""
+    _check_parts(outs, lses)
+    torch.ops.mage.merge_attention_out(outs, lses, out, lse, workspace, log2_in=log2_in, log2_out=log2_out)
+
+
+@torch.library.register_fake("mage::merge_attention_out")
+def _(outs, lses, out, lse, workspace, **options):
+    return None
+
+
+def merge_attention_workspace(num_parts: int, batch: int, q_len: int, num_heads: int, head_dim: int) -> int:
+    """Bytes of workspace of merge_attention_out."""
+    return torch.ops.mage.merge_attention_workspace(num_parts, batch, q_len, num_heads, head_dim)
+
+
 # --- selection -------------------------------------------------------------------------------------------------------
 
 SELECT_RULES = ("fixed", "layer", "mass", "joint")

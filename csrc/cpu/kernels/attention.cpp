@@ -1,7 +1,7 @@
 // The attention core (see attention_kernel.h): row panels of at most kRowVectors vectors against tiles of 64 tokens.
 //
-// Per item: Q packed once as [panel][D][lanes], scaled by softmax scale * log2(e); per tile K and V to float32; per
-// panel and tile  S[token][lane] = sum_d K[token][d] Q[d][lane];  online softmax down the tokens;
+// Per item: Q packed once as [panel][D][lanes]; per tile K and V to float32; per panel and tile
+// S[token][lane] = sum_d K[token][d] Q[d][lane];  online softmax down the tokens, P = 2^(scale * S - max);
 // O[d][lane] = O[d][lane] * correction + sum_token V[token][d] P[token][lane].
 // A panel's S, Q and O stay in L1 (12, 12 and 12 KiB for D = 64 with AVX-512), K and V in L2.
 #include "cpu/attention_kernel.h"
@@ -139,11 +139,15 @@ MAGE_INLINE Panel make_panel(int rows, int index, const int32_t* lens) {
     return panel;
 }
 
-// Q of the tile's rows as [panel][D][lanes], times the scale; lanes past the rows are 0.
+// Softmax weights are 2^(factor * s - reference) with factor > 0. One fma from the exact product to the exponent keeps the error
+// of the scale out of large scores; the sign of the scale goes into Q, and for a scale of 0 Q is 0.
+MAGE_INLINE float score_factor(const RowTile& rows) { return rows.scale_log2 == 0.0f ? 1.0f : __builtin_fabsf(rows.scale_log2); }
+
+// Q of the tile's rows as [panel][D][lanes], times the sign of the scale; lanes past the rows are 0.
 template <typename T>
 void pack_rows(const RowTile& tile, const T* q, int head_dim, float* packed) {
     const int rows = tile.row_end - tile.row_begin;
-    const Float scale = set1(tile.scale_log2);
+    const float sign = tile.scale_log2 == 0.0f ? 0.0f : tile.scale_log2 < 0.0f ? -1.0f : 1.0f;
     float buffer[4 * kMaxHeadDim];
     for (int p = 0; p < num_panels(rows); ++p) {
         const int lanes = panel_vectors(rows, p) * kWidth;
@@ -152,15 +156,15 @@ void pack_rows(const RowTile& tile, const T* q, int head_dim, float* packed) {
             for (int i = 0; i < 4; ++i) {
                 float* row_values = buffer + i * head_dim;
                 const int32_t row = tile.row_begin + p * kPanelLanes + lane + i;
-                if (row >= tile.row_end) {
+                if (row >= tile.row_end || sign == 0.0f) {
                     for (int d = 0; d < head_dim; ++d) row_values[d] = 0.0f;
                     continue;
                 }
                 convert_row(q + row / tile.group * tile.stride_q_query + row % tile.group * tile.stride_q_head, row_values,
                             head_dim);
-                int d = 0;
-                for (; d + kWidth <= head_dim; d += kWidth) store(row_values + d, load(row_values + d) * scale);
-                for (; d < head_dim; ++d) row_values[d] *= tile.scale_log2;
+                if (sign < 0.0f) {
+                    for (int d = 0; d < head_dim; ++d) row_values[d] = -row_values[d];
+                }
             }
             for (int d = 0; d < head_dim; d += 4) transpose_4x4(buffer + d, head_dim, to + d * lanes + lane, lanes);
         }
@@ -185,26 +189,48 @@ void pack_rows(DType dtype, const RowTile& tile, int head_dim, float* packed) {
 // Matrix micro-kernels. kVectors: Floats of rows; kDim: head dim where the compiler shall know it, else 0.
 // ---------------------------------------------------------------------------------------------------------------------
 
-// s[token][lanes] = sum_d k[token][d] q[d][lanes]; tokens is a multiple of kSteps.
+// A single vector of rows leaves registers for two sums per result, of even and odd terms: half the latency of a chain of fma.
+template <int kVectors>
+constexpr int kChains = kVectors == 1 ? 2 : 1;
+
+// acc[i][j] += sum over kChains terms; a(i, term) is broadcast, b(term, j) a vector of rows.
+template <int kVectors>
+struct Accumulators {
+    Float sum[kChains<kVectors>][kSteps][kVectors];
+
+    MAGE_INLINE void add(int chain, const float* a, int64_t stride_a, const float* b) {
+        Float rows[kVectors];
+        for (int j = 0; j < kVectors; ++j) rows[j] = load(b + j * kWidth);
+        for (int i = 0; i < kSteps; ++i) {
+            const Float factor = set1(a[i * stride_a]);
+            for (int j = 0; j < kVectors; ++j) sum[chain][i][j] = fma(factor, rows[j], sum[chain][i][j]);
+        }
+    }
+
+    MAGE_INLINE Float total(int i, int j) const {
+        Float result = sum[0][i][j];
+        for (int chain = 1; chain < kChains<kVectors>; ++chain) result = result + sum[chain][i][j];
+        return result;
+    }
+};
+
+// s[token][lanes] = sum_d k[token][d] q[d][lanes]; tokens is a multiple of kSteps, D of kChains.
 template <int kVectors, int kDim>
 void score_tokens(const float* k, const float* q, int tokens, int head_dim, float* s) {
     constexpr int kLanes = kVectors * kWidth;
     const int dims = kDim != 0 ? kDim : head_dim;
     for (int t = 0; t < tokens; t += kSteps, k += kSteps * dims) {
-        Float acc[kSteps][kVectors];
-        for (int i = 0; i < kSteps; ++i) {
-            for (int j = 0; j < kVectors; ++j) acc[i][j] = zero();
-        }
-        for (int d = 0; d < dims; ++d) {
-            Float b[kVectors];
-            for (int j = 0; j < kVectors; ++j) b[j] = load(q + d * kLanes + j * kWidth);
+        Accumulators<kVectors> acc;
+        for (auto& chain : acc.sum) {
             for (int i = 0; i < kSteps; ++i) {
-                const Float a = set1(k[i * dims + d]);
-                for (int j = 0; j < kVectors; ++j) acc[i][j] = fma(a, b[j], acc[i][j]);
+                for (int j = 0; j < kVectors; ++j) chain[i][j] = zero();
             }
         }
+        for (int d = 0; d < dims; d += kChains<kVectors>) {
+            for (int c = 0; c < kChains<kVectors>; ++c) acc.add(c, k + d + c, dims, q + (d + c) * kLanes);
+        }
         for (int i = 0; i < kSteps; ++i) {
-            for (int j = 0; j < kVectors; ++j) store(s + (t + i) * kLanes + j * kWidth, acc[i][j]);
+            for (int j = 0; j < kVectors; ++j) store(s + (t + i) * kLanes + j * kWidth, acc.total(i, j));
         }
     }
 }
@@ -215,20 +241,20 @@ void add_values(const float* v, const float* p, int tokens, int head_dim, const 
     constexpr int kLanes = kVectors * kWidth;
     const int dims = kDim != 0 ? kDim : head_dim;
     for (int d = 0; d < dims; d += kSteps) {
-        Float acc[kSteps][kVectors];
+        Accumulators<kVectors> acc;
         for (int i = 0; i < kSteps; ++i) {
-            for (int j = 0; j < kVectors; ++j) acc[i][j] = load(o + (d + i) * kLanes + j * kWidth) * correction[j];
-        }
-        for (int t = 0; t < tokens; ++t) {
-            Float b[kVectors];
-            for (int j = 0; j < kVectors; ++j) b[j] = load(p + t * kLanes + j * kWidth);
-            for (int i = 0; i < kSteps; ++i) {
-                const Float a = set1(v[t * dims + d + i]);
-                for (int j = 0; j < kVectors; ++j) acc[i][j] = fma(a, b[j], acc[i][j]);
+            for (int j = 0; j < kVectors; ++j) {
+                acc.sum[0][i][j] = load(o + (d + i) * kLanes + j * kWidth) * correction[j];
+                for (int c = 1; c < kChains<kVectors>; ++c) acc.sum[c][i][j] = zero();
             }
         }
+        int t = 0;
+        for (; t + kChains<kVectors> <= tokens; t += kChains<kVectors>) {
+            for (int c = 0; c < kChains<kVectors>; ++c) acc.add(c, v + (t + c) * dims + d, 1, p + (t + c) * kLanes);
+        }
+        for (; t < tokens; ++t) acc.add(0, v + t * dims + d, 1, p + t * kLanes);
         for (int i = 0; i < kSteps; ++i) {
-            for (int j = 0; j < kVectors; ++j) store(o + (d + i) * kLanes + j * kWidth, acc[i][j]);
+            for (int j = 0; j < kVectors; ++j) store(o + (d + i) * kLanes + j * kWidth, acc.total(i, j));
         }
     }
 }
@@ -254,16 +280,19 @@ void mask_scores(const TokenTile& tile, const Panel& panel, const int32_t* lens,
 // Softmax and emission
 // ---------------------------------------------------------------------------------------------------------------------
 
-// One tile of the online softmax: s becomes 2^(s - max); groups[4][lanes] are the sums over 16 tokens each.
+// One tile of the online softmax: s becomes 2^(factor * s - max); groups[4][lanes] are the sums over 16 tokens each.
 template <int kVectors>
-void softmax_tile(int tokens, float* s, float* row_max, float* row_sum, Float* correction, Float* reference, float* groups) {
+void softmax_tile(int tokens, float factor, float* s, float* row_max, float* row_sum, Float* correction, Float* reference,
+                  float* groups) {
     constexpr int kLanes = kVectors * kWidth;
+    const Float scale = set1(factor);
     Float highest[kVectors], total[kVectors];
-    for (int j = 0; j < kVectors; ++j) highest[j] = load(row_max + j * kWidth);
+    for (int j = 0; j < kVectors; ++j) highest[j] = load(s + j * kWidth);
     for (int i = 0; i < tokens; ++i) {
         for (int j = 0; j < kVectors; ++j) highest[j] = max(highest[j], load(s + i * kLanes + j * kWidth));
     }
     for (int j = 0; j < kVectors; ++j) {
+        highest[j] = max(load(row_max + j * kWidth), highest[j] * scale);
         // A row without any token so far keeps max -inf; its reference is 0, so that -inf - reference is no NaN.
         reference[j] = select(equal(highest[j], set1(-kInfinity)), zero(), highest[j]);
         correction[j] = exp2(load(row_max + j * kWidth) - reference[j]);
@@ -277,7 +306,7 @@ void softmax_tile(int tokens, float* s, float* row_max, float* row_sum, Float* c
         for (int i = begin; i < end; ++i) {
             for (int j = 0; j < kVectors; ++j) {
                 float* at = s + i * kLanes + j * kWidth;
-                const Float p = exp2(load(at) - reference[j]);
+                const Float p = exp2(fms(load(at), scale, reference[j]));
                 store(at, p);
                 sum[j] = sum[j] + p;
             }
@@ -366,8 +395,8 @@ void attend_tile(const AttentionItem& item, const TokenTile& tile, int64_t begin
     const int padded = (tile.count + kSteps - 1) / kSteps * kSteps;
     score_tokens<kVectors, kDim>(scratch.k, q, padded, head_dim, scratch.s);
     mask_scores<kVectors>(tile, panel, scratch.lens, scratch.s);
-    softmax_tile<kVectors>(tile.count, scratch.s, item.partial.row_max + panel.lane, item.partial.row_sum + panel.lane,
-                           correction, reference, groups);
+    softmax_tile<kVectors>(tile.count, score_factor(item.rows), scratch.s, item.partial.row_max + panel.lane,
+                           item.partial.row_sum + panel.lane, correction, reference, groups);
     add_values<kVectors, kDim>(scratch.v, scratch.s, tile.count, head_dim, correction, values);
     if (item.units.unit_tokens != 0) {
         emit_units<kVectors>(item.units, begin, tile.count, column, scratch.s, groups, reference);
@@ -428,6 +457,7 @@ void share_tile(const TokenMassItem& item, const TokenTile& tile, int64_t begin,
     const int padded = (tile.count + kSteps - 1) / kSteps * kSteps;
     const int64_t num_rows = item.rows.row_end - item.rows.row_begin;
     const float* q = scratch.q + static_cast<int64_t>(panel.lane) * item.shape.head_dim;
+    const Float factor = set1(score_factor(item.rows));
     score_tokens<kVectors, 0>(scratch.k, q, padded, item.shape.head_dim, scratch.s);
     mask_scores<kVectors>(tile, panel, scratch.lens, scratch.s);
     for (int j = 0; j < kVectors; ++j) {
@@ -437,7 +467,7 @@ void share_tile(const TokenMassItem& item, const TokenTile& tile, int64_t begin,
         const Mask dropped = equal(weight, zero());
         Float total = zero();
         for (int i = 0; i < tile.count; ++i) {
-            const Float log_share = load(scratch.s + i * kLanes + j * kWidth) - lse;
+            const Float log_share = fms(load(scratch.s + i * kLanes + j * kWidth), factor, lse);
             if (item.mode == TokenMassItem::Mode::kRows) {
                 const Float shown = select(dropped, set1(-kInfinity), log_share * set1(kLn2));
                 store_columns(item.mass + (begin + i) * num_rows, column, num_rows, shown);

@@ -149,6 +149,7 @@ MAGE_INLINE Float operator-(Float a, Float b) { return {_mm512_sub_ps(a.v, b.v)}
 MAGE_INLINE Float operator*(Float a, Float b) { return {_mm512_mul_ps(a.v, b.v)}; }
 MAGE_INLINE Float operator/(Float a, Float b) { return {_mm512_div_ps(a.v, b.v)}; }
 MAGE_INLINE Float fma(Float a, Float b, Float c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+MAGE_INLINE Float fms(Float a, Float b, Float c) { return {_mm512_fmsub_ps(a.v, b.v, c.v)}; }
 MAGE_INLINE Float max(Float a, Float b) { return {_mm512_max_ps(a.v, b.v)}; }
 MAGE_INLINE Float min(Float a, Float b) { return {_mm512_min_ps(a.v, b.v)}; }
 MAGE_INLINE Mask less(Float a, Float b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ); }
@@ -209,6 +210,7 @@ MAGE_INLINE Float operator-(Float a, Float b) { return {_mm256_sub_ps(a.v, b.v)}
 MAGE_INLINE Float operator*(Float a, Float b) { return {_mm256_mul_ps(a.v, b.v)}; }
 MAGE_INLINE Float operator/(Float a, Float b) { return {_mm256_div_ps(a.v, b.v)}; }
 MAGE_INLINE Float fma(Float a, Float b, Float c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+MAGE_INLINE Float fms(Float a, Float b, Float c) { return {_mm256_fmsub_ps(a.v, b.v, c.v)}; }
 MAGE_INLINE Float max(Float a, Float b) { return {_mm256_max_ps(a.v, b.v)}; }
 MAGE_INLINE Float min(Float a, Float b) { return {_mm256_min_ps(a.v, b.v)}; }
 MAGE_INLINE Mask less(Float a, Float b) { return {_mm256_castps_si256(_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ))}; }
@@ -270,6 +272,7 @@ MAGE_INLINE Float operator-(Float a, Float b) { return {a.v - b.v}; }
 MAGE_INLINE Float operator*(Float a, Float b) { return {a.v * b.v}; }
 MAGE_INLINE Float operator/(Float a, Float b) { return {a.v / b.v}; }
 MAGE_INLINE Float fma(Float a, Float b, Float c) { return {a.v * b.v + c.v}; }
+MAGE_INLINE Float fms(Float a, Float b, Float c) { return {a.v * b.v - c.v}; }
 MAGE_INLINE Mask less(Float a, Float b) {
     Mask mask;
     const auto lanes = a.v < b.v;

@@ -1,0 +1,103 @@
+"""Comparisons of attention results with their float64 twins. Tolerances are derived, never tuned.
+
+out: at most twice the largest error that torch's own attention makes in the same precision on the same inputs, plus one
+unit in the last place of the output. lse: 1e-4 * max(1, |lse|). Mass: 1e-3 relative for what is above 1e-6 of the row's
+total.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from mage_ext import reference
+
+LSE_TOLERANCE = 1e-4
+MASS_TOLERANCE = 1e-3
+MASS_FLOOR = 1e-6
+
+
+def ulp(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Distance of neighbouring numbers of `dtype` at |values|, float64."""
+    info = torch.finfo(dtype)
+    exponent = values.double().abs().clamp(min=info.tiny).log2().floor()
+    return torch.exp2(exponent) * info.eps
+
+
+def torch_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    *,
+    max_seq_len: int,
+    softmax_scale: float | None = None,
+    kv_lens: Tensor | None = None,
+    split_tokens: int = 0,
+) -> Tensor:
+    """torch's own attention on the same inputs in their dtype: out [B, Q, H, D], 0 for rows without tokens."""
+    out = torch.zeros_like(q)
+    group = q.shape[2] // k_cache.shape[2]
+    for b in range(len(q)):
+        length = min(max(int(seq_lens[b]), 0), max_seq_len)
+        if length == 0:
+            continue
+        positions = torch.arange(length)
+        k, valid = reference._tokens(k_cache, block_table[b], positions)
+        v, _ = reference._tokens(v_cache, block_table[b], positions)
+        seen = valid[None].expand(q.shape[1], -1)
+        if kv_lens is not None:
+            seen = seen & (positions < kv_lens[b][:, None])
+        k, v = (x.transpose(0, 1).repeat_interleave(group, 0) for x in (k, v))  # [H, T, D]
+        rows = torch.nn.functional.scaled_dot_product_attention(
+            q[b].transpose(0, 1), k, v, attn_mask=seen, scale=softmax_scale
+        )
+        out[b] = torch.where(seen.any(-1)[:, None, None], rows.transpose(0, 1), 0)
+    return out
+
+
+def assert_out_close(actual: Tensor, exact: Tensor, peer: Tensor) -> None:
+    """`actual` against float64 `exact`; the error of `peer`, torch's result in the same precision, is the measure."""
+    assert actual.shape == exact.shape and actual.dtype == peer.dtype
+    assert not actual.isnan().any(), "out has NaN"
+    if not actual.numel():
+        return
+    allowed = 2 * (peer.double() - exact).abs().max() + ulp(exact, actual.dtype)
+    error = (actual.double() - exact).abs()
+    worst = int((error - allowed).argmax())
+    assert (error <= allowed).all(), (
+        f"out is off by {error.flatten()[worst]:.3e} at {worst} ({exact.flatten()[worst]:.6e}), "
+        f"allowed {allowed.flatten()[worst]:.3e}"
+    )
+
+
+def assert_lse_close(actual: Tensor, exact: Tensor) -> None:
+    assert actual.shape == exact.shape and actual.dtype == torch.float32
+    assert torch.equal(actual == -math.inf, exact == -math.inf), "lse is -inf in other places"
+    finite = exact > -math.inf
+    error = (actual.double() - exact)[finite].abs()
+    assert (error <= LSE_TOLERANCE * exact[finite].abs().clamp(min=1)).all(), f"lse is off by {error.max():.3e}"
+
+
+def assert_mass_close(actual: Tensor, exact: Tensor, dim: int = -1) -> None:
+    """Shares that lie along `dim`: relative above a millionth of their total, absolute (of that bound) below."""
+    assert actual.shape == exact.shape and actual.dtype == torch.float32
+    assert not actual.isnan().any(), "mass has NaN"
+    floor = MASS_FLOOR * exact.sum(dim, keepdim=True)
+    error = (actual.double() - exact).abs()
+    allowed = MASS_TOLERANCE * torch.maximum(exact, floor)
+    assert (error <= allowed).all(), f"mass is off by {(error - allowed).max():.3e}, largest error {error.max():.3e}"
+
+
+def assert_log_mass_close(actual: Tensor, exact: Tensor, dim: int) -> None:
+    """Natural logs of shares. Where the exact share is 0, -inf is required."""
+    assert (actual[exact == -math.inf] == -math.inf).all(), "a share that is 0 is not -inf"
+    assert_mass_close(actual.exp(), exact.exp(), dim)
+
+
+def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
+    """Equal bit for bit, NaN and the sign of 0 included."""
+    assert actual.shape == expected.shape and actual.dtype == expected.dtype
+    as_int = {4: torch.int32, 2: torch.int16}[actual.element_size()]
+    assert torch.equal(actual.contiguous().view(as_int), expected.contiguous().view(as_int))
