@@ -80,8 +80,6 @@ def has_googletest() -> bool:
 
 def check_machine(goal: str, needed_gib: float) -> None:
     """Stops with one apt line unless all that pip cannot bring is there. GoogleTest alone does not stop `make test`."""
-    if sys.version_info < (3, 10):
-        fail(f"python3 must be 3.10 or newer, got {sys.version.split()[0]}")
     missing, optional = [], []
     if not all(importlib.util.find_spec(name) for name in ("venv", "ensurepip")):
         missing.append(("the venv module", "python3-venv"))
@@ -151,7 +149,9 @@ def install_torch(reused: tuple[str, str] | None, gpus: list[str]) -> str:
         say(f"torch {reused[0]} of {sys.executable} is reused")
         return reused[0]
     requirement = os.environ.get("TORCH") or DEFAULT_TORCH
-    why = "as TORCH says" if os.environ.get("TORCH") else ("NVIDIA GPU found" if gpus else "no NVIDIA GPU: the CPU build")
+    why = (
+        "as TORCH says" if os.environ.get("TORCH") else ("NVIDIA GPU found" if gpus else "no NVIDIA GPU: the CPU build")
+    )
     say(f"installing {requirement} ({why}; TORCH=... overrides)")
     pip_install(requirement)
     installed = torch_of(PYTHON)

@@ -58,7 +58,9 @@ def _gpu_lines() -> list[str]:
     lines = []
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
-        hopper = "" if (properties.major, properties.minor) == (9, 0) else " (not a Hopper: the kernels don't run on it)"
+        hopper = (
+            "" if (properties.major, properties.minor) == (9, 0) else " (not a Hopper: the kernels don't run on it)"
+        )
         lines.append(
             f"GPU {index}: {properties.name}, {properties.total_memory / 2**30:.0f} GiB, "
             f"compute capability {properties.major}.{properties.minor}{hopper}"
