@@ -1,6 +1,7 @@
-"""The `mage` command. Each subcommand imports what it needs when it runs, so that `mage info` works in a broken setup."""
+"""The `mage` command. Each subcommand imports what it needs when it runs, so that the others start without it."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -24,7 +25,11 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line; returns the exit status."""
     args = make_parser().parse_args(argv)
-    return args.run(args)
+    try:
+        return args.run(args)
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 if __name__ == "__main__":
