@@ -19,7 +19,7 @@ def find_torch() -> Path | None:
 def main() -> int:
     torch = find_torch()
     if torch is None:
-        sys.stderr.write(f"mage: torch must be installed for {sys.executable} (pip install 'torch>=2.11'), found none\n")
+        sys.stderr.write(f"mage: {sys.executable} must have torch (pip install 'torch>=2.11'), found none\n")
         return 1
     version = re.search(r"__version__ = '([^']+)'", (torch / "version.py").read_text()).group(1)
     if tuple(int(part) for part in version.split("+")[0].split(".")[:2]) < (2, 11):

@@ -28,7 +28,7 @@ def load() -> dict[str, str]:
     ops = _FOLDER / "libmage_ops.so"
     if not ops.exists():
         raise ImportError(
-            f"mage_ext: {ops.name} must be in {_FOLDER}, found none; build it with `pip install -e .` in the source tree"
+            f"mage_ext: {ops.name} must be in {_FOLDER}, found none; `pip install -e .` in the source tree builds it"
         )
     torch.ops.load_library(str(ops))
     _loaded["mage_ops"] = "loaded"

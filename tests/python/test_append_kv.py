@@ -86,7 +86,7 @@ def test_copies_bits():
 
 
 def test_strided_table_and_guard():
-    """A table that is a slice of a wider one, and pools that are slices of a larger buffer: nothing outside is written."""
+    """The table is a slice of a wider one, the pools are slices of a larger buffer: nothing outside is written."""
     k, v, _, _, block_table, start = make_inputs("crosses_pages", "nhd", torch.bfloat16)
     wide = torch.full((2, 9), 7, dtype=torch.int32)
     wide[:, :4] = block_table

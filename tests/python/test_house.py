@@ -13,9 +13,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import mage_ext
 import pytest
 import torch
+
+import mage_ext
 from mage_ext import cli, ops
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -234,6 +235,13 @@ def test_python_signature_is_that_of_the_schema(op):
         (a.name, a.kwarg_only, a.default_value if a.has_default_value() else no_default) for a in schema.arguments
     ]
     assert actual == expected
+
+
+@pytest.mark.parametrize("op", STEMS)
+def test_docstring_names_every_argument(op):
+    function = getattr(ops, op)
+    text = inspect.getdoc(function)
+    assert [name for name in inspect.signature(function).parameters if not re.search(rf"\b{name}\b", text)] == []
 
 
 @pytest.mark.parametrize("op", [op for op in op_names() if not op.endswith("_workspace")])
