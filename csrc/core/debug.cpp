@@ -1,5 +1,6 @@
 #include "core/debug.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -12,6 +13,16 @@ namespace {
 bool is_on_at_start() {
     const char* value = std::getenv("MAGE_DEBUG");
     return value && std::strcmp(value, "1") == 0;
+}
+
+// Pages of the positions [begin, end) of one request, each in [lowest, num_pages).
+void check_page_range(const char* op, const PageTable& table, int64_t request, int64_t begin, int64_t end,
+                      int64_t lowest) {
+    for (int64_t page = begin / table.page_size; page * table.page_size < end; ++page) {
+        const int32_t id = table.block_table[request * table.stride_request + page];
+        MAGE_CHECK(id >= lowest && id < table.num_pages, op, ": block_table[", request, ", ", page, "] must be in [",
+                   lowest, ", ", table.num_pages, "), got ", id);
+    }
 }
 
 }  // namespace
@@ -38,15 +49,20 @@ void check_nondecreasing(const char* op, const char* name, const int32_t* values
     }
 }
 
-void check_pages(const char* op, const PageTable& table, int64_t num_requests, const int32_t* begin,
-                 const int32_t* count) {
+void check_pages(const char* op, const PageTable& table, int64_t num_requests, const int32_t* lengths) {
+    for (int64_t request = 0; request < num_requests; ++request)
+        check_page_range(op, table, request, 0, lengths[request], 0);
+}
+
+void check_written_pages(const char* op, const PageTable& table, int64_t num_requests, const int32_t* start,
+                         int64_t num_rows) {
+    const int64_t room = static_cast<int64_t>(table.max_pages) * table.page_size;
     for (int64_t request = 0; request < num_requests; ++request) {
-        const int64_t first = begin ? begin[request] : 0, end = first + count[request];
-        for (int64_t page = first / table.page_size; page * table.page_size < end; ++page) {
-            const int32_t id = table.block_table[request * table.stride_request + page];
-            MAGE_CHECK(id >= 0 && id < table.num_pages, op, ": block_table[", request, ", ", page, "] must be in [0, ",
-                       table.num_pages, "), got ", id);
-        }
+        const int64_t first = start[request];
+        if (first + num_rows <= 0) continue;
+        MAGE_CHECK(first >= 0 && first <= room, op, ": start[", request, "] must be in [0, ", room, "] (or at most ",
+                   -num_rows, " to write nothing), got ", first);
+        check_page_range(op, table, request, first, std::min(first + num_rows, room), -1);
     }
 }
 

@@ -23,10 +23,15 @@ void check_values(const char* op, const char* name, const int32_t* values, int64
 // values [rows, count] does not descend within a row (kv_lens).
 void check_nondecreasing(const char* op, const char* name, const int32_t* values, int64_t rows, int64_t count);
 
-// Every page that holds one of the positions [begin[b], begin[b] + count[b]) of a request is inside the pool. `begin`
-// null: 0. table.block_table is a host copy.
-void check_pages(const char* op, const PageTable& table, int64_t num_requests, const int32_t* begin,
-                 const int32_t* count);
+// Every page that holds one of the first lengths[b] tokens of a request is inside the pool. The lengths fit the table,
+// whose block_table is a host copy.
+void check_pages(const char* op, const PageTable& table, int64_t num_requests, const int32_t* lengths);
+
+// Where requests write the positions [start[b], start[b] + num_rows). What a caller drops on purpose is right: a
+// request that ends before position 0, rows past its table, and a page of -1, which says that there is none. Host
+// copies again.
+void check_written_pages(const char* op, const PageTable& table, int64_t num_requests, const int32_t* start,
+                         int64_t num_rows);
 
 // Lists of select_kv: counts in [0, capacity]; tail_start a multiple of g, >= 0; the first counts units of indices [B,
 // Hkv, capacity] strictly ascending within [0, tail_start / g).

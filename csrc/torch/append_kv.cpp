@@ -1,5 +1,6 @@
 #include "mage/append_kv.h"
 
+#include "debug_checks.h"
 #include "tensor_checks.h"
 
 namespace mage::binding {
@@ -31,6 +32,8 @@ void append_kv(const Tensor& k, const Tensor& v, const Tensor& k_cache, const Te
                 {k_cache.size(0), k_cache.size(1), params.num_kv_heads, params.head_dim});
     params.pages = check_page_table(kOp, block_table, k_cache, params.num_requests);
     params.start = check_int32_vector(kOp, "start", start, k, params.num_requests);
+
+    if (debug_enabled()) debug_check_written_pages(kOp, params.pages, block_table, start, params.num_rows);
 
     // Fill.
     params.k = k.const_data_ptr();

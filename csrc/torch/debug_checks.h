@@ -37,17 +37,27 @@ private:
     Tensor copy_;
 };
 
-// Lengths in [0, high], and with a pool every page of the first length tokens of each request inside it.
+// Lengths in [0, high].
 inline void debug_check_lengths(const char* op, const char* name, const Tensor& lengths, int64_t high) {
     const HostCopy values(lengths);
     core::check_values(op, name, values.ints(), values.count(), 0, high);
 }
 
+// Pages of the first lengths[b] tokens of each request inside the pool.
 inline void debug_check_pages(const char* op, PageTable table, const Tensor& block_table, const Tensor& lengths) {
     const HostCopy pages(block_table), values(lengths);
     table.block_table = pages.ints();
     table.stride_request = block_table.size(1);
-    core::check_pages(op, table, block_table.size(0), nullptr, values.ints());
+    core::check_pages(op, table, block_table.size(0), values.ints());
+}
+
+// Positions [start[b], start[b] + num_rows) that are written, see core/debug.h.
+inline void debug_check_written_pages(const char* op, PageTable table, const Tensor& block_table, const Tensor& start,
+                                      int64_t num_rows) {
+    const HostCopy pages(block_table), values(start);
+    table.block_table = pages.ints();
+    table.stride_request = block_table.size(1);
+    core::check_written_pages(op, table, block_table.size(0), values.ints(), num_rows);
 }
 
 }  // namespace mage::binding

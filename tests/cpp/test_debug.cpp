@@ -30,19 +30,27 @@ TEST(Debug, ValuesAndOrder) {
 }
 
 TEST(Debug, PagesThatHoldTokens) {
-    const std::vector<int32_t> ids = {0, 9, 2, 1, -5, 7};
+    const std::vector<int32_t> ids = {0, -1, 2, 1, -5, 7};
     PageTable table;
     table.block_table = ids.data();
     table.stride_request = 3;
     table.max_pages = 3;
     table.page_size = 16;
     table.num_pages = 8;
-    const std::vector<int32_t> short_counts = {16, 16}, long_counts = {16, 17}, begin = {32, 40};
-    EXPECT_EQ(error_of([&] { core::check_pages("op", table, 2, nullptr, short_counts.data()); }), "");
-    EXPECT_EQ(error_of([&] { core::check_pages("op", table, 2, nullptr, long_counts.data()); }),
+    const std::vector<int32_t> within = {16, 16}, beyond = {16, 17};
+    EXPECT_EQ(error_of([&] { core::check_pages("op", table, 2, within.data()); }), "");
+    EXPECT_EQ(error_of([&] { core::check_pages("op", table, 2, beyond.data()); }),
               "op: block_table[1, 1] must be in [0, 8), got -5");
-    const std::vector<int32_t> one = {1, 1};
-    EXPECT_EQ(error_of([&] { core::check_pages("op", table, 2, begin.data(), one.data()); }), "");
+
+    const auto written = [&](std::vector<int32_t> start, int64_t rows) {
+        return error_of([&] { core::check_written_pages("op", table, 2, start.data(), rows); });
+    };
+    EXPECT_EQ(written({32, 40}, 8), "");
+    EXPECT_EQ(written({-8, -1000}, 8), "");  // nothing is written
+    EXPECT_EQ(written({10, 48}, 9), "");     // no page, and past the table
+    EXPECT_EQ(written({32, 49}, 8), "op: start[1] must be in [0, 48] (or at most -8 to write nothing), got 49");
+    EXPECT_EQ(written({-7, 40}, 8), "op: start[0] must be in [0, 48] (or at most -8 to write nothing), got -7");
+    EXPECT_EQ(written({32, 30}, 8), "op: block_table[1, 1] must be in [-1, 8), got -5");
 }
 
 TEST(Debug, Lists) {
