@@ -1,0 +1,279 @@
+"""torch.library.opcheck for every operator of torch.ops.mage, and their schemas against a golden file.
+
+Run: pytest tests/python/test_opcheck.py
+A schema that changes on purpose: MAGE_WRITE_GOLDEN=1 pytest tests/python/test_opcheck.py -k golden
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from mage_ext import ops
+
+GOLDEN = Path(__file__).parent / "golden" / "schemas.txt"
+
+
+def registered() -> list[str]:
+    """Names of all operators under torch.ops.mage."""
+    names = (name for name in torch._C._dispatch_get_all_op_names() if name.startswith("mage::"))
+    return sorted(name.removeprefix("mage::") for name in names)
+
+
+def overload(name):
+    return getattr(torch.ops.mage, name).default
+
+
+# Two requests of 40 and 17 tokens, pages of 16, G = 2, D = 8, Q = 4.
+B, Q, H, HKV, D, PAGE, SEQ = 2, 4, 4, 2, 8, 16, 48
+
+
+def tensors(dtype=torch.float32):
+    pool = torch.randn(2, 8, PAGE, HKV, D).to(dtype)
+    return {
+        "q": torch.randn(B, Q, H, D).to(dtype),
+        "k_cache": pool[0],
+        "v_cache": pool[1],
+        "block_table": torch.tensor([[3, 0, 5], [1, 2, 7]], dtype=torch.int32),
+        "seq_lens": torch.tensor([40, 17], dtype=torch.int32),
+        "kv_lens": torch.tensor([[38, 38, 40, 40], [14, 15, 16, 17]], dtype=torch.int32),
+        "prefix_lens": torch.tensor([36, 13], dtype=torch.int32),
+        "row_mask": torch.tensor([[True, False, True, True], [False, False, True, True]]),
+    }
+
+
+def attention_args(t):
+    return [t["q"], t["k_cache"], t["v_cache"], t["block_table"], t["seq_lens"]]
+
+
+def scratch(size):
+    return torch.empty(max(size, 16), dtype=torch.uint8)
+
+
+def samples(name):
+    """Calls (args, kwargs) of an operator that opcheck tries."""
+    t = tensors()
+    out, lse = torch.empty(B, Q, H, D), torch.empty(B, H, Q)
+    dims = (B, Q, H, HKV, D, SEQ)
+    indices = torch.tensor([[[0, 1], [1, -1]], [[0, -1], [-1, -1]]], dtype=torch.int32)
+    counts = torch.tensor([[2, 1], [1, 0]], dtype=torch.int32)
+    lists = [indices, counts, torch.tensor([32, 0], dtype=torch.int32)]
+    mass, lengths = torch.rand(3, B, HKV, 6), torch.tensor([90, 33], dtype=torch.int32)
+    votes = {
+        "votes": torch.randint(0, 3, (3, B, HKV, 6), dtype=torch.int32),
+        "union_size": torch.full((3, B, HKV), 4, dtype=torch.int32),
+        "coverage": torch.rand(3, B, HKV),
+    }
+    row_mass = torch.log_softmax(torch.randn(B, HKV, 6, 8), 2)
+    logits = torch.randn(3, 50)
+    mass_options = {
+        "g": 16,
+        "score": "max",
+        "norm": "prefix",
+        "prefix_lens": t["prefix_lens"],
+        "row_mask": t["row_mask"],
+    }
+    units = torch.tensor([[[0, 2], [1, -1]], [[0, 1], [-1, -1]]], dtype=torch.int32)
+    select_outs = [
+        torch.empty(3, B, HKV, 4, dtype=torch.int32),
+        torch.empty(3, B, HKV, dtype=torch.int32),
+        torch.empty(3, B, HKV),
+        torch.empty(B, dtype=torch.int32),
+        torch.empty(3, B, HKV, dtype=torch.bool),
+    ]
+    return {
+        "set_num_threads": [((0,), {})],
+        "set_debug": [((False,), {})],
+        "debug_flag": [((), {})],
+        "append_kv": [
+            (
+                (
+                    torch.randn(B, Q, HKV, D),
+                    torch.randn(B, Q, HKV, D),
+                    t["k_cache"],
+                    t["v_cache"].clone(),
+                    t["block_table"],
+                    t["prefix_lens"],
+                ),
+                {},
+            )
+        ],
+        "block_attention": [
+            (attention_args(t), {"max_seq_len": SEQ}),
+            (
+                attention_args(t),
+                {"max_seq_len": SEQ, "kv_lens": t["kv_lens"], "split_tokens": 64, "softmax_scale": 0.2},
+            ),
+            (attention_args(tensors(torch.bfloat16)), {"max_seq_len": SEQ}),
+        ],
+        "block_attention_out": [
+            ((*attention_args(t), out, lse, scratch(ops.block_attention_workspace(*dims))), {"max_seq_len": SEQ})
+        ],
+        "block_attention_workspace": [(dims, {})],
+        "block_attention_mass": [
+            (attention_args(t), {"max_seq_len": SEQ, "g": 16}),
+            (attention_args(t), {"max_seq_len": SEQ, **mass_options}),
+        ],
+        "block_attention_mass_out": [
+            (
+                (
+                    *attention_args(t),
+                    out,
+                    lse,
+                    torch.empty(B, HKV, 3),
+                    scratch(ops.block_attention_mass_workspace(*dims, 16)),
+                ),
+                {"max_seq_len": SEQ, **mass_options},
+            )
+        ],
+        "block_attention_mass_workspace": [((*dims, 16), {})],
+        "block_attention_rows": [(attention_args(t), {"max_seq_len": SEQ, "g": 16})],
+        "block_attention_rows_out": [
+            (
+                (
+                    *attention_args(t),
+                    out,
+                    lse,
+                    torch.empty(B, HKV, 3, 8),
+                    scratch(ops.block_attention_rows_workspace(*dims, 16)),
+                ),
+                {"max_seq_len": SEQ, "g": 16},
+            )
+        ],
+        "block_attention_rows_workspace": [((*dims, 16), {})],
+        "token_mass": [
+            ((t["q"], t["k_cache"], t["block_table"], t["seq_lens"], torch.zeros(B, H, Q)), {"max_seq_len": SEQ}),
+            (
+                (t["q"], t["k_cache"], t["block_table"], t["seq_lens"], torch.zeros(B, H, Q)),
+                {"max_seq_len": SEQ, "units": units, "g": 16, "score": "rows"},
+            ),
+        ],
+        "token_mass_out": [
+            (
+                (
+                    t["q"],
+                    t["k_cache"],
+                    t["block_table"],
+                    t["seq_lens"],
+                    torch.zeros(B, H, Q),
+                    torch.empty(B, HKV, SEQ),
+                    scratch(ops.token_mass_workspace(*dims)),
+                ),
+                {"max_seq_len": SEQ},
+            )
+        ],
+        "token_mass_workspace": [(dims, {})],
+        "row_votes": [
+            ((row_mass, lengths), {"k": 32, "g": 16}),
+            ((row_mass, lengths), {"k": 32, "g": 16, "row_mask": t["row_mask"]}),
+        ],
+        "row_votes_out": [
+            (
+                (
+                    row_mass,
+                    lengths,
+                    torch.empty(B, HKV, 6, dtype=torch.int32),
+                    torch.empty(B, HKV, dtype=torch.int32),
+                    torch.empty(B, HKV),
+                    scratch(ops.row_votes_workspace(B, HKV, 6, 8)),
+                ),
+                {"k": 32, "g": 16},
+            )
+        ],
+        "row_votes_workspace": [((B, HKV, 6, 8), {})],
+        "select_kv": [
+            ((mass, lengths), {"g": 16, "capacity": 4, "k": 48, "sinks": 4, "recents": 20}),
+            ((mass, lengths), {"g": 16, "capacity": 6, "rule": "layer", "k": 48, "k_min": 16, **votes}),
+            ((mass, lengths), {"g": 16, "capacity": 6, "rule": "mass", "p": 0.5}),
+            ((mass, lengths), {"g": 16, "capacity": 6, "rule": "joint", "k": 48}),
+        ],
+        "select_kv_out": [
+            (
+                (mass, lengths, *select_outs, scratch(ops.select_kv_workspace(3, B, HKV, 6, 4))),
+                {"g": 16, "capacity": 4, "k": 48},
+            )
+        ],
+        "select_kv_workspace": [((3, B, HKV, 6, 4), {})],
+        "sparse_block_attention": [
+            ((*attention_args(t), *lists), {"g": 16, "max_seq_len": SEQ, "kv_lens": t["kv_lens"]})
+        ],
+        "sparse_block_attention_out": [
+            (
+                (*attention_args(t), *lists, out, lse, scratch(ops.sparse_block_attention_workspace(*dims, 16, 2))),
+                {"g": 16, "max_seq_len": SEQ},
+            )
+        ],
+        "sparse_block_attention_workspace": [((*dims, 16, 2), {})],
+        "merge_attention": [
+            (
+                ([torch.randn(B, Q, H, D) for _ in range(3)], [torch.randn(B, H, Q) for _ in range(3)]),
+                {"log2_out": True},
+            )
+        ],
+        "merge_attention_out": [
+            (
+                (
+                    [torch.randn(B, Q, H, D) for _ in range(2)],
+                    [torch.randn(B, H, Q) for _ in range(2)],
+                    out,
+                    lse,
+                    scratch(ops.merge_attention_workspace(2, B, Q, H, D)),
+                ),
+                {},
+            )
+        ],
+        "merge_attention_workspace": [((2, B, Q, H, D), {})],
+        "token_confidence": [((logits,), {}), ((logits.bfloat16(),), {})],
+        "token_confidence_out": [
+            (
+                (
+                    logits,
+                    torch.empty(3, dtype=torch.int64),
+                    torch.empty(3),
+                    torch.empty(3),
+                    scratch(ops.token_confidence_workspace(3, 50)),
+                ),
+                {},
+            )
+        ],
+        "token_confidence_workspace": [((3, 50), {})],
+    }[name]
+
+
+@pytest.mark.parametrize("name", registered())
+def test_opcheck(name):
+    for args, kwargs in samples(name):
+        results = torch.library.opcheck(overload(name), args, kwargs)
+        assert set(results.values()) == {"SUCCESS"}
+
+
+def test_fake_shapes_follow_the_operators():
+    """Fake kernels give the shapes, dtypes and strides of the real ones, for every sample."""
+    compared = 0
+    for name in registered():
+        if name.endswith(("_workspace", "_out")) or name in ("set_debug", "set_num_threads", "debug_flag", "append_kv"):
+            continue
+        for args, kwargs in samples(name):
+            real = overload(name)(*args, **kwargs)
+            with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+                convert = lambda x, mode=mode: mode.from_tensor(x) if isinstance(x, torch.Tensor) else x  # noqa: E731
+                fake_args, fake_kwargs = torch.utils._pytree.tree_map(convert, (list(args), kwargs))
+                fake = overload(name)(*fake_args, **fake_kwargs)
+            real, fake = (x if isinstance(x, (tuple, list)) else (x,) for x in (real, fake))
+            for a, b in zip(real, fake, strict=True):
+                assert (a.shape, a.dtype, a.stride(), a.device) == (b.shape, b.dtype, b.stride(), b.device), name
+                compared += 1
+    assert compared >= 30
+
+
+def test_every_python_function_has_its_operator():
+    for name in registered():
+        assert callable(getattr(ops, name, None)) or name in ("debug_flag", "set_num_threads"), name
+
+
+def test_schemas_are_the_golden_ones():
+    schemas = "".join(f"{overload(name)._schema}\n" for name in registered())
+    if os.environ.get("MAGE_WRITE_GOLDEN") == "1":
+        GOLDEN.write_text(schemas)
+    assert schemas == GOLDEN.read_text()
