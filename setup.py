@@ -109,10 +109,12 @@ class CMakeBuild(build_ext):
         configure += shlex.split(os.environ.get("MAGE_CMAKE_ARGS", ""))
         subprocess.run(configure, check=True, env=environment)
         subprocess.run([cmake, "--build", str(folder), "-j", str(max_jobs())], check=True)
+        target_folder = self._target_folder()
+        target_folder.mkdir(parents=True, exist_ok=True)
+        for name in LIBRARIES:
+            # Also those that this build lacks; and a process that has the old file mapped keeps it.
+            (target_folder / name).unlink(missing_ok=True)
         for source, target in self.get_output_mapping().items():
-            target = Path(target)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.unlink(missing_ok=True)  # a process that has the old library mapped keeps it
             shutil.copy2(source, target)
 
     def _is_foreign(self, cache: Path, settings: dict) -> bool:

@@ -43,7 +43,7 @@ def _load_cuda(path: Path) -> str:
         return "not loaded: this torch has no CUDA"
     from mage_ext import _build_info
 
-    if _build_info.CUDA.split(".")[0] != torch.version.cuda.split(".")[0]:
+    if (_build_info.CUDA or "none").split(".")[0] != torch.version.cuda.split(".")[0]:
         return f"not loaded: built with CUDA {_build_info.CUDA}, this torch has CUDA {torch.version.cuda}"
     torch.ops.load_library(str(path))
     return "loaded"
