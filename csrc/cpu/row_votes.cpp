@@ -61,7 +61,7 @@ public:
         const int64_t grain = std::max<int64_t>(1, kUnitsPerTask / params_.num_units);
         std::fill_n(params_.votes, heads * params_.num_units, 0);
         core::parallel_for(heads * groups_, grain, [&](int64_t begin, int64_t end) {
-            std::vector<uint32_t> keys(kGroup * params_.num_units);
+            std::vector<uint32_t> keys(kGroup * key_stride());
             for (int64_t i = begin; i < end; ++i) vote(i / groups_, i % groups_ * kGroup, keys.data());
         });
         core::parallel_for(heads * groups_, grain, [&](int64_t begin, int64_t end) {
@@ -76,6 +76,9 @@ private:
         const int64_t group_size = params_.num_rows / params_.num_positions;  // G
         return params_.row_mask[head / params_.num_kv_heads * params_.num_positions + row / group_size];
     }
+
+    // Keys of one row; a cache line more than the units, or the rows of a group would share cache sets.
+    int64_t key_stride() const { return params_.num_units + 16; }
 
     int64_t eligible(int64_t head) const {
         const int64_t g = params_.granularity;
@@ -96,14 +99,14 @@ private:
         for (int64_t unit = 0; unit < num_units; ++unit) {
             for (int64_t row = 0; row < num_rows; ++row) {
                 const uint32_t key = share_key(shares[unit * params_.num_rows + row]);
-                keys[row * num_units + unit] = key;
+                keys[row * key_stride() + unit] = key;
                 possible[row] += key > 0;
             }
         }
         int32_t* votes = params_.votes + head * params_.num_units;
         for (int64_t row = 0; row < num_rows; ++row) {
             if (!is_kept(head, first + row)) continue;
-            const uint32_t* row_keys = keys + row * num_units;
+            const uint32_t* row_keys = keys + row * key_stride();
             const int64_t budget = params_.k / params_.granularity;
             const bool takes_all = budget >= possible[row];
             const Threshold threshold = takes_all ? Threshold{} : find_threshold(row_keys, num_units, budget);
