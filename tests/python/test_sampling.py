@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from mage_ext import reference, sampling
 from mage_ext.counter_random import random_bits, random_uniform
 from mage_ext.sampling import Draws, SamplerConfig, decide, draw_tokens

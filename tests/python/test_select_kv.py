@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from mage_ext import ops, reference
 
 NAMES = ("indices", "counts", "kept_mass", "tail_start", "overflow")
