@@ -79,7 +79,8 @@ BlockAttentionParams attention_dims(const char* op, int64_t num_requests, int64_
 void check_attention_dims(const char* op, const BlockAttentionParams& p) {
     MAGE_CHECK(p.num_requests >= 0, op, ": the number of requests must be at least 0, got ", p.num_requests);
     MAGE_CHECK(p.num_kv_heads >= 1 && p.num_heads >= 1 && p.num_heads % p.num_kv_heads == 0, op,
-               ": the number of heads of q must be a multiple of the KV heads (", p.num_kv_heads, "), got ", p.num_heads);
+               ": the number of heads of q must be a multiple of the KV heads (", p.num_kv_heads, "), got ",
+               p.num_heads);
     MAGE_CHECK(p.num_queries >= 1 && p.num_queries <= kMaxRows / (p.num_heads / p.num_kv_heads), op,
                ": q must have at least 1 query and at most 2^24 rows per KV head, got ", p.num_queries, " queries of ",
                p.num_heads / p.num_kv_heads, " heads");
@@ -87,8 +88,8 @@ void check_attention_dims(const char* op, const BlockAttentionParams& p) {
                ": the head dim of q must be a multiple of 8 and at most ", kMaxHeadDim, ", got ", p.head_dim);
     MAGE_CHECK(p.max_seq_len >= 1 && p.max_seq_len <= kMaxTokens, op, ": max_seq_len must be in [1, 2^30], got ",
                p.max_seq_len);
-    MAGE_CHECK(p.split_tokens >= 0 && p.split_tokens % kTileTokens == 0, op, ": split_tokens must be 0 or a positive multiple of ",
-               kTileTokens, ", got ", p.split_tokens);
+    MAGE_CHECK(p.split_tokens >= 0 && p.split_tokens % kTileTokens == 0, op,
+               ": split_tokens must be 0 or a positive multiple of ", kTileTokens, ", got ", p.split_tokens);
 }
 
 void check_granularity(const char* op, int64_t g) {
@@ -102,8 +103,8 @@ AttentionPlan plan_attention(const BlockAttentionParams& p, int64_t expected_tok
     const int64_t fitting = kRowTileFloats / p.head_dim / kRowTileStep * kRowTileStep;
     const int64_t largest = std::clamp(fitting, kRowTileStep, kMaxRowTile);
     plan.num_row_tiles = divide_up(plan.rows, largest);
-    plan.row_tile = plan.num_row_tiles == 1 ? plan.padded_rows
-                                            : round_up(divide_up(plan.rows, plan.num_row_tiles), kRowTileStep);
+    plan.row_tile =
+        plan.num_row_tiles == 1 ? plan.padded_rows : round_up(divide_up(plan.rows, plan.num_row_tiles), kRowTileStep);
     const int64_t tiles = p.num_requests * p.num_kv_heads * plan.num_row_tiles;
     if (p.split_tokens > 0) {
         plan.split_tokens = p.split_tokens;
@@ -119,7 +120,8 @@ AttentionPlan plan_attention(const BlockAttentionParams& p, int64_t expected_tok
 }
 
 void check_workspace(const char* op, int64_t workspace_bytes, int64_t needed) {
-    MAGE_CHECK(workspace_bytes >= needed, op, ": workspace must have at least ", needed, " bytes, got ", workspace_bytes);
+    MAGE_CHECK(workspace_bytes >= needed, op, ": workspace must have at least ", needed, " bytes, got ",
+               workspace_bytes);
 }
 
 int32_t clamped_seq_len(const int32_t* seq_lens, int64_t request, int64_t max_seq_len, const PageTable& pages) {
@@ -144,7 +146,8 @@ TokenStream token_stream(DType dtype, const PagedPool& k, const PagedPool& v, co
     return stream;
 }
 
-void run_attention(const BlockAttentionParams& p, const AttentionPlan& plan, const UnitBuffers& units, const RunsOf& runs) {
+void run_attention(const BlockAttentionParams& p, const AttentionPlan& plan, const UnitBuffers& units,
+                   const RunsOf& runs) {
     struct Stream {
         std::vector<TokenRun> runs;
         int64_t tokens = 0;
@@ -187,44 +190,46 @@ void run_attention(const BlockAttentionParams& p, const AttentionPlan& plan, con
     // 1. Every (request, KV head, row tile, split).
     const auto attend = MAGE_CPU_PICK(attention_item);
     const auto scale_log2 = static_cast<float>(p.softmax_scale * kLog2E);
-    for_each_item(plan.num_partials, attention_scratch_floats(plan.row_tile, p.head_dim), [&](int64_t i, float* scratch) {
-        const int64_t split = i % plan.num_splits;
-        const int64_t tile = i / plan.num_splits % plan.num_row_tiles;
-        const int64_t stream_index = i / plan.num_splits / plan.num_row_tiles;
-        const int64_t request = stream_index / p.num_kv_heads;
-        const int64_t kv_head = stream_index % p.num_kv_heads;
-        const Stream& stream = streams[stream_index];
-        if (split >= stream.num_splits) return;
+    for_each_item(
+        plan.num_partials, attention_scratch_floats(plan.row_tile, p.head_dim), [&](int64_t i, float* scratch) {
+            const int64_t split = i % plan.num_splits;
+            const int64_t tile = i / plan.num_splits % plan.num_row_tiles;
+            const int64_t stream_index = i / plan.num_splits / plan.num_row_tiles;
+            const int64_t request = stream_index / p.num_kv_heads;
+            const int64_t kv_head = stream_index % p.num_kv_heads;
+            const Stream& stream = streams[stream_index];
+            if (split >= stream.num_splits) return;
 
-        AttentionItem item;
-        item.shape = {p.dtype, static_cast<int32_t>(p.head_dim)};
-        item.rows.q = advance(p.q, request * p.stride_q_request + kv_head * group * p.stride_q_head, p.dtype);
-        item.rows.stride_q_query = p.stride_q_query;
-        item.rows.stride_q_head = p.stride_q_head;
-        item.rows.group = static_cast<int32_t>(group);
-        item.rows.row_begin = static_cast<int32_t>(tile * plan.row_tile);
-        item.rows.row_end = static_cast<int32_t>(std::min(plan.rows, (tile + 1) * plan.row_tile));
-        item.rows.kv_lens = p.kv_lens == nullptr ? nullptr : p.kv_lens + request * p.num_queries;
-        item.rows.seq_len = clamped_seq_len(p.seq_lens, request, p.max_seq_len, p.pages);
-        item.rows.scale_log2 = scale_log2;
-        if (units.granularity == 0 && split >= splits_of(stream, request, item.rows.row_end)) return;
-        item.stream = token_stream(p.dtype, p.k_cache, p.v_cache, p.pages, request, kv_head);
-        item.stream.runs = stream.runs.data();
-        item.stream.num_runs = static_cast<int32_t>(stream.runs.size());
-        item.stream_begin = split * stream.split_tokens;
-        item.stream_end = std::min(stream.tokens, item.stream_begin + stream.split_tokens);
-        item.partial = partial_of(i);
-        if (units.granularity != 0) {
-            item.units.unit_tokens = static_cast<int32_t>(units.granularity);
-            item.units.end = units.end == nullptr ? item.rows.seq_len : std::min(item.rows.seq_len, units.end[request]);
-            item.units.sums = units.sums + stream_index * units.num_units * units.sums_stride;
-            item.units.sums_stride = units.sums_stride;
-            item.units.reference = units.reference + stream_index * unit_tiles * plan.padded_rows;
-            item.units.reference_stride = plan.padded_rows;
-        }
-        item.scratch = scratch;
-        attend(item);
-    });
+            AttentionItem item;
+            item.shape = {p.dtype, static_cast<int32_t>(p.head_dim)};
+            item.rows.q = advance(p.q, request * p.stride_q_request + kv_head * group * p.stride_q_head, p.dtype);
+            item.rows.stride_q_query = p.stride_q_query;
+            item.rows.stride_q_head = p.stride_q_head;
+            item.rows.group = static_cast<int32_t>(group);
+            item.rows.row_begin = static_cast<int32_t>(tile * plan.row_tile);
+            item.rows.row_end = static_cast<int32_t>(std::min(plan.rows, (tile + 1) * plan.row_tile));
+            item.rows.kv_lens = p.kv_lens == nullptr ? nullptr : p.kv_lens + request * p.num_queries;
+            item.rows.seq_len = clamped_seq_len(p.seq_lens, request, p.max_seq_len, p.pages);
+            item.rows.scale_log2 = scale_log2;
+            if (units.granularity == 0 && split >= splits_of(stream, request, item.rows.row_end)) return;
+            item.stream = token_stream(p.dtype, p.k_cache, p.v_cache, p.pages, request, kv_head);
+            item.stream.runs = stream.runs.data();
+            item.stream.num_runs = static_cast<int32_t>(stream.runs.size());
+            item.stream_begin = split * stream.split_tokens;
+            item.stream_end = std::min(stream.tokens, item.stream_begin + stream.split_tokens);
+            item.partial = partial_of(i);
+            if (units.granularity != 0) {
+                item.units.unit_tokens = static_cast<int32_t>(units.granularity);
+                item.units.end =
+                    units.end == nullptr ? item.rows.seq_len : std::min(item.rows.seq_len, units.end[request]);
+                item.units.sums = units.sums + stream_index * units.num_units * units.sums_stride;
+                item.units.sums_stride = units.sums_stride;
+                item.units.reference = units.reference + stream_index * unit_tiles * plan.padded_rows;
+                item.units.reference_stride = plan.padded_rows;
+            }
+            item.scratch = scratch;
+            attend(item);
+        });
 
     // 2. Every (request, KV head, row tile): splits merged in order.
     const auto finish = MAGE_CPU_PICK(finish_item);

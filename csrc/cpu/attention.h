@@ -18,8 +18,8 @@ struct AttentionPlan {
     int64_t padded_rows = 0;  // R up to a multiple of 16
     int64_t row_tile = 0;     // rows per tile, multiple of 16
     int64_t num_row_tiles = 0;
-    int64_t split_tokens = 0;  // tokens per split, multiple of 64
-    int64_t num_splits = 0;    // splits that a stream can have at most
+    int64_t split_tokens = 0;    // tokens per split, multiple of 64
+    int64_t num_splits = 0;      // splits that a stream can have at most
     int64_t partial_floats = 0;  // of one (row tile, split)
     int64_t num_partials = 0;
 
@@ -36,19 +36,19 @@ void check_attention_dims(const char* op, const BlockAttentionParams& params);
 // g is 1, 16, 32 or 64.
 void check_granularity(const char* op, int64_t granularity);
 
-// Looks at the dimensions and split_tokens only. `expected_tokens`: how long a stream is for all that the shapes tell; splits
-// that are not given are made for it.
+// Looks at the dimensions and split_tokens only. `expected_tokens`: how long a stream is for all that the shapes tell;
+// splits that are not given are made for it.
 AttentionPlan plan_attention(const BlockAttentionParams& params, int64_t expected_tokens);
 
 // Where the units of a call's rows are kept, over all requests and KV heads.
 struct UnitBuffers {
-    int64_t granularity = 0;        // 0: nothing is emitted
-    int64_t num_units = 0;          // n
-    float* sums = nullptr;          // [B, Hkv, n, sums_stride]
+    int64_t granularity = 0;  // 0: nothing is emitted
+    int64_t num_units = 0;    // n
+    float* sums = nullptr;    // [B, Hkv, n, sums_stride]
     int64_t sums_stride = 0;
-    float* reference = nullptr;     // [B, Hkv, ceil(max_seq_len / 64), padded rows]
-    float* lse_log2 = nullptr;      // [B, Hkv, padded rows]
-    const int32_t* end = nullptr;   // [B]: tokens at or past it are not counted; null: all count
+    float* reference = nullptr;    // [B, Hkv, ceil(max_seq_len / 64), padded rows]
+    float* lse_log2 = nullptr;     // [B, Hkv, padded rows]
+    const int32_t* end = nullptr;  // [B]: tokens at or past it are not counted; null: all count
 };
 
 // The runs of (request, KV head), in stream order, with offsets; `seq_len` is clamped already.
@@ -71,8 +71,8 @@ TokenStream token_stream(DType dtype, const PagedPool& k, const PagedPool& v, co
 // token_mass over the tokens, rows and lse of an attention call that is done; its workspace is used again.
 TokenMassParams token_mass_params(const BlockAttentionParams& params);
 
-// Calls body(i, scratch) for every i < count on the threads of core::parallel_for; each thread takes the next free item and
-// has `scratch_floats` of its own. What an item computes must not depend on who computes it.
+// Calls body(i, scratch) for every i < count on the threads of core::parallel_for; each thread takes the next free item
+// and has `scratch_floats` of its own. What an item computes must not depend on who computes it.
 void for_each_item(int64_t count, int64_t scratch_floats, const std::function<void(int64_t, float*)>& body);
 
 inline int64_t divide_up(int64_t value, int64_t step) { return (value + step - 1) / step; }

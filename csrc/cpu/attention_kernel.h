@@ -5,9 +5,9 @@
 #include "cpu/simd/variants.h"
 #include "mage/types.h"
 
-// The attention core of the CPU backend: what one work item is. kernels/attention_kernel.cpp computes items, attention.cpp
-// makes them. Exact and sparse attention, every emission and every page layout are the same core; they differ in the
-// runs of tokens that an item walks.
+// The attention core of the CPU backend: what one work item is. kernels/attention.cpp computes items,
+// attention.cpp makes them. Exact and sparse attention, every emission and every page layout are the same core; they
+// differ in the runs of tokens that an item walks.
 //
 // A work item is (request, KV head, row tile, split): some of the R = G * Q rows of a KV head against a part of its
 // token stream. Tokens come in tiles of 64, copied through the page table into contiguous float32. Rows are the vector
@@ -45,7 +45,7 @@ struct TokenStream {
 struct RowTile {
     const void* q = nullptr;  // query 0, first head of the group
     int64_t stride_q_query = 0, stride_q_head = 0;
-    int32_t group = 1;                 // G
+    int32_t group = 1;  // G
     int32_t row_begin = 0, row_end = 0;
     const int32_t* kv_lens = nullptr;  // [Q] of this request, or null
     int32_t seq_len = 0;               // S, clamped
@@ -80,7 +80,7 @@ struct AttentionItem {
     TokenStream stream;
     int64_t stream_begin = 0, stream_end = 0;
     PartialTile partial;
-    UnitSums units;           // needs a stream of one run that begins at token 0, and stream_begin % 64 == 0
+    UnitSums units;            // needs a stream of one run that begins at token 0, and stream_begin % 64 == 0
     float* scratch = nullptr;  // attention_scratch_floats
 };
 
@@ -112,14 +112,14 @@ static constexpr int64_t finish_scratch_floats(int64_t head_dim) { return (head_
 // Units [unit_begin, unit_end) of one request and KV head from sums to mass, or to log shares in place.
 struct UnitItem {
     UnitSums units;
-    int32_t num_rows = 0;             // R
+    int32_t num_rows = 0;  // R
     int32_t unit_begin = 0, unit_end = 0;
     const float* lse_log2 = nullptr;  // [padded R]
-    const float* weight = nullptr;    // [padded R]: 0 for rows that don't count, else what their shares are multiplied by
-    bool maximum = false;             // largest weighted share instead of the sum
-    float factor = 1.0f;              // the result is multiplied by it
-    float* mass = nullptr;            // [n]
-    float* row_total = nullptr;       // [padded R], for unit_row_totals
+    const float* weight = nullptr;  // [padded R]: 0 for rows that don't count, else what their shares are multiplied by
+    bool maximum = false;           // largest weighted share instead of the sum
+    float factor = 1.0f;            // the result is multiplied by it
+    float* mass = nullptr;          // [n]
+    float* row_total = nullptr;     // [padded R], for unit_row_totals
 };
 
 // QK-only pass: shares of single tokens, given the final lse.
@@ -152,4 +152,5 @@ MAGE_CPU_VARIANTS(void unit_mass(const UnitItem& item))
 MAGE_CPU_VARIANTS(void unit_row_totals(const UnitItem& item))
 MAGE_CPU_VARIANTS(void unit_log_shares(const UnitItem& item))
 MAGE_CPU_VARIANTS(void token_mass_item(const TokenMassItem& item))
-MAGE_CPU_VARIANTS(void merge_row(DType dtype, int head_dim, const MergeRow* parts, int num_parts, float* scratch, void* out))
+MAGE_CPU_VARIANTS(void merge_row(DType dtype, int head_dim, const MergeRow* parts, int num_parts, float* scratch,
+                                 void* out))

@@ -15,8 +15,8 @@ constexpr char kOp[] = "block_attention";
 
 int64_t block_attention_workspace(int64_t num_requests, int64_t num_queries, int64_t num_heads, int64_t num_kv_heads,
                                   int64_t head_dim, int64_t max_seq_len, int64_t split_tokens) {
-    const BlockAttentionParams dims = cpu::attention_dims(kOp, num_requests, num_queries, num_heads, num_kv_heads, head_dim,
-                                                          max_seq_len, split_tokens);
+    const BlockAttentionParams dims = cpu::attention_dims(kOp, num_requests, num_queries, num_heads, num_kv_heads,
+                                                          head_dim, max_seq_len, split_tokens);
     return 4 * cpu::plan_attention(dims, max_seq_len).workspace_floats();
 }
 

@@ -39,15 +39,17 @@ int64_t row_weights(const bool* row_mask, int64_t num_queries, int64_t group, in
 
 }  // namespace
 
-int64_t block_attention_mass_workspace(int64_t num_requests, int64_t num_queries, int64_t num_heads, int64_t num_kv_heads,
-                                       int64_t head_dim, int64_t max_seq_len, int64_t granularity, int64_t split_tokens) {
-    const BlockAttentionParams dims = cpu::attention_dims(kOp, num_requests, num_queries, num_heads, num_kv_heads, head_dim,
-                                                          max_seq_len, split_tokens);
+int64_t block_attention_mass_workspace(int64_t num_requests, int64_t num_queries, int64_t num_heads,
+                                       int64_t num_kv_heads, int64_t head_dim, int64_t max_seq_len, int64_t granularity,
+                                       int64_t split_tokens) {
+    const BlockAttentionParams dims = cpu::attention_dims(kOp, num_requests, num_queries, num_heads, num_kv_heads,
+                                                          head_dim, max_seq_len, split_tokens);
     cpu::check_granularity(kOp, granularity);
     const cpu::AttentionPlan plan = cpu::plan_attention(dims, max_seq_len);
     const int64_t partials = 4 * plan.workspace_floats();
     if (granularity == 1) {
-        return std::max(partials, token_mass_workspace(num_requests, num_queries, num_heads, num_kv_heads, head_dim, max_seq_len));
+        return std::max(
+            partials, token_mass_workspace(num_requests, num_queries, num_heads, num_kv_heads, head_dim, max_seq_len));
     }
     return partials + 4 * num_requests * num_kv_heads * make_layout(plan, max_seq_len, granularity).total();
 }
@@ -56,8 +58,8 @@ void check_block_attention_mass(const BlockAttentionMassParams& params) {
     check_block_attention(params.attention, kOp);
     cpu::check_granularity(kOp, params.granularity);
     MAGE_CHECK(params.score != MassScore::kRows, kOp, ": score must be mean or max, got rows");
-    MAGE_CHECK(params.norm == MassNorm::kContext || params.prefix_lens != nullptr || params.attention.num_requests == 0, kOp,
-               ": prefix_lens must be given with norm prefix");
+    MAGE_CHECK(params.norm == MassNorm::kContext || params.prefix_lens != nullptr || params.attention.num_requests == 0,
+               kOp, ": prefix_lens must be given with norm prefix");
 }
 
 namespace cpu {
@@ -67,8 +69,8 @@ void block_attention_mass(const BlockAttentionMassParams& params) {
     const BlockAttentionParams& p = params.attention;
     const int64_t g = params.granularity;
     check_workspace(kOp, p.workspace_bytes,
-                    block_attention_mass_workspace(p.num_requests, p.num_queries, p.num_heads, p.num_kv_heads, p.head_dim,
-                                                   p.max_seq_len, g, p.split_tokens));
+                    block_attention_mass_workspace(p.num_requests, p.num_queries, p.num_heads, p.num_kv_heads,
+                                                   p.head_dim, p.max_seq_len, g, p.split_tokens));
     const AttentionPlan plan = plan_attention(p, p.max_seq_len);
     if (g == 1) {
         // Keeping every row's every score would take as much memory as the scores; a second pass over K takes none.

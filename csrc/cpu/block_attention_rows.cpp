@@ -16,17 +16,20 @@ constexpr int64_t kUnitsPerItem = 64;
 
 }  // namespace
 
-int64_t block_attention_rows_workspace(int64_t num_requests, int64_t num_queries, int64_t num_heads, int64_t num_kv_heads,
-                                       int64_t head_dim, int64_t max_seq_len, int64_t granularity, int64_t split_tokens) {
-    const BlockAttentionParams dims = cpu::attention_dims(kOp, num_requests, num_queries, num_heads, num_kv_heads, head_dim,
-                                                          max_seq_len, split_tokens);
+int64_t block_attention_rows_workspace(int64_t num_requests, int64_t num_queries, int64_t num_heads,
+                                       int64_t num_kv_heads, int64_t head_dim, int64_t max_seq_len, int64_t granularity,
+                                       int64_t split_tokens) {
+    const BlockAttentionParams dims = cpu::attention_dims(kOp, num_requests, num_queries, num_heads, num_kv_heads,
+                                                          head_dim, max_seq_len, split_tokens);
     cpu::check_granularity(kOp, granularity);
     const cpu::AttentionPlan plan = cpu::plan_attention(dims, max_seq_len);
     const int64_t partials = 4 * plan.workspace_floats();
     if (granularity == 1) {
-        return std::max(partials, token_mass_workspace(num_requests, num_queries, num_heads, num_kv_heads, head_dim, max_seq_len));
+        return std::max(
+            partials, token_mass_workspace(num_requests, num_queries, num_heads, num_kv_heads, head_dim, max_seq_len));
     }
-    return partials + 4 * num_requests * num_kv_heads * plan.padded_rows * (cpu::divide_up(max_seq_len, cpu::kTileTokens) + 1);
+    return partials +
+           4 * num_requests * num_kv_heads * plan.padded_rows * (cpu::divide_up(max_seq_len, cpu::kTileTokens) + 1);
 }
 
 void check_block_attention_rows(const BlockAttentionRowsParams& params) {
@@ -41,8 +44,8 @@ void block_attention_rows(const BlockAttentionRowsParams& params) {
     const BlockAttentionParams& p = params.attention;
     const int64_t g = params.granularity;
     check_workspace(kOp, p.workspace_bytes,
-                    block_attention_rows_workspace(p.num_requests, p.num_queries, p.num_heads, p.num_kv_heads, p.head_dim,
-                                                   p.max_seq_len, g, p.split_tokens));
+                    block_attention_rows_workspace(p.num_requests, p.num_queries, p.num_heads, p.num_kv_heads,
+                                                   p.head_dim, p.max_seq_len, g, p.split_tokens));
     const AttentionPlan plan = plan_attention(p, p.max_seq_len);
     if (g == 1) {
         run_attention(p, plan, UnitBuffers(), RunsOf());

@@ -52,8 +52,9 @@ void merge_attention(const MergeAttentionParams& p) {
                 rows[i].weight = lse == -INFINITY ? 0.0f : std::exp(lse - highest);
                 sum += rows[i].weight;
                 const MergePart& part = p.parts[i];
-                rows[i].out = static_cast<const char*>(part.out) +
-                              (request * part.stride_request + query * part.stride_query + head * part.stride_head) * bytes;
+                rows[i].out =
+                    static_cast<const char*>(part.out) +
+                    (request * part.stride_request + query * part.stride_query + head * part.stride_head) * bytes;
             }
             if (sum != 0.0f) {
                 for (MergeRow& part : rows) part.weight /= sum;

@@ -31,11 +31,11 @@ void add_run(int64_t begin, int64_t end, std::vector<cpu::TokenRun>* runs) {
 
 }  // namespace
 
-int64_t sparse_block_attention_workspace(int64_t num_requests, int64_t num_queries, int64_t num_heads, int64_t num_kv_heads,
-                                         int64_t head_dim, int64_t max_seq_len, int64_t granularity, int64_t capacity,
-                                         int64_t split_tokens) {
-    const BlockAttentionParams dims = cpu::attention_dims(kOp, num_requests, num_queries, num_heads, num_kv_heads, head_dim,
-                                                          max_seq_len, split_tokens);
+int64_t sparse_block_attention_workspace(int64_t num_requests, int64_t num_queries, int64_t num_heads,
+                                         int64_t num_kv_heads, int64_t head_dim, int64_t max_seq_len,
+                                         int64_t granularity, int64_t capacity, int64_t split_tokens) {
+    const BlockAttentionParams dims = cpu::attention_dims(kOp, num_requests, num_queries, num_heads, num_kv_heads,
+                                                          head_dim, max_seq_len, split_tokens);
     cpu::check_granularity(kOp, granularity);
     MAGE_CHECK(capacity >= 0, kOp, ": capacity must be at least 0, got ", capacity);
     return 4 * make_plan(dims, granularity, capacity).workspace_floats();

@@ -47,15 +47,16 @@ int64_t token_mass_workspace(int64_t num_requests, int64_t num_queries, int64_t 
 }
 
 void check_token_mass(const TokenMassParams& p) {
-    BlockAttentionParams attention = cpu::attention_dims(kOp, p.num_requests, p.num_queries, p.num_heads, p.num_kv_heads,
-                                                         p.head_dim, p.max_seq_len, 0);
+    BlockAttentionParams attention = cpu::attention_dims(kOp, p.num_requests, p.num_queries, p.num_heads,
+                                                         p.num_kv_heads, p.head_dim, p.max_seq_len, 0);
     attention.pages = p.pages;
     attention.softmax_scale = p.softmax_scale;
     check_block_attention(attention, kOp);
     cpu::check_granularity(kOp, p.granularity);
     MAGE_CHECK(p.has_units || p.granularity == 1, kOp, ": g must be 1 without units, got ", p.granularity);
     MAGE_CHECK(p.num_candidates >= 0 && p.num_candidates <= (int64_t{1} << 30) / p.granularity, kOp,
-               ": units must hold at most 2^30 tokens per KV head, got ", p.num_candidates, " units of ", p.granularity);
+               ": units must hold at most 2^30 tokens per KV head, got ", p.num_candidates, " units of ",
+               p.granularity);
     MAGE_CHECK(p.norm == MassNorm::kContext || p.prefix_lens != nullptr || p.num_requests == 0, kOp,
                ": prefix_lens must be given with norm prefix");
 }
@@ -64,14 +65,14 @@ namespace cpu {
 
 void token_mass(const TokenMassParams& p) {
     check_token_mass(p);
-    check_workspace(kOp, p.workspace_bytes,
-                    token_mass_workspace(p.num_requests, p.num_queries, p.num_heads, p.num_kv_heads, p.head_dim,
-                                         p.max_seq_len));
+    check_workspace(
+        kOp, p.workspace_bytes,
+        token_mass_workspace(p.num_requests, p.num_queries, p.num_heads, p.num_kv_heads, p.head_dim, p.max_seq_len));
     const int64_t group = p.num_heads / p.num_kv_heads;
     const int64_t rows = p.num_queries * group;
     const int64_t num_streams = p.num_requests * p.num_kv_heads;
-    const Layout layout = make_layout(attention_dims(kOp, p.num_requests, p.num_queries, p.num_heads, p.num_kv_heads,
-                                                     p.head_dim, p.max_seq_len, 0));
+    const Layout layout = make_layout(
+        attention_dims(kOp, p.num_requests, p.num_queries, p.num_heads, p.num_kv_heads, p.head_dim, p.max_seq_len, 0));
     float* lse_log2 = static_cast<float*>(p.workspace);
     float* weights = lse_log2 + num_streams * layout.padded_rows;
     float* totals = weights + num_streams * layout.padded_rows;
@@ -128,7 +129,8 @@ void token_mass(const TokenMassParams& p) {
         return item;
     };
 
-    // 2. Norm prefix: every row's share of [0, P), by pieces that are added up in order; then lse becomes that of the prefix.
+    // 2. Norm prefix: every row's share of [0, P), by pieces that are added up in order; then lse becomes that of the
+    // prefix.
     if (p.norm == MassNorm::kPrefix) {
         for_each_item(num_streams * layout.pieces, scratch_floats, [&](int64_t i, float* scratch) {
             const int64_t stream = i / layout.pieces;
@@ -151,7 +153,8 @@ void token_mass(const TokenMassParams& p) {
             float* weight = weights + stream * layout.padded_rows;
             for (int64_t r = 0; r < rows; ++r) {
                 float total = 0.0f;
-                for (int64_t i = 0; i < used; ++i) total += totals[(stream * layout.pieces + i) * layout.padded_rows + r];
+                for (int64_t i = 0; i < used; ++i)
+                    total += totals[(stream * layout.pieces + i) * layout.padded_rows + r];
                 if (total == 0.0f) weight[r] = 0.0f;
                 if (weight[r] != 0.0f) lse_log2[stream * layout.padded_rows + r] += std::log2(total);
             }
@@ -166,7 +169,8 @@ void token_mass(const TokenMassParams& p) {
     for (int64_t stream = 0; stream < num_streams; ++stream) {
         const int64_t request = stream / p.num_kv_heads;
         if (p.has_units) {
-            runs[stream] = candidate_runs(p.units + stream * p.num_candidates, p.num_candidates, p.granularity, ends[request]);
+            runs[stream] =
+                candidate_runs(p.units + stream * p.num_candidates, p.num_candidates, p.granularity, ends[request]);
         } else if (ends[request] > 0) {
             runs[stream] = {{0, 0, ends[request]}};
         }
@@ -184,9 +188,9 @@ void token_mass(const TokenMassParams& p) {
             item.stream.num_runs = static_cast<int32_t>(runs[stream].size());
             item.stream_begin = begin;
             item.stream_end = used;
-            item.mode = by_rows                            ? TokenMassItem::Mode::kRows
+            item.mode = by_rows                      ? TokenMassItem::Mode::kRows
                         : p.score == MassScore::kMax ? TokenMassItem::Mode::kMaximum
-                                                           : TokenMassItem::Mode::kSum;
+                                                     : TokenMassItem::Mode::kSum;
             item.factor = p.score == MassScore::kMean ? 1.0f / static_cast<float>(kept[stream]) : 1.0f;
             item.mass = mass;
             share_tokens(item);

@@ -28,9 +28,11 @@ void fill_query(const char* op, const Tensor& q, Params* params) {
     params->stride_q_head = used_stride(q, 2);
 }
 
-inline PagedPool check_attention_pool(const char* op, const char* name, const Tensor& pool, const Tensor& q, const Tensor& k_cache) {
+inline PagedPool check_attention_pool(const char* op, const char* name, const Tensor& pool, const Tensor& q,
+                                      const Tensor& k_cache) {
     const PagedPool checked = check_pool(op, name, pool, q);
-    check_shape(op, name, pool, "[pages, page, Hkv, D]", {k_cache.size(0), k_cache.size(1), k_cache.size(2), q.size(3)});
+    check_shape(op, name, pool, "[pages, page, Hkv, D]",
+                {k_cache.size(0), k_cache.size(1), k_cache.size(2), q.size(3)});
     return checked;
 }
 
@@ -66,7 +68,8 @@ inline MassNorm norm_of(const char* op, const std::string& norm) {
 }
 
 // prefix_lens [B], given with norm prefix and only then.
-inline const int32_t* check_prefix_lens(const char* op, const std::optional<Tensor>& prefix_lens, MassNorm norm, const Tensor& q) {
+inline const int32_t* check_prefix_lens(const char* op, const std::optional<Tensor>& prefix_lens, MassNorm norm,
+                                        const Tensor& q) {
     if (norm == MassNorm::kContext) {
         MAGE_CHECK(!prefix_lens.has_value(), op, ": prefix_lens must be None with norm context, got a tensor");
         return nullptr;
@@ -80,8 +83,8 @@ inline double scale_of(std::optional<double> softmax_scale, int64_t head_dim) {
 }
 
 // Device values, if the debug switch is on.
-inline void debug_check_attention(const char* op, const PageTable& pages, const Tensor& block_table, const Tensor& seq_lens,
-                                  int64_t max_seq_len, const std::optional<Tensor>& kv_lens) {
+inline void debug_check_attention(const char* op, const PageTable& pages, const Tensor& block_table,
+                                  const Tensor& seq_lens, int64_t max_seq_len, const std::optional<Tensor>& kv_lens) {
     if (!debug_enabled()) return;
     debug_check_lengths(op, "seq_lens", seq_lens, max_seq_len);
     debug_check_pages(op, pages, block_table, seq_lens);
@@ -92,10 +95,10 @@ inline void debug_check_attention(const char* op, const PageTable& pages, const 
 }
 
 // Everything but outputs, workspace and what an op adds.
-inline BlockAttentionParams check_attention(const char* op, const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
-                                            const Tensor& block_table, const Tensor& seq_lens, int64_t max_seq_len,
-                                            std::optional<double> softmax_scale, const std::optional<Tensor>& kv_lens,
-                                            int64_t split_tokens) {
+inline BlockAttentionParams check_attention(const char* op, const Tensor& q, const Tensor& k_cache,
+                                            const Tensor& v_cache, const Tensor& block_table, const Tensor& seq_lens,
+                                            int64_t max_seq_len, std::optional<double> softmax_scale,
+                                            const std::optional<Tensor>& kv_lens, int64_t split_tokens) {
     BlockAttentionParams params;
     fill_query(op, q, &params);
     params.k_cache = check_attention_pool(op, "k_cache", k_cache, q, k_cache);
@@ -113,8 +116,8 @@ inline BlockAttentionParams check_attention(const char* op, const Tensor& q, con
 }
 
 // A contiguous output of an _out twin.
-inline void check_output(const char* op, const char* name, const Tensor& t, const Tensor& q, ScalarType dtype, const char* dims,
-                         std::initializer_list<int64_t> shape) {
+inline void check_output(const char* op, const char* name, const Tensor& t, const Tensor& q, ScalarType dtype,
+                         const char* dims, std::initializer_list<int64_t> shape) {
     check_device(op, name, t, q);
     check_dtype(op, name, t, dtype);
     check_shape(op, name, t, dims, shape);
@@ -129,7 +132,8 @@ inline void check_out_and_lse(const char* op, const Tensor& out, const Tensor& l
 inline void check_attention_workspace(const char* op, const Tensor& workspace, const Tensor& q, int64_t bytes) {
     check_workspace(op, workspace, q, bytes);
     const auto address = reinterpret_cast<uintptr_t>(workspace.const_data_ptr());
-    MAGE_CHECK(address % 16 == 0, op, ": workspace must be aligned to 16 bytes, got a base ", address % 16, " bytes past it");
+    MAGE_CHECK(address % 16 == 0, op, ": workspace must be aligned to 16 bytes, got a base ", address % 16,
+               " bytes past it");
 }
 
 inline Tensor new_out(const Tensor& q) {
@@ -140,7 +144,9 @@ inline Tensor new_lse(const Tensor& q) {
     return torch::stable::new_empty(q, {q.size(0), q.size(2), q.size(1)}, ScalarType::Float);
 }
 
-inline Tensor new_workspace(const Tensor& q, int64_t bytes) { return torch::stable::new_empty(q, {bytes}, ScalarType::Byte); }
+inline Tensor new_workspace(const Tensor& q, int64_t bytes) {
+    return torch::stable::new_empty(q, {bytes}, ScalarType::Byte);
+}
 
 inline void set_outputs(const Tensor& out, const Tensor& lse, const Tensor& workspace, BlockAttentionParams* params) {
     params->out = out.mutable_data_ptr();

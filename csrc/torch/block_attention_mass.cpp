@@ -10,14 +10,15 @@ namespace {
 
 constexpr char kOp[] = "block_attention_mass";
 
-BlockAttentionMassParams check_inputs(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& block_table,
-                                      const Tensor& seq_lens, int64_t max_seq_len, int64_t g, const std::string& score,
-                                      const std::optional<Tensor>& row_mask, const std::string& norm,
-                                      const std::optional<Tensor>& prefix_lens, std::optional<double> softmax_scale,
-                                      const std::optional<Tensor>& kv_lens, int64_t split_tokens) {
+BlockAttentionMassParams check_inputs(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                                      const Tensor& block_table, const Tensor& seq_lens, int64_t max_seq_len, int64_t g,
+                                      const std::string& score, const std::optional<Tensor>& row_mask,
+                                      const std::string& norm, const std::optional<Tensor>& prefix_lens,
+                                      std::optional<double> softmax_scale, const std::optional<Tensor>& kv_lens,
+                                      int64_t split_tokens) {
     BlockAttentionMassParams params;
-    params.attention =
-        check_attention(kOp, q, k_cache, v_cache, block_table, seq_lens, max_seq_len, softmax_scale, kv_lens, split_tokens);
+    params.attention = check_attention(kOp, q, k_cache, v_cache, block_table, seq_lens, max_seq_len, softmax_scale,
+                                       kv_lens, split_tokens);
     params.granularity = g;
     params.score = score_of(kOp, score, false);
     params.norm = norm_of(kOp, norm);
@@ -38,19 +39,22 @@ int64_t num_units(const BlockAttentionMassParams& params) {
     return (params.attention.max_seq_len + params.granularity - 1) / params.granularity;
 }
 
-void call(BlockAttentionMassParams& params, const Tensor& out, const Tensor& lse, const Tensor& mass, const Tensor& workspace) {
+void call(BlockAttentionMassParams& params, const Tensor& out, const Tensor& lse, const Tensor& mass,
+          const Tensor& workspace) {
     set_outputs(out, lse, workspace, &params.attention);
     params.mass = static_cast<float*>(mass.mutable_data_ptr());
     cpu::block_attention_mass(params);
 }
 
-std::tuple<Tensor, Tensor, Tensor> block_attention_mass(
-    const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& block_table, const Tensor& seq_lens,
-    int64_t max_seq_len, int64_t g, const std::string& score, const std::optional<Tensor>& row_mask, const std::string& norm,
-    const std::optional<Tensor>& prefix_lens, std::optional<double> softmax_scale, const std::optional<Tensor>& kv_lens,
-    int64_t split_tokens) {
-    BlockAttentionMassParams params = check_inputs(q, k_cache, v_cache, block_table, seq_lens, max_seq_len, g, score, row_mask,
-                                                   norm, prefix_lens, softmax_scale, kv_lens, split_tokens);
+std::tuple<Tensor, Tensor, Tensor> block_attention_mass(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                                                        const Tensor& block_table, const Tensor& seq_lens,
+                                                        int64_t max_seq_len, int64_t g, const std::string& score,
+                                                        const std::optional<Tensor>& row_mask, const std::string& norm,
+                                                        const std::optional<Tensor>& prefix_lens,
+                                                        std::optional<double> softmax_scale,
+                                                        const std::optional<Tensor>& kv_lens, int64_t split_tokens) {
+    BlockAttentionMassParams params = check_inputs(q, k_cache, v_cache, block_table, seq_lens, max_seq_len, g, score,
+                                                   row_mask, norm, prefix_lens, softmax_scale, kv_lens, split_tokens);
     Tensor out = new_out(q);
     Tensor lse = new_lse(q);
     Tensor mass = torch::stable::new_empty(q, {q.size(0), k_cache.size(2), num_units(params)}, ScalarType::Float);
@@ -65,10 +69,11 @@ void block_attention_mass_out(const Tensor& q, const Tensor& k_cache, const Tens
                               const std::optional<Tensor>& row_mask, const std::string& norm,
                               const std::optional<Tensor>& prefix_lens, std::optional<double> softmax_scale,
                               const std::optional<Tensor>& kv_lens, int64_t split_tokens) {
-    BlockAttentionMassParams params = check_inputs(q, k_cache, v_cache, block_table, seq_lens, max_seq_len, g, score, row_mask,
-                                                   norm, prefix_lens, softmax_scale, kv_lens, split_tokens);
+    BlockAttentionMassParams params = check_inputs(q, k_cache, v_cache, block_table, seq_lens, max_seq_len, g, score,
+                                                   row_mask, norm, prefix_lens, softmax_scale, kv_lens, split_tokens);
     check_out_and_lse(kOp, out, lse, q);
-    check_output(kOp, "mass", mass, q, ScalarType::Float, "[B, Hkv, n]", {q.size(0), k_cache.size(2), num_units(params)});
+    check_output(kOp, "mass", mass, q, ScalarType::Float, "[B, Hkv, n]",
+                 {q.size(0), k_cache.size(2), num_units(params)});
     check_attention_workspace(kOp, workspace, q, workspace_of(params));
     call(params, out, lse, mass, workspace);
 }

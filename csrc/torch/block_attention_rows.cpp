@@ -10,13 +10,13 @@ namespace {
 
 constexpr char kOp[] = "block_attention_rows";
 
-BlockAttentionRowsParams check_inputs(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& block_table,
-                                      const Tensor& seq_lens, int64_t max_seq_len, int64_t g,
+BlockAttentionRowsParams check_inputs(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                                      const Tensor& block_table, const Tensor& seq_lens, int64_t max_seq_len, int64_t g,
                                       std::optional<double> softmax_scale, const std::optional<Tensor>& kv_lens,
                                       int64_t split_tokens) {
     BlockAttentionRowsParams params;
-    params.attention =
-        check_attention(kOp, q, k_cache, v_cache, block_table, seq_lens, max_seq_len, softmax_scale, kv_lens, split_tokens);
+    params.attention = check_attention(kOp, q, k_cache, v_cache, block_table, seq_lens, max_seq_len, softmax_scale,
+                                       kv_lens, split_tokens);
     params.granularity = g;
     check_block_attention_rows(params);
     return params;
@@ -42,15 +42,16 @@ void call(BlockAttentionRowsParams& params, const Tensor& out, const Tensor& lse
 }
 
 std::tuple<Tensor, Tensor, Tensor> block_attention_rows(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
-                                                        const Tensor& block_table, const Tensor& seq_lens, int64_t max_seq_len,
-                                                        int64_t g, std::optional<double> softmax_scale,
+                                                        const Tensor& block_table, const Tensor& seq_lens,
+                                                        int64_t max_seq_len, int64_t g,
+                                                        std::optional<double> softmax_scale,
                                                         const std::optional<Tensor>& kv_lens, int64_t split_tokens) {
     BlockAttentionRowsParams params =
         check_inputs(q, k_cache, v_cache, block_table, seq_lens, max_seq_len, g, softmax_scale, kv_lens, split_tokens);
     Tensor out = new_out(q);
     Tensor lse = new_lse(q);
-    Tensor row_mass = torch::stable::new_empty(
-        q, {q.size(0), k_cache.size(2), num_units(params), num_rows(q, k_cache)}, ScalarType::Float);
+    Tensor row_mass = torch::stable::new_empty(q, {q.size(0), k_cache.size(2), num_units(params), num_rows(q, k_cache)},
+                                               ScalarType::Float);
     Tensor workspace = new_workspace(q, workspace_of(params));
     call(params, out, lse, row_mass, workspace);
     return {out, lse, row_mass};
@@ -58,8 +59,9 @@ std::tuple<Tensor, Tensor, Tensor> block_attention_rows(const Tensor& q, const T
 
 void block_attention_rows_out(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& block_table,
                               const Tensor& seq_lens, const Tensor& out, const Tensor& lse, const Tensor& row_mass,
-                              const Tensor& workspace, int64_t max_seq_len, int64_t g, std::optional<double> softmax_scale,
-                              const std::optional<Tensor>& kv_lens, int64_t split_tokens) {
+                              const Tensor& workspace, int64_t max_seq_len, int64_t g,
+                              std::optional<double> softmax_scale, const std::optional<Tensor>& kv_lens,
+                              int64_t split_tokens) {
     BlockAttentionRowsParams params =
         check_inputs(q, k_cache, v_cache, block_table, seq_lens, max_seq_len, g, softmax_scale, kv_lens, split_tokens);
     check_out_and_lse(kOp, out, lse, q);

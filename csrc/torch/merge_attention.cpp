@@ -11,10 +11,11 @@ namespace {
 
 constexpr char kOp[] = "merge_attention";
 
-MergeAttentionParams check_inputs(const std::vector<Tensor>& outs, const std::vector<Tensor>& lses, bool log2_in, bool log2_out) {
+MergeAttentionParams check_inputs(const std::vector<Tensor>& outs, const std::vector<Tensor>& lses, bool log2_in,
+                                  bool log2_out) {
     MAGE_CHECK(!outs.empty(), kOp, ": outs must hold at least one tensor, got none");
-    MAGE_CHECK(outs.size() == lses.size(), kOp, ": lses must hold one tensor per tensor of outs (", outs.size(), "), got ",
-               lses.size());
+    MAGE_CHECK(outs.size() == lses.size(), kOp, ": lses must hold one tensor per tensor of outs (", outs.size(),
+               "), got ", lses.size());
     const Tensor& first = outs[0];
     check_rank(kOp, "outs[0]", first, 4);
     MergeAttentionParams params;
@@ -47,8 +48,8 @@ int64_t workspace_of(const MergeAttentionParams& p) {
                                      p.head_dim);
 }
 
-std::tuple<Tensor, Tensor> merge_attention(const std::vector<Tensor>& outs, const std::vector<Tensor>& lses, bool log2_in,
-                                           bool log2_out) {
+std::tuple<Tensor, Tensor> merge_attention(const std::vector<Tensor>& outs, const std::vector<Tensor>& lses,
+                                           bool log2_in, bool log2_out) {
     MergeAttentionParams params = check_inputs(outs, lses, log2_in, log2_out);
     Tensor out = new_out(outs[0]);
     Tensor lse = new_lse(outs[0]);
@@ -58,8 +59,8 @@ std::tuple<Tensor, Tensor> merge_attention(const std::vector<Tensor>& outs, cons
     return {out, lse};
 }
 
-void merge_attention_out(const std::vector<Tensor>& outs, const std::vector<Tensor>& lses, const Tensor& out, const Tensor& lse,
-                         const Tensor& workspace, bool log2_in, bool log2_out) {
+void merge_attention_out(const std::vector<Tensor>& outs, const std::vector<Tensor>& lses, const Tensor& out,
+                         const Tensor& lse, const Tensor& workspace, bool log2_in, bool log2_out) {
     MergeAttentionParams params = check_inputs(outs, lses, log2_in, log2_out);
     check_out_and_lse(kOp, out, lse, outs[0]);
     check_workspace(kOp, workspace, outs[0], workspace_of(params));

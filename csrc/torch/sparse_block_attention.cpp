@@ -10,14 +10,14 @@ namespace {
 
 constexpr char kOp[] = "sparse_block_attention";
 
-SparseBlockAttentionParams check_inputs(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& block_table,
-                                        const Tensor& seq_lens, const Tensor& indices, const Tensor& counts,
-                                        const Tensor& tail_start, int64_t g, int64_t max_seq_len,
+SparseBlockAttentionParams check_inputs(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                                        const Tensor& block_table, const Tensor& seq_lens, const Tensor& indices,
+                                        const Tensor& counts, const Tensor& tail_start, int64_t g, int64_t max_seq_len,
                                         std::optional<double> softmax_scale, const std::optional<Tensor>& kv_lens,
                                         int64_t split_tokens) {
     SparseBlockAttentionParams params;
-    params.attention =
-        check_attention(kOp, q, k_cache, v_cache, block_table, seq_lens, max_seq_len, softmax_scale, kv_lens, split_tokens);
+    params.attention = check_attention(kOp, q, k_cache, v_cache, block_table, seq_lens, max_seq_len, softmax_scale,
+                                       kv_lens, split_tokens);
     const int64_t requests = q.size(0), heads = k_cache.size(2);
     check_device(kOp, "indices", indices, q);
     check_dtype(kOp, "indices", indices, ScalarType::Int);
@@ -48,12 +48,12 @@ int64_t workspace_of(const SparseBlockAttentionParams& params) {
 }
 
 std::tuple<Tensor, Tensor> sparse_block_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
-                                                  const Tensor& block_table, const Tensor& seq_lens, const Tensor& indices,
-                                                  const Tensor& counts, const Tensor& tail_start, int64_t g,
-                                                  int64_t max_seq_len, std::optional<double> softmax_scale,
+                                                  const Tensor& block_table, const Tensor& seq_lens,
+                                                  const Tensor& indices, const Tensor& counts, const Tensor& tail_start,
+                                                  int64_t g, int64_t max_seq_len, std::optional<double> softmax_scale,
                                                   const std::optional<Tensor>& kv_lens, int64_t split_tokens) {
-    SparseBlockAttentionParams params = check_inputs(q, k_cache, v_cache, block_table, seq_lens, indices, counts, tail_start, g,
-                                                     max_seq_len, softmax_scale, kv_lens, split_tokens);
+    SparseBlockAttentionParams params = check_inputs(q, k_cache, v_cache, block_table, seq_lens, indices, counts,
+                                                     tail_start, g, max_seq_len, softmax_scale, kv_lens, split_tokens);
     Tensor out = new_out(q);
     Tensor lse = new_lse(q);
     Tensor workspace = new_workspace(q, workspace_of(params));
@@ -62,13 +62,14 @@ std::tuple<Tensor, Tensor> sparse_block_attention(const Tensor& q, const Tensor&
     return {out, lse};
 }
 
-void sparse_block_attention_out(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& block_table,
-                                const Tensor& seq_lens, const Tensor& indices, const Tensor& counts, const Tensor& tail_start,
-                                const Tensor& out, const Tensor& lse, const Tensor& workspace, int64_t g, int64_t max_seq_len,
+void sparse_block_attention_out(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                                const Tensor& block_table, const Tensor& seq_lens, const Tensor& indices,
+                                const Tensor& counts, const Tensor& tail_start, const Tensor& out, const Tensor& lse,
+                                const Tensor& workspace, int64_t g, int64_t max_seq_len,
                                 std::optional<double> softmax_scale, const std::optional<Tensor>& kv_lens,
                                 int64_t split_tokens) {
-    SparseBlockAttentionParams params = check_inputs(q, k_cache, v_cache, block_table, seq_lens, indices, counts, tail_start, g,
-                                                     max_seq_len, softmax_scale, kv_lens, split_tokens);
+    SparseBlockAttentionParams params = check_inputs(q, k_cache, v_cache, block_table, seq_lens, indices, counts,
+                                                     tail_start, g, max_seq_len, softmax_scale, kv_lens, split_tokens);
     check_out_and_lse(kOp, out, lse, q);
     check_attention_workspace(kOp, workspace, q, workspace_of(params));
     set_outputs(out, lse, workspace, &params.attention);

@@ -66,8 +66,9 @@ void call(TokenMassParams& params, const Tensor& mass, const Tensor& workspace) 
     cpu::token_mass(params);
 }
 
-Tensor token_mass(const Tensor& q, const Tensor& k_cache, const Tensor& block_table, const Tensor& seq_lens, const Tensor& lse,
-                  int64_t max_seq_len, const std::string& score, const std::optional<Tensor>& row_mask, const std::string& norm,
+Tensor token_mass(const Tensor& q, const Tensor& k_cache, const Tensor& block_table, const Tensor& seq_lens,
+                  const Tensor& lse, int64_t max_seq_len, const std::string& score,
+                  const std::optional<Tensor>& row_mask, const std::string& norm,
                   const std::optional<Tensor>& prefix_lens, const std::optional<Tensor>& units, int64_t g,
                   std::optional<double> softmax_scale, const std::optional<Tensor>& kv_lens) {
     TokenMassParams params = check_inputs(q, k_cache, block_table, seq_lens, lse, max_seq_len, score, row_mask, norm,
@@ -81,16 +82,17 @@ Tensor token_mass(const Tensor& q, const Tensor& k_cache, const Tensor& block_ta
     return mass;
 }
 
-void token_mass_out(const Tensor& q, const Tensor& k_cache, const Tensor& block_table, const Tensor& seq_lens, const Tensor& lse,
-                    const Tensor& mass, const Tensor& workspace, int64_t max_seq_len, const std::string& score,
-                    const std::optional<Tensor>& row_mask, const std::string& norm, const std::optional<Tensor>& prefix_lens,
-                    const std::optional<Tensor>& units, int64_t g, std::optional<double> softmax_scale,
-                    const std::optional<Tensor>& kv_lens) {
+void token_mass_out(const Tensor& q, const Tensor& k_cache, const Tensor& block_table, const Tensor& seq_lens,
+                    const Tensor& lse, const Tensor& mass, const Tensor& workspace, int64_t max_seq_len,
+                    const std::string& score, const std::optional<Tensor>& row_mask, const std::string& norm,
+                    const std::optional<Tensor>& prefix_lens, const std::optional<Tensor>& units, int64_t g,
+                    std::optional<double> softmax_scale, const std::optional<Tensor>& kv_lens) {
     TokenMassParams params = check_inputs(q, k_cache, block_table, seq_lens, lse, max_seq_len, score, row_mask, norm,
                                           prefix_lens, units, g, softmax_scale, kv_lens);
     const int64_t requests = params.num_requests, heads = params.num_kv_heads, tokens = num_tokens(params);
     if (params.score == MassScore::kRows) {
-        check_output(kOp, "mass", mass, q, ScalarType::Float, "[B, Hkv, N, R]", {requests, heads, tokens, num_rows(params)});
+        check_output(kOp, "mass", mass, q, ScalarType::Float, "[B, Hkv, N, R]",
+                     {requests, heads, tokens, num_rows(params)});
     } else {
         check_output(kOp, "mass", mass, q, ScalarType::Float, "[B, Hkv, N]", {requests, heads, tokens});
     }

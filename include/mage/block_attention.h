@@ -36,7 +36,7 @@ struct BlockAttentionParams {
     int64_t max_seq_len = 0;   // no request is longer; every shape follows from it
     DType dtype = DType::kBFloat16;
 
-    const void* q = nullptr;  // [B, Q, H, D]
+    const void* q = nullptr;                                              // [B, Q, H, D]
     int64_t stride_q_request = 0, stride_q_query = 0, stride_q_head = 0;  // elements
     PagedPool k_cache, v_cache;
     PageTable pages;
@@ -53,13 +53,13 @@ struct BlockAttentionParams {
     int64_t workspace_bytes = 0;
 };
 
-// Bytes of workspace, enough for every backend. With the R = G * Q rows in tiles of at most 240 and the splits that the shapes
-// give: B * Hkv * tiles * splits * tile rows * (D + 2) * 4.
+// Bytes of workspace, enough for every backend. With the R = G * Q rows in tiles of at most 240 and the splits that the
+// shapes give: B * Hkv * tiles * splits * tile rows * (D + 2) * 4.
 int64_t block_attention_workspace(int64_t num_requests, int64_t num_queries, int64_t num_heads, int64_t num_kv_heads,
                                   int64_t head_dim, int64_t max_seq_len, int64_t split_tokens);
 
-// Throws mage::Error if a dimension or a scalar does not hold; pointers and the workspace are not looked at. `op` names the
-// caller. Backends call it; a binding calls it before it allocates.
+// Throws mage::Error if a dimension or a scalar does not hold; pointers and the workspace are not looked at. `op` names
+// the caller. Backends call it; a binding calls it before it allocates.
 void check_block_attention(const BlockAttentionParams& params, const char* op = "block_attention");
 
 namespace cpu {

@@ -4,7 +4,7 @@
 
 // block_attention_mass: block_attention, and how much attention each unit of g tokens received.
 //
-//   share[r, j] = sum over tokens t of unit j of exp(s[r, t] - lse[r])          unit j holds tokens [j * g, (j + 1) * g)
+//   share[r, j] = sum over tokens t of unit j of exp(s[r, t] - lse[r]);  unit j holds tokens [j * g, (j + 1) * g)
 //   score mean:  mass[j] = sum over kept rows of share[r, j] / number of kept rows
 //   score max:   mass[j] = max over kept rows of share[r, j]
 //   norm prefix: shares count tokens below P only and are divided by the row's own total below P
@@ -15,8 +15,9 @@
 //
 // The rows are the R = G * Q rows of a KV head. Exact for any number of splits: unit sums are kept per row and finished
 // with the final lse. A request whose rows are all masked, or that is empty, has mass 0. A kept row that sees no token
-// (kv_lens 0), or, under norm prefix, whose total below P is smaller than 2^-126 of its whole, adds nothing but is counted
-// in the mean. Masses of score mean sum to 1 over [0, S), or over [0, P). A masked row may hold anything, NaN included.
+// (kv_lens 0), or, under norm prefix, whose total below P is smaller than 2^-126 of its whole, adds nothing but is
+// counted in the mean. Masses of score mean sum to 1 over [0, S), or over [0, P). A masked row may hold anything, NaN
+// included.
 //
 // g is 16, 32 or 64, and on the CPU also 1, which costs a second pass over K (token_mass).
 namespace mage {
@@ -36,8 +37,9 @@ struct BlockAttentionMassParams {
 
 // Bytes of workspace: that of block_attention, and per request and KV head, with Rp = R up to a multiple of 16:
 // 4 * Rp * (n + ceil(max_seq_len / 64) + 2); for g = 1 the larger one of block_attention's and token_mass's.
-int64_t block_attention_mass_workspace(int64_t num_requests, int64_t num_queries, int64_t num_heads, int64_t num_kv_heads,
-                                       int64_t head_dim, int64_t max_seq_len, int64_t granularity, int64_t split_tokens);
+int64_t block_attention_mass_workspace(int64_t num_requests, int64_t num_queries, int64_t num_heads,
+                                       int64_t num_kv_heads, int64_t head_dim, int64_t max_seq_len, int64_t granularity,
+                                       int64_t split_tokens);
 
 // As check_block_attention.
 void check_block_attention_mass(const BlockAttentionMassParams& params);

@@ -4,7 +4,7 @@
 
 // block_attention_rows: block_attention, and every row's own share of every unit of g tokens.
 //
-//   row_mass[r, j] = ln sum over tokens t of unit j of exp(s[r, t] - lse[r])     unit j holds tokens [j * g, (j + 1) * g)
+//   row_mass[r, j] = ln sum over tokens t of unit j of exp(s[r, t] - lse[r]);  unit j holds tokens [j * g, (j + 1) * g)
 //
 //   row_mass   [B, Hkv, n, R] float32   out   contiguous; n = ceil(max_seq_len / g); row r = q * G + head in group
 //
@@ -22,8 +22,9 @@ struct BlockAttentionRowsParams {
 
 // Bytes of workspace: that of block_attention, and per request and KV head, with Rp = R up to a multiple of 16:
 // 4 * Rp * (ceil(max_seq_len / 64) + 1); for g = 1 the larger one of block_attention's and token_mass's.
-int64_t block_attention_rows_workspace(int64_t num_requests, int64_t num_queries, int64_t num_heads, int64_t num_kv_heads,
-                                       int64_t head_dim, int64_t max_seq_len, int64_t granularity, int64_t split_tokens);
+int64_t block_attention_rows_workspace(int64_t num_requests, int64_t num_queries, int64_t num_heads,
+                                       int64_t num_kv_heads, int64_t head_dim, int64_t max_seq_len, int64_t granularity,
+                                       int64_t split_tokens);
 
 // As check_block_attention.
 void check_block_attention_rows(const BlockAttentionRowsParams& params);

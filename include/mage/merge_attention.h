@@ -18,9 +18,9 @@
 namespace mage {
 
 struct MergePart {
-    const void* out = nullptr;  // [B, Q, H, D]
+    const void* out = nullptr;                                      // [B, Q, H, D]
     int64_t stride_request = 0, stride_query = 0, stride_head = 0;  // elements
-    const float* lse = nullptr;  // [B, H, Q]
+    const float* lse = nullptr;                                     // [B, H, Q]
 };
 
 struct MergeAttentionParams {

@@ -10,9 +10,9 @@
 //   counts      [B, Hkv] int32         in   contiguous; clamped to [0, Kmax]; entries past it are not looked at
 //   tail_start  [B] int32              in   logical position, as select_kv gives it; clamped to [0, S]
 //
-// An entry is skipped if it is negative, not larger than an entry before it, or if its unit starts at or past tail_start
-// or S. So a list that holds every unit gives what block_attention gives, and a token is never counted twice.
-// kv_lens limits rows as in block_attention. split_tokens > 0 cuts the list-then-tail stream at its multiples.
+// An entry is skipped if it is negative, not larger than an entry before it, or if its unit starts at or past
+// tail_start or S. So a list that holds every unit gives what block_attention gives, and a token is never counted
+// twice. kv_lens limits rows as in block_attention. split_tokens > 0 cuts the list-then-tail stream at its multiples.
 // g is 1, 16, 32 or 64. Everything else as block_attention; S is replaced by counts * g + tail in the cost.
 namespace mage {
 
@@ -26,9 +26,9 @@ struct SparseBlockAttentionParams {
 };
 
 // Bytes of workspace: as block_attention_workspace, with the splits of this op.
-int64_t sparse_block_attention_workspace(int64_t num_requests, int64_t num_queries, int64_t num_heads, int64_t num_kv_heads,
-                                         int64_t head_dim, int64_t max_seq_len, int64_t granularity, int64_t capacity,
-                                         int64_t split_tokens);
+int64_t sparse_block_attention_workspace(int64_t num_requests, int64_t num_queries, int64_t num_heads,
+                                         int64_t num_kv_heads, int64_t head_dim, int64_t max_seq_len,
+                                         int64_t granularity, int64_t capacity, int64_t split_tokens);
 
 // As check_block_attention.
 void check_sparse_block_attention(const SparseBlockAttentionParams& params);

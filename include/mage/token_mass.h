@@ -18,9 +18,9 @@
 //   mass         [B, Hkv, N] or [B, Hkv, N, R] float32   out   contiguous
 //                N = max_seq_len, or C * g: token i of candidate c is at c * g + i
 //
-// Tokens at or past S, and those of unused candidates, get 0 (score rows: -inf). With units and norm prefix the rows' totals
-// still run over the whole prefix, which costs a pass over all of K below P.
-// Deterministic like block_attention. Cost: 2 * B * H * Q * N * D flops; reads K once, V never.
+// Tokens at or past S, and those of unused candidates, get 0 (score rows: -inf). With units and norm prefix the rows'
+// totals still run over the whole prefix, which costs a pass over all of K below P. Deterministic like block_attention.
+// Cost: 2 * B * H * Q * N * D flops; reads K once, V never.
 namespace mage {
 
 struct TokenMassParams {
@@ -32,7 +32,7 @@ struct TokenMassParams {
     int64_t max_seq_len = 0;
     DType dtype = DType::kBFloat16;
 
-    const void* q = nullptr;  // [B, Q, H, D]
+    const void* q = nullptr;                                              // [B, Q, H, D]
     int64_t stride_q_request = 0, stride_q_query = 0, stride_q_head = 0;  // elements
     PagedPool k_cache;
     PageTable pages;
@@ -55,7 +55,7 @@ struct TokenMassParams {
     int64_t workspace_bytes = 0;
 };
 
-// Bytes of workspace: per request and KV head, with Rp = R up to a multiple of 16: 4 * Rp * (ceil(max_seq_len / 512) + 2).
+// Bytes of workspace: with Rp = R up to a multiple of 16, 4 * B * Hkv * Rp * (ceil(max_seq_len / 512) + 2).
 int64_t token_mass_workspace(int64_t num_requests, int64_t num_queries, int64_t num_heads, int64_t num_kv_heads,
                              int64_t head_dim, int64_t max_seq_len);
 

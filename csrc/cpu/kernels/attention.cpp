@@ -4,10 +4,9 @@
 // S[token][lane] = sum_d K[token][d] Q[d][lane];  online softmax down the tokens, P = 2^(scale * S - max);
 // O[d][lane] = O[d][lane] * correction + sum_token V[token][d] P[token][lane].
 // A panel's S, Q and O stay in L1 (12, 12 and 12 KiB for D = 64 with AVX-512), K and V in L2.
-#include "cpu/attention_kernel.h"
-
 #include <cstdint>
 
+#include "cpu/attention_kernel.h"
 #include "cpu/simd/simd.h"
 
 namespace mage::cpu::MAGE_ISA_NAMESPACE {
@@ -26,9 +25,9 @@ MAGE_INLINE int64_t max_of(int64_t a, int64_t b) { return a < b ? b : a; }
 
 struct TokenTile {
     int count = 0;
-    bool has_gap = false;                // some token weighs 0
-    int32_t first = 0, last = -1;        // smallest and largest position of a token with weight
-    int32_t position[kTileTokens];       // logical position; -1: weighs 0, never read
+    bool has_gap = false;           // some token weighs 0
+    int32_t first = 0, last = -1;   // smallest and largest position of a token with weight
+    int32_t position[kTileTokens];  // logical position; -1: weighs 0, never read
     int32_t page[kTileTokens];
     int32_t slot[kTileTokens];
 };
@@ -71,8 +70,8 @@ void locate_tile(const TokenStream& stream, int64_t begin, int count, int32_t en
 }
 
 template <typename T>
-void load_tokens(const TokenTile& tile, const T* pool, int64_t stride_page, int64_t stride_token, int head_dim, int padded,
-                 float* to) {
+void load_tokens(const TokenTile& tile, const T* pool, int64_t stride_page, int64_t stride_token, int head_dim,
+                 int padded, float* to) {
     for (int i = 0; i < tile.count; ++i, to += head_dim) {
         if (tile.position[i] < 0) {
             for (int d = 0; d < head_dim; ++d) to[d] = 0.0f;
@@ -83,8 +82,8 @@ void load_tokens(const TokenTile& tile, const T* pool, int64_t stride_page, int6
     for (int64_t i = 0; i < int64_t{padded - tile.count} * head_dim; ++i) to[i] = 0.0f;
 }
 
-void load_tokens(DType dtype, const TokenTile& tile, const void* pool, int64_t stride_page, int64_t stride_token, int head_dim,
-                 int padded, float* to) {
+void load_tokens(DType dtype, const TokenTile& tile, const void* pool, int64_t stride_page, int64_t stride_token,
+                 int head_dim, int padded, float* to) {
     switch (dtype) {
         case DType::kFloat32:
             load_tokens(tile, static_cast<const float*>(pool), stride_page, stride_token, head_dim, padded, to);
@@ -102,10 +101,11 @@ void load_tokens(DType dtype, const TokenTile& tile, const void* pool, int64_t s
 // Rows
 // ---------------------------------------------------------------------------------------------------------------------
 
-// The rows of an item in panels of kPanelLanes lanes; the last one may be narrower. Panel p starts at lane p * kPanelLanes.
+// The rows of an item in panels of kPanelLanes lanes; the last one may be narrower. Panel p starts at lane p *
+// kPanelLanes.
 struct Panel {
-    int lane = 0;        // first lane of the panel within the item
-    int vectors = 0;     // 1 .. kRowVectors
+    int lane = 0;                      // first lane of the panel within the item
+    int vectors = 0;                   // 1 .. kRowVectors
     int32_t min_len = 0, max_len = 0;  // over its rows
 };
 
@@ -139,9 +139,11 @@ MAGE_INLINE Panel make_panel(int rows, int index, const int32_t* lens) {
     return panel;
 }
 
-// Softmax weights are 2^(factor * s - reference) with factor > 0. One fma from the exact product to the exponent keeps the error
-// of the scale out of large scores; the sign of the scale goes into Q, and for a scale of 0 Q is 0.
-MAGE_INLINE float score_factor(const RowTile& rows) { return rows.scale_log2 == 0.0f ? 1.0f : __builtin_fabsf(rows.scale_log2); }
+// Softmax weights are 2^(factor * s - reference) with factor > 0. One fma from the exact product to the exponent keeps
+// the error of the scale out of large scores; the sign of the scale goes into Q, and for a scale of 0 Q is 0.
+MAGE_INLINE float score_factor(const RowTile& rows) {
+    return rows.scale_log2 == 0.0f ? 1.0f : __builtin_fabsf(rows.scale_log2);
+}
 
 // Q of the tile's rows as [panel][D][lanes], times the sign of the scale; lanes past the rows are 0.
 template <typename T>
@@ -160,8 +162,8 @@ void pack_rows(const RowTile& tile, const T* q, int head_dim, float* packed) {
                     for (int d = 0; d < head_dim; ++d) row_values[d] = 0.0f;
                     continue;
                 }
-                convert_row(q + row / tile.group * tile.stride_q_query + row % tile.group * tile.stride_q_head, row_values,
-                            head_dim);
+                convert_row(q + row / tile.group * tile.stride_q_query + row % tile.group * tile.stride_q_head,
+                            row_values, head_dim);
                 if (sign < 0.0f) {
                     for (int d = 0; d < head_dim; ++d) row_values[d] = -row_values[d];
                 }
@@ -189,7 +191,8 @@ void pack_rows(DType dtype, const RowTile& tile, int head_dim, float* packed) {
 // Matrix micro-kernels. kVectors: Floats of rows; kDim: head dim where the compiler shall know it, else 0.
 // ---------------------------------------------------------------------------------------------------------------------
 
-// A single vector of rows leaves registers for two sums per result, of even and odd terms: half the latency of a chain of fma.
+// A single vector of rows leaves registers for two sums per result, of even and odd terms: half the latency of a chain
+// of fma.
 template <int kVectors>
 constexpr int kChains = kVectors == 1 ? 2 : 1;
 
@@ -282,8 +285,8 @@ void mask_scores(const TokenTile& tile, const Panel& panel, const int32_t* lens,
 
 // One tile of the online softmax: s becomes 2^(factor * s - max); groups[4][lanes] are the sums over 16 tokens each.
 template <int kVectors>
-void softmax_tile(int tokens, float factor, float* s, float* row_max, float* row_sum, Float* correction, Float* reference,
-                  float* groups) {
+void softmax_tile(int tokens, float factor, float* s, float* row_max, float* row_sum, Float* correction,
+                  Float* reference, float* groups) {
     constexpr int kLanes = kVectors * kWidth;
     const Float scale = set1(factor);
     Float highest[kVectors], total[kVectors];
@@ -379,7 +382,8 @@ MAGE_INLINE Scratch split_scratch(float* scratch, int rows, int head_dim) {
 }
 
 template <int kVectors, int kDim>
-void attend_tile(const AttentionItem& item, const TokenTile& tile, int64_t begin, const Panel& panel, const Scratch& scratch) {
+void attend_tile(const AttentionItem& item, const TokenTile& tile, int64_t begin, const Panel& panel,
+                 const Scratch& scratch) {
     const int head_dim = kDim != 0 ? kDim : item.shape.head_dim;
     const int64_t column = item.rows.row_begin + panel.lane;
     if (tile.last < 0 || tile.first >= panel.max_len) {
@@ -424,10 +428,10 @@ void attend_item(const AttentionItem& item) {
         locate_tile(item.stream, begin, count, item.rows.seq_len, &tile);
         if (tile.first < longest) {
             const int tokens = (count + kSteps - 1) / kSteps * kSteps;
-            load_tokens(item.shape.dtype, tile, item.stream.k, item.stream.stride_k_page, item.stream.stride_k_token, head_dim,
-                        tokens, scratch.k);
-            load_tokens(item.shape.dtype, tile, item.stream.v, item.stream.stride_v_page, item.stream.stride_v_token, head_dim,
-                        count, scratch.v);
+            load_tokens(item.shape.dtype, tile, item.stream.k, item.stream.stride_k_page, item.stream.stride_k_token,
+                        head_dim, tokens, scratch.k);
+            load_tokens(item.shape.dtype, tile, item.stream.v, item.stream.stride_v_page, item.stream.stride_v_token,
+                        head_dim, count, scratch.v);
         }
         for (int p = 0; p < num_panels(rows); ++p) {
             const Panel panel = make_panel(rows, p, scratch.lens);
@@ -451,8 +455,8 @@ void attend_item(const AttentionItem& item) {
 
 // Shares of a panel's rows in the tile's tokens; by_token is [64][kWidth], lanes still to be reduced.
 template <int kVectors>
-void share_tile(const TokenMassItem& item, const TokenTile& tile, int64_t begin, const Panel& panel, const Scratch& scratch,
-                float* by_token) {
+void share_tile(const TokenMassItem& item, const TokenTile& tile, int64_t begin, const Panel& panel,
+                const Scratch& scratch, float* by_token) {
     constexpr int kLanes = kVectors * kWidth;
     const int padded = (tile.count + kSteps - 1) / kSteps * kSteps;
     const int64_t num_rows = item.rows.row_end - item.rows.row_begin;
@@ -484,7 +488,8 @@ void share_tile(const TokenMassItem& item, const TokenTile& tile, int64_t begin,
                 total = total + share;
             }
         }
-        if (item.mode == TokenMassItem::Mode::kRowTotal) store(item.row_total + column, load(item.row_total + column) + total);
+        if (item.mode == TokenMassItem::Mode::kRowTotal)
+            store(item.row_total + column, load(item.row_total + column) + total);
     }
 }
 
@@ -501,7 +506,8 @@ void write_rows(const FinishItem& item, const float* values, int lanes, int firs
         for (int i = 0; i < 4 && first_row + lane + i < item.row_end; ++i) {
             const int32_t row = first_row + lane + i;
             round_row(buffer + i * head_dim,
-                      out + row / item.group * item.stride_out_query + row % item.group * item.stride_out_head, head_dim);
+                      out + row / item.group * item.stride_out_query + row % item.group * item.stride_out_head,
+                      head_dim);
         }
     }
 }
@@ -543,7 +549,8 @@ void finish_item(const FinishItem& item) {
         const int64_t lane = static_cast<int64_t>(p) * kPanelLanes;
         for (int j = 0; j < lanes; j += kWidth) {
             Float highest = set1(-kInfinity);
-            for (int s = 0; s < item.num_splits; ++s) highest = max(highest, load(item.row_max + s * item.row_stride + lane + j));
+            for (int s = 0; s < item.num_splits; ++s)
+                highest = max(highest, load(item.row_max + s * item.row_stride + lane + j));
             const Mask empty = equal(highest, set1(-kInfinity));
             const Float reference = select(empty, zero(), highest);
             Float sum = zero();
@@ -593,7 +600,8 @@ void finish_item(const FinishItem& item) {
 static Float unit_share(const UnitItem& item, int64_t unit, int64_t column) {
     const int64_t tile = unit * item.units.unit_tokens / kTileTokens;
     const Float weight = load(item.weight + column);
-    const Float power = exp2(load(item.units.reference + tile * item.units.reference_stride + column) - load(item.lse_log2 + column));
+    const Float power =
+        exp2(load(item.units.reference + tile * item.units.reference_stride + column) - load(item.lse_log2 + column));
     const Float share = load(item.units.sums + unit * item.units.sums_stride + column) * power;
     return select(equal(weight, zero()), zero(), share * weight);
 }
@@ -612,7 +620,8 @@ void unit_mass(const UnitItem& item) {
 void unit_row_totals(const UnitItem& item) {
     for (int64_t column = 0; column < item.num_rows; column += kWidth) {
         Float total = zero();
-        for (int64_t unit = item.unit_begin; unit < item.unit_end; ++unit) total = total + unit_share(item, unit, column);
+        for (int64_t unit = item.unit_begin; unit < item.unit_end; ++unit)
+            total = total + unit_share(item, unit, column);
         store(item.row_total + column, total);
     }
 }
@@ -637,8 +646,8 @@ void token_mass_item(const TokenMassItem& item) {
     for (int64_t begin = item.stream_begin; begin < item.stream_end; begin += kTileTokens) {
         const int count = static_cast<int>(min_of(kTileTokens, item.stream_end - begin));
         locate_tile(item.stream, begin, count, static_cast<int32_t>(min_of(item.end, item.rows.seq_len)), &tile);
-        load_tokens(item.shape.dtype, tile, item.stream.k, item.stream.stride_k_page, item.stream.stride_k_token, head_dim,
-                    (count + kSteps - 1) / kSteps * kSteps, scratch.k);
+        load_tokens(item.shape.dtype, tile, item.stream.k, item.stream.stride_k_page, item.stream.stride_k_token,
+                    head_dim, (count + kSteps - 1) / kSteps * kSteps, scratch.k);
         for (int i = 0; i < count * kWidth; ++i) by_token[i] = 0.0f;
         for (int p = 0; p < num_panels(rows); ++p) {
             const Panel panel = make_panel(rows, p, scratch.lens);

@@ -355,15 +355,15 @@ MAGE_INLINE float reduce_max(Float x) {
     store(lanes, x);
     for (int half = kWidth / 2; half > 0; half /= 2) {
         for (int i = 0; i < half; ++i) {
-            // The comparison is false for NaN in either lane: NaN of the first lane stays, that of the second replaces it.
+            // The comparison is false where either lane is NaN: NaN of the first stays, NaN of the second replaces it.
             if (lanes[i] == lanes[i] && !(lanes[i] >= lanes[i + half])) lanes[i] = lanes[i + half];
         }
     }
     return lanes[0];
 }
 
-// 2^x with a relative error below 2e-7; 0 below 2^-126 (no subnormal results: they are slow in what follows) and
-// infinity from 2^128 on. exp2(-inf) = 0, exp2(inf) = inf, NaN stays NaN.
+// 2^x with a relative error below 2e-7 for x in [-126, 127.5]; 0 below (no subnormal results: they are slow in what
+// follows), infinity somewhere from 127.5 to 128 on. exp2(-inf) = 0, exp2(inf) = inf, NaN stays NaN.
 MAGE_INLINE Float exp2(Float x) {
     // The bound comes first in both calls, so that NaN survives.
     const Float bounded = min(set1(128.0f), max(set1(-127.0f), x));

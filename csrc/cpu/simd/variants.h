@@ -11,17 +11,17 @@
 // NOTE: kernel files must not call inline functions of the standard library: the linker may keep the copy that was
 // compiled for AVX-512 and hand it to baseline code.
 #if defined(MAGE_ISA_X86)
-#define MAGE_CPU_VARIANTS(...)            \
-    namespace mage::cpu::isa_baseline {   \
-    __VA_ARGS__;                          \
-    }                                     \
-    namespace mage::cpu::isa_avx2 {       \
-    __VA_ARGS__;                          \
-    }                                     \
-    namespace mage::cpu::isa_avx512 {     \
-    __VA_ARGS__;                          \
+#define MAGE_CPU_VARIANTS(...)          \
+    namespace mage::cpu::isa_baseline { \
+    __VA_ARGS__;                        \
+    }                                   \
+    namespace mage::cpu::isa_avx2 {     \
+    __VA_ARGS__;                        \
+    }                                   \
+    namespace mage::cpu::isa_avx512 {   \
+    __VA_ARGS__;                        \
     }
-#define MAGE_CPU_PICK(function)                                                                     \
+#define MAGE_CPU_PICK(function)                                                                       \
     ::mage::cpu::pick_variant(&::mage::cpu::isa_baseline::function, &::mage::cpu::isa_avx2::function, \
                               &::mage::cpu::isa_avx512::function)
 #else

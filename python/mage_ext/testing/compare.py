@@ -1,20 +1,23 @@
 """Comparisons of attention results with their float64 twins. Tolerances are derived, never tuned.
 
 out: at most twice the largest error that torch's own attention makes in the same precision on the same inputs, plus one
-unit in the last place of the output. lse: 1e-4 * max(1, |lse|). Mass: 1e-3 relative for what is above 1e-6 of the row's
-total.
+unit in the last place of the output. In float32 torch has two ways (fused, and plain products with a softmax between);
+both count, so that the measure does not hang on one lucky rounding where there are few rows. lse: 1e-4 * max(1, |lse|).
+Mass: 1e-3 relative for what is above 1e-6 of the row's total.
 """
 
 import math
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mage_ext import reference
 
 LSE_TOLERANCE = 1e-4
 MASS_TOLERANCE = 1e-3
 MASS_FLOOR = 1e-6
+TORCH_BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH)
 
 
 def ulp(values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -36,8 +39,13 @@ def torch_attention(
     kv_lens: Tensor | None = None,
     split_tokens: int = 0,
 ) -> Tensor:
-    """torch's own attention on the same inputs in their dtype: out [B, Q, H, D], 0 for rows without tokens."""
-    out = torch.zeros_like(q)
+    """torch's own attention on the same inputs in their dtype: out [B, Q, H, D], 0 for rows without tokens.
+
+    float32: [2, B, Q, H, D], the fused and the plain one. The plain one rounds scores to 16 bits in the other dtypes
+    and would be too lenient a measure there.
+    """
+    backends = TORCH_BACKENDS[: 2 if q.dtype == torch.float32 else 1]
+    out = torch.zeros(len(backends), *q.shape, dtype=q.dtype)
     group = q.shape[2] // k_cache.shape[2]
     for b in range(len(q)):
         length = min(max(int(seq_lens[b]), 0), max_seq_len)
@@ -50,16 +58,25 @@ def torch_attention(
         if kv_lens is not None:
             seen = seen & (positions < kv_lens[b][:, None])
         k, v = (x.transpose(0, 1).repeat_interleave(group, 0) for x in (k, v))  # [H, T, D]
+        for i, backend in enumerate(backends):
+            out[i, b] = masked_attention(q[b], k, v, seen, softmax_scale, backend)
+    return out if len(backends) > 1 else out[0]
+
+
+def masked_attention(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor, softmax_scale: float | None, backend: SDPBackend = TORCH_BACKENDS[0]
+) -> Tensor:
+    """torch's attention of q [Q, H, D] over k, v [H, T, D] under the mask seen [Q, T]; rows that see nothing are 0."""
+    with sdpa_kernel(backend):
         rows = torch.nn.functional.scaled_dot_product_attention(
-            q[b].transpose(0, 1), k, v, attn_mask=seen, scale=softmax_scale
+            q.transpose(0, 1)[None], k[None], v[None], attn_mask=seen, scale=softmax_scale
         )
-        out[b] = torch.where(seen.any(-1)[:, None, None], rows.transpose(0, 1), 0)
-    return out
+    return torch.where(seen.any(-1)[:, None, None], rows[0].transpose(0, 1), 0)
 
 
 def assert_out_close(actual: Tensor, exact: Tensor, peer: Tensor) -> None:
     """`actual` against float64 `exact`; the error of `peer`, torch's result in the same precision, is the measure."""
-    assert actual.shape == exact.shape and actual.dtype == peer.dtype
+    assert actual.shape == exact.shape == peer.shape[-4:] and actual.dtype == peer.dtype
     assert not actual.isnan().any(), "out has NaN"
     if not actual.numel():
         return

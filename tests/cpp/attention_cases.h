@@ -1,0 +1,284 @@
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "core/parallel.h"
+#include "mage/block_attention.h"
+
+// Cases and the naive float64 loop for the tests of the attention ops.
+namespace mage::test {
+
+struct AttentionCase {
+    std::string name;
+    std::vector<int32_t> seq_lens;
+    int64_t num_queries = 1, num_heads = 1, num_kv_heads = 1, head_dim = 8;
+    int32_t page_size = 16;
+    DType dtype = DType::kFloat32;
+    bool heads_first = false;  // pool [pages, Hkv, page, D]
+    bool causal = false;       // kv_lens S - Q + 1 + i
+    bool break_page = false;   // the table's entry of the second page of request 0 is out of range
+    int64_t split_tokens = 0;
+    double softmax_scale = 0.3;
+};
+
+inline std::vector<AttentionCase> attention_cases() {
+    constexpr DType kBf16 = DType::kBFloat16, kFp16 = DType::kFloat16, kFp32 = DType::kFloat32;
+    return {
+        {"AllOnes", {1}, 1, 1, 1, 8, 1, kFp32},
+        {"OneRow", {130}, 1, 3, 1, 64, 16, kFp32},
+        {"BlockOf135M", {300}, 32, 9, 3, 64, 16, kBf16, true},
+        {"BlockOf7B", {150, 40}, 32, 28, 4, 128, 64, kBf16},
+        {"Ragged", {0, 1, 63, 64, 65, 250}, 5, 4, 2, 64, 32, kFp32, true},
+        {"Half", {129, 0, 17}, 4, 6, 2, 24, 16, kFp16},
+        {"RowsExceedTokens", {5, 31}, 33, 6, 2, 32, 16, kFp16},
+        {"PageOf1", {97, 40}, 4, 4, 4, 40, 1, kBf16},
+        {"PageOf256", {257}, 3, 16, 1, 128, 256, kFp32},
+        {"ManyRows", {100}, 64, 16, 1, 64, 128, kFp32},
+        {"LargestHeadDim", {70}, 30, 4, 2, 512, 64, kFp32},
+        {"Causal", {150, 37}, 37, 4, 2, 64, 32, kFp32, false, true},
+        {"BrokenPage", {200, 20}, 8, 4, 2, 64, 64, kFp32, false, false, true},
+        {"FixedSplits", {700, 64, 65}, 8, 6, 3, 64, 64, kFp32, false, true, false, 64},
+        {"NegativeScale", {90}, 5, 4, 2, 16, 16, kFp32, false, false, false, 0, -0.5},
+    };
+}
+
+// Eighths in [-2, 2]: exact in every dtype, so the naive loop sees the very values that the kernels read.
+inline float random_value(std::mt19937& random) {
+    return static_cast<float>(static_cast<int>(random() % 33) - 16) / 8.0f;
+}
+
+inline void store_exact(DType dtype, float value, char* to) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    if (dtype == DType::kFloat32) {
+        std::memcpy(to, &bits, 4);
+        return;
+    }
+    uint16_t half = static_cast<uint16_t>(bits >> 16);
+    if (dtype == DType::kFloat16) {  // NaN, 0, or normal with few bits
+        const uint32_t sign = bits >> 16 & 0x8000u;
+        if (std::isnan(value)) {
+            half = 0x7e00u;
+        } else {
+            half = static_cast<uint16_t>(value == 0.0f ? sign : sign | (((bits & 0x7fffffffu) - 0x38000000u) >> 13));
+        }
+    }
+    std::memcpy(to, &half, 2);
+}
+
+inline float load_exact(DType dtype, const char* from) {
+    if (dtype == DType::kFloat32) {
+        float value;
+        std::memcpy(&value, from, 4);
+        return value;
+    }
+    uint16_t half;
+    std::memcpy(&half, from, 2);
+    if (dtype == DType::kFloat16) {
+        const double magnitude = (half & 0x7c00u) != 0
+                                     ? std::ldexp(1024 + (half & 0x3ffu), static_cast<int>(half >> 10 & 31u) - 25)
+                                     : std::ldexp(half & 0x3ffu, -24);
+        return static_cast<float>((half & 0x8000u) != 0 ? -magnitude : magnitude);
+    }
+    const uint32_t bits = static_cast<uint32_t>(half) << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+// The tensors of a case, params that point to them, and what the naive loop makes of them.
+struct AttentionBuffers {
+    AttentionCase test;
+    BlockAttentionParams params;
+    std::vector<char> q, k_pool, v_pool, out, workspace;
+    std::vector<int32_t> block_table, kv_lens;
+    std::vector<float> lse;
+    std::vector<double> naive_out, naive_lse;
+    std::vector<std::vector<double>> shares;  // per (request, KV head): [S, R] softmax shares
+
+    explicit AttentionBuffers(const AttentionCase& c) : test(c) {
+        std::mt19937 random(1);
+        const auto requests = static_cast<int64_t>(c.seq_lens.size());
+        const int64_t bytes = dtype_bytes(c.dtype);
+        const int64_t longest = std::max<int64_t>(1, *std::max_element(c.seq_lens.begin(), c.seq_lens.end()));
+        const int64_t max_pages = (longest + c.page_size - 1) / c.page_size;
+        const int64_t pages = requests * max_pages + 2;
+        params.num_requests = requests;
+        params.num_queries = c.num_queries;
+        params.num_heads = c.num_heads;
+        params.num_kv_heads = c.num_kv_heads;
+        params.head_dim = c.head_dim;
+        params.max_seq_len = longest;
+        params.dtype = c.dtype;
+        params.softmax_scale = c.softmax_scale;
+        params.split_tokens = c.split_tokens;
+
+        block_table.resize(requests * max_pages);
+        std::vector<int32_t> order(pages);
+        for (int64_t i = 0; i < pages; ++i) order[i] = static_cast<int32_t>(i);
+        std::shuffle(order.begin(), order.end(), random);
+        std::copy_n(order.begin(), block_table.size(), block_table.begin());
+        if (c.break_page) block_table[1] = static_cast<int32_t>(pages);
+
+        // Pools full of NaN, then values where a token lies.
+        const int64_t row = c.head_dim;
+        const int64_t stride_token = c.heads_first ? row : row * c.num_kv_heads;
+        const int64_t stride_head = c.heads_first ? row * c.page_size : row;
+        const int64_t stride_page = row * c.num_kv_heads * c.page_size;
+        for (std::vector<char>* pool : {&k_pool, &v_pool}) {
+            pool->resize(pages * stride_page * bytes);
+            for (int64_t i = 0; i < pages * stride_page; ++i) {
+                store_exact(c.dtype, std::numeric_limits<float>::quiet_NaN(), pool->data() + i * bytes);
+            }
+            for (int64_t b = 0; b < requests; ++b) {
+                for (int64_t t = 0; t < c.seq_lens[b]; ++t) {
+                    const int64_t page = block_table[b * max_pages + t / c.page_size];
+                    if (page >= pages) continue;
+                    for (int64_t h = 0; h < c.num_kv_heads; ++h) {
+                        const int64_t at = page * stride_page + t % c.page_size * stride_token + h * stride_head;
+                        for (int64_t d = 0; d < row; ++d) {
+                            store_exact(c.dtype, random_value(random), pool->data() + (at + d) * bytes);
+                        }
+                    }
+                }
+            }
+        }
+        params.k_cache = {k_pool.data(), stride_page, stride_token, stride_head};
+        params.v_cache = {v_pool.data(), stride_page, stride_token, stride_head};
+        params.pages = {block_table.data(), max_pages, static_cast<int32_t>(max_pages), c.page_size, pages};
+        params.seq_lens = test.seq_lens.data();
+
+        const int64_t q_elements = requests * c.num_queries * c.num_heads * row;
+        q.resize(q_elements * bytes);
+        for (int64_t i = 0; i < q_elements; ++i) store_exact(c.dtype, random_value(random), q.data() + i * bytes);
+        params.q = q.data();
+        params.stride_q_head = row;
+        params.stride_q_query = c.num_heads * row;
+        params.stride_q_request = c.num_queries * c.num_heads * row;
+        if (c.causal) {
+            for (int64_t b = 0; b < requests; ++b) {
+                for (int64_t i = 0; i < c.num_queries; ++i) {
+                    kv_lens.push_back(static_cast<int32_t>(c.seq_lens[b] - c.num_queries + 1 + i));
+                }
+            }
+            params.kv_lens = kv_lens.data();
+        }
+        out.resize(q.size());
+        lse.resize(requests * c.num_heads * c.num_queries);
+        params.out = out.data();
+        params.lse = lse.data();
+        set_workspace(block_attention_workspace(requests, c.num_queries, c.num_heads, c.num_kv_heads, row, longest,
+                                                c.split_tokens));
+        poison();
+        run_naive([](int64_t, int64_t, int64_t) { return true; });
+    }
+
+    AttentionBuffers(const AttentionBuffers&) = delete;
+    AttentionBuffers& operator=(const AttentionBuffers&) = delete;
+
+    int64_t rows() const { return test.num_queries * (test.num_heads / test.num_kv_heads); }
+
+    // 16 spare bytes to align the base.
+    void set_workspace(int64_t bytes) {
+        workspace.resize(bytes + 16);
+        const auto address = reinterpret_cast<uintptr_t>(workspace.data());
+        params.workspace = workspace.data() + (16 - address % 16) % 16;
+        params.workspace_bytes = bytes;
+    }
+
+    // Outputs and workspace hold NaN before a call.
+    void poison() {
+        std::fill(out.begin(), out.end(), static_cast<char>(0xff));
+        std::fill(workspace.begin(), workspace.end(), static_cast<char>(0xff));
+        std::fill(lse.begin(), lse.end(), std::numeric_limits<float>::quiet_NaN());
+    }
+
+    float pool_value(const std::vector<char>& pool, int64_t b, int64_t t, int64_t h, int64_t d) const {
+        const int64_t page = block_table[b * params.pages.max_pages + t / test.page_size];
+        const int64_t at = page * params.k_cache.stride_page + t % test.page_size * params.k_cache.stride_token +
+                           h * params.k_cache.stride_head + d;
+        return load_exact(test.dtype, pool.data() + at * dtype_bytes(test.dtype));
+    }
+
+    // The plain loop over tokens that attended(request, kv_head, token) admits.
+    template <typename Attended>
+    void run_naive(const Attended& attended) {
+        const AttentionCase& c = test;
+        const int64_t group = c.num_heads / c.num_kv_heads;
+        naive_out.assign(lse.size() * c.head_dim, 0.0);
+        naive_lse.assign(lse.size(), -INFINITY);
+        shares.assign(c.seq_lens.size() * c.num_kv_heads, {});
+        for (size_t b = 0; b < c.seq_lens.size(); ++b) {
+            for (int64_t h = 0; h < c.num_kv_heads; ++h) {
+                std::vector<double>& share = shares[b * c.num_kv_heads + h];
+                share.assign(c.seq_lens[b] * rows(), 0.0);
+                for (int64_t r = 0; r < rows(); ++r) {
+                    const int64_t query = r / group, head = h * group + r % group;
+                    const int64_t q_at = ((b * c.num_queries + query) * c.num_heads + head) * c.head_dim;
+                    const int64_t length =
+                        c.causal ? std::clamp<int64_t>(kv_lens[b * c.num_queries + query], 0, c.seq_lens[b])
+                                 : c.seq_lens[b];
+                    std::vector<double> score(length, -INFINITY);
+                    double highest = -INFINITY, sum = 0.0;
+                    for (int64_t t = 0; t < length; ++t) {
+                        if (block_table[b * params.pages.max_pages + t / c.page_size] >= params.pages.num_pages)
+                            continue;
+                        if (!attended(static_cast<int64_t>(b), h, t)) continue;
+                        double dot = 0.0;
+                        for (int64_t d = 0; d < c.head_dim; ++d) {
+                            dot +=
+                                static_cast<double>(load_exact(c.dtype, q.data() + (q_at + d) * dtype_bytes(c.dtype))) *
+                                pool_value(k_pool, b, t, h, d);
+                        }
+                        score[t] = dot * c.softmax_scale;
+                        highest = std::max(highest, score[t]);
+                    }
+                    for (const double s : score) sum += s == -INFINITY ? 0.0 : std::exp(s - highest);
+                    if (sum == 0.0) continue;
+                    naive_lse[(b * c.num_heads + head) * c.num_queries + query] = highest + std::log(sum);
+                    for (int64_t t = 0; t < length; ++t) {
+                        if (score[t] == -INFINITY) continue;
+                        const double weight = std::exp(score[t] - highest) / sum;
+                        share[t * rows() + r] = weight;
+                        for (int64_t d = 0; d < c.head_dim; ++d)
+                            naive_out[q_at + d] += weight * pool_value(v_pool, b, t, h, d);
+                    }
+                }
+            }
+        }
+    }
+
+    // Largest |out - naive| that rounding explains: values are at most 2, so half a unit of the output's last place
+    // there, and 2^-20 for sums of weights in float32; scores reach 100, which the exponential turns into 2^-17.
+    double out_tolerance() const {
+        const double rounding = test.dtype == DType::kFloat32 ? 0.0 : test.dtype == DType::kFloat16 ? 0x1p-11 : 0x1p-8;
+        return rounding + 0x1p-16;
+    }
+
+    float out_value(int64_t i) const { return load_exact(test.dtype, out.data() + i * dtype_bytes(test.dtype)); }
+};
+
+}  // namespace mage::test
+
+// Compares out and lse of AttentionBuffers with the naive loop.
+#define MAGE_EXPECT_ATTENTION(buffers)                                                                             \
+    do {                                                                                                           \
+        for (size_t i = 0; i < (buffers).naive_out.size(); ++i) {                                                  \
+            ASSERT_NEAR((buffers).out_value(i), (buffers).naive_out[i], (buffers).out_tolerance()) << "out " << i; \
+        }                                                                                                          \
+        for (size_t i = 0; i < (buffers).naive_lse.size(); ++i) {                                                  \
+            const double exact = (buffers).naive_lse[i];                                                           \
+            if (exact == -INFINITY) {                                                                              \
+                ASSERT_EQ((buffers).lse[i], -INFINITY) << "lse " << i;                                             \
+            } else {                                                                                               \
+                ASSERT_NEAR((buffers).lse[i], exact, 1e-4 * std::max(1.0, std::abs(exact))) << "lse " << i;        \
+            }                                                                                                      \
+        }                                                                                                          \
+    } while (0)

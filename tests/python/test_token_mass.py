@@ -1,0 +1,190 @@
+"""token_mass against its float64 twin, and what it refuses. Run: pytest tests/python/test_token_mass.py"""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mage_ext import ops, reference
+from mage_ext.testing.cases import ATTENTION_CASES
+from mage_ext.testing.compare import assert_log_mass_close, assert_mass_close, assert_same_bits
+
+
+def inputs(case, seed=0):
+    """Tensors and options of token_mass for a case, with the lse of block_attention."""
+    tensors, options = case.tensors(seed), dict(case.options)
+    _, lse = ops.block_attention(**tensors, **options)
+    del tensors["v_cache"], options["split_tokens"]
+    return {**tensors, "lse": lse}, options
+
+
+def candidates(case, g):
+    """[B, Hkv, C] units of g tokens: not ascending, some unused, some past the end, one twice."""
+    count = 5
+    last = (case.longest - 1) // g
+    units = torch.randint(0, last + 1, (len(case.lens), case.kv_heads, count), dtype=torch.int32)
+    units[..., 1] = -1
+    units[..., 3] = last
+    units[..., 4] = units[..., 0]
+    return units
+
+
+def extend(case, options):
+    extra = dict(options)
+    if extra.get("norm") == "prefix":
+        extra["prefix_lens"] = torch.tensor([max(0, n - case.q_len) for n in case.lens], dtype=torch.int32)
+    if extra.pop("masked", False):
+        extra["row_mask"] = torch.arange(case.q_len).expand(len(case.lens), -1) % 2 == 1
+    if extra.pop("listed", False):
+        extra["units"] = candidates(case, extra["g"])
+    return extra
+
+
+RUNS = [
+    ("all_ones", {}),
+    ("one_row", {"score": "max"}),
+    ("block_of_135m", {"norm": "prefix"}),
+    ("block_of_135m", {"listed": True, "g": 32}),
+    ("block_of_7b", {"score": "max", "norm": "prefix", "masked": True}),
+    ("block_of_7b", {"listed": True, "g": 64, "score": "rows", "norm": "prefix"}),
+    ("ragged", {"masked": True}),
+    ("ragged", {"score": "rows", "norm": "prefix"}),
+    ("ragged", {"listed": True, "g": 16, "norm": "prefix"}),
+    ("ragged", {"listed": True, "g": 1, "score": "max"}),
+    ("rows_exceed_tokens", {"score": "rows"}),
+    ("page_of_1_hnd", {"listed": True, "g": 16, "masked": True}),
+    ("page_of_256", {"norm": "prefix", "score": "max"}),
+    ("head_dim_24", {"score": "rows", "masked": True}),
+    ("many_rows", {}),
+    ("prefill_chunk", {"norm": "prefix"}),
+    ("causal", {"listed": True, "g": 64, "score": "rows"}),
+    ("causal_longer_than_tokens", {"masked": True, "score": "max"}),
+    ("rows_without_tokens", {"norm": "prefix"}),
+    ("invalid_pages", {"listed": True, "g": 16}),
+    ("only_invalid_pages", {"score": "rows"}),
+    ("one_winner", {"norm": "prefix"}),
+    ("one_winner_bf16", {"listed": True, "g": 16, "score": "max"}),
+    ("zero_scale", {}),
+    ("negative_scale", {"score": "rows"}),
+    ("long", {"norm": "prefix"}),
+    ("longer_than_max", {}),
+    ("room_to_spare", {"score": "rows", "norm": "prefix"}),
+    ("fused_projection", {"listed": True, "g": 32, "norm": "prefix", "masked": True}),
+    ("no_requests", {}),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), RUNS, ids=lambda x: x if isinstance(x, str) else "-".join(map(str, x.values()))
+)
+def test_matches_reference(name, options):
+    case = ATTENTION_CASES[name]
+    tensors, call = inputs(case)
+    call |= extend(case, options)
+    mass = ops.token_mass(**tensors, **call)
+    exact = reference.token_mass(**tensors, **call, upcast=True)
+    if options.get("score") == "rows":
+        assert_log_mass_close(mass, exact, dim=2)
+    else:
+        assert_mass_close(mass, exact)
+
+
+@pytest.mark.parametrize("g", [16, 32, 64])
+@pytest.mark.parametrize("norm", ["context", "prefix"])
+def test_sums_to_unit_mass(g, norm):
+    """Token masses of a unit add up to what block_attention_mass emits for it."""
+    case = ATTENTION_CASES["block_of_7b"]
+    tensors, call = inputs(case)
+    extra = extend(case, {"norm": norm})
+    tokens = ops.token_mass(**tensors, **call, **extra)
+    padded = torch.zeros(1, 4, -(-517 // g) * g, dtype=torch.float64)
+    padded[..., :517] = tokens
+    unit_mass = ops.block_attention_mass(**case.tensors(), **case.options, **extra, g=g)[2]
+    assert_mass_close(unit_mass, padded.unflatten(-1, (-1, g)).sum(-1))
+    assert abs(tokens.double().sum(-1) - 1).max() < 1e-3
+
+
+@pytest.mark.parametrize("score", ["mean", "max", "rows"])
+def test_candidates_equal_the_full_pass(score):
+    """A list of units gives, bit for bit, the values that the pass over everything gives at those tokens."""
+    case = replace(ATTENTION_CASES["page_of_16"], lens=(256, 256))
+    tensors, call = inputs(case)
+    full = ops.token_mass(**tensors, **call, score=score)
+    units = torch.tensor([[[9, 2, -1, 15]], [[0, 1, 2, 3]]], dtype=torch.int32)
+    listed = ops.token_mass(**tensors, **call, score=score, units=units, g=16)
+    for b in range(2):
+        for c, unit in enumerate(units[b, 0].tolist()):
+            part = listed[b, 0, c * 16 : (c + 1) * 16]
+            if unit < 0:
+                assert (part == (-math.inf if score == "rows" else 0)).all()
+            else:
+                assert_same_bits(part, full[b, 0, unit * 16 : (unit + 1) * 16])
+
+
+def test_hostile_units():
+    """Numbers far outside weigh 0 and read nothing."""
+    case = ATTENTION_CASES["one_row"]
+    tensors, call = inputs(case)
+    units = torch.tensor([2**31 - 1, -(2**31), 10**9, 3, -1], dtype=torch.int32).expand(1, 3, 5).contiguous()
+    mass = ops.token_mass(**tensors, **call, units=units, g=64)
+    assert (mass == 0).all()  # unit 3 starts at 192, past S = 130
+    empty = ops.token_mass(**tensors, **call, units=units[..., :0].contiguous(), g=64)
+    assert empty.shape == (1, 3, 0)
+
+
+def test_repeats_bit_for_bit_on_any_number_of_threads():
+    case = ATTENTION_CASES["long"]
+    tensors, call = inputs(case)
+    call |= extend(case, {"norm": "prefix"})
+    try:
+        results = []
+        for threads in (1, 2, 5):
+            torch.ops.mage.set_num_threads(threads)
+            results.append(ops.token_mass(**tensors, **call))
+    finally:
+        torch.ops.mage.set_num_threads(0)
+    for mass in results[1:]:
+        assert_same_bits(mass, results[0])
+
+
+@pytest.mark.parametrize(("name", "options"), [("ragged", {"norm": "prefix"}), ("room_to_spare", {"score": "rows"})])
+def test_out_twin_writes_everything(name, options):
+    case = ATTENTION_CASES[name]
+    tensors, call = inputs(case)
+    call |= extend(case, options)
+    expected = ops.token_mass(**tensors, **call)
+    mass = torch.full_like(expected, math.nan)
+    size = ops.token_mass_workspace(len(case.lens), case.q_len, case.heads, case.kv_heads, case.head_dim, case.longest)
+    ops.token_mass_out(**tensors, mass=mass, workspace=torch.full((size,), 255, dtype=torch.uint8), **call)
+    assert_same_bits(mass, expected)
+
+
+INT = torch.int32
+BAD = {
+    "g_without_units": ({"g": 16}, "g must be 1 without units, got 16"),
+    "g": ({"g": 5, "units": torch.zeros(2, 2, 3, dtype=INT)}, "g must be .*1, 16, 32.*64, got 5"),
+    "score": ({"score": "median"}, "score must be .*mean, max.*rows, got '?median"),
+    "norm": ({"norm": "x"}, "norm must be .*context.*prefix, got '?x"),
+    "prefix_missing": ({"norm": "prefix"}, "prefix_lens must be given with norm .?prefix.?.*, got None"),
+    "units_dtype": ({"units": torch.zeros(2, 2, 3)}, "units must be int32, got float32"),
+    "units_rank": ({"units": torch.zeros(2, 2, dtype=INT)}, "units must be a tensor of rank 3"),
+    "units_heads": ({"units": torch.zeros(2, 4, 3, dtype=INT)}, r"units must be of shape \[B, Hkv, C\] = \[2, 2, 3\]"),
+    "units_strided": ({"units": torch.zeros(2, 3, 2, dtype=INT).mT}, "units must be contiguous"),
+    "lse_shape": ({"lse": torch.zeros(2, 8, 4)}, r"lse must be of shape \[B, H, Q\] = \[2, 4, 8\]"),
+    "lse_dtype": ({"lse": torch.zeros(2, 4, 8).double()}, "lse must be float32, got float64"),
+    "max_seq_len": ({"max_seq_len": -7}, "max_seq_len must be in .*, got -7"),
+    "row_mask": (
+        {"row_mask": torch.ones(8, dtype=torch.bool)},
+        r"row_mask must be of shape \[B, Q\] = \[2, 8\], got \[8\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_refuses(name):
+    options, message = BAD[name]
+    tensors, _ = inputs(replace(ATTENTION_CASES["ragged"], lens=(100, 128)))
+    for op in (ops.token_mass, torch.ops.mage.token_mass):
+        with pytest.raises((ValueError, RuntimeError), match="token_mass: " + message):
+            op(**{**tensors, "max_seq_len": 128, **options})
