@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from mage_ext import ops, sampling
+from mage_ext import sampling
 from mage_ext import selection as selections
 from mage_ext.cache import OutOfPages, PagedCache, RaggedBatch
 from mage_ext.paged_forward import NOT_WRITTEN, Emission, PagedForward, Write
@@ -332,19 +332,10 @@ def _prefill_chunk(state: DenoiseState, begin: int, chunk: int) -> None:
     ]
     if last:
         index = torch.tensor([row for row, _ in last], device=device)
-        token, _, _ = _most_probable(model, hidden[index, (seq_lens[index] - begin - 1).long()])
-        for (_, request), predicted in zip(last, token.tolist(), strict=True):
+        logits = model.logits(hidden[index, (seq_lens[index] - begin - 1).long()])
+        tokens = sampling.draw_tokens(logits, mask_id=config.mask_id).token.tolist()
+        for (_, request), predicted in zip(last, tokens, strict=True):
             state.pending[request] = [predicted]
-
-
-def _most_probable(model: torch.nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(token int64, probability, entropy) [N] of hidden states [N, hidden], without the mask id."""
-    mask_id = model.config.mask_id
-    logits = model.logits(hidden)
-    logits[:, mask_id] = -torch.inf
-    token, prob, entropy = ops.token_confidence(logits)
-    # Only a row without any finite logit can still name the mask id.
-    return torch.where(token == mask_id, 1 if mask_id == 0 else 0, token), prob, entropy
 
 
 class BlockStream:
@@ -579,9 +570,10 @@ class _Run:
         flags = _LaggingFlags(block.tokens.device)
         flags.push(block.flags())
         # Every step decides a position of every live request, so the number of steps is bounded on the host.
-        bound = state.model.config.block_size - min(len(state.pending[request]) for request in block.requests)
+        size = state.model.config.block_size
+        bound = size - min(len(state.pending[request]) for request in block.requests)
         narrow = False
-        for step in range(bound + flags.lag):
+        for step in range(bound + flags.lag * (size // self.sub_block_size)):
             seen = flags.read()
             if seen is not None:
                 if not seen[0]:
@@ -616,30 +608,33 @@ class _Run:
         device = block.tokens.device
 
         # 1. Which rows are sent and whose K/V they replace.
+        live, candidates = block.live, block.candidates
         if narrow:
-            # The first position of every sub-block is decided: its rows alone.
+            # The first position of every sub-block is decided: its rows alone. Where a flag that lags could not know yet that
+            # a request has come to its next sub-block, it sits this forward out; its next draws have the same keys.
+            live = live & ~block.first_open
+            candidates = candidates & live[:, None]
             rows = block.sub_start[:, None] + torch.arange(sub, device=device)  # [A, sub]
             tokens, positions = block.tokens.gather(1, rows), block.positions.gather(1, rows)
             first_row = block.sub_start
-            starts = [(block.live, block.start + block.sub_start.int(), None)]
+            starts = [(live, block.start + block.sub_start.int(), None)]
         else:
             tokens, positions = block.tokens, block.positions
             first_row = torch.zeros_like(block.sub_start)
-            starts = [(block.live, block.start, None)]
+            starts = [(live, block.start, None)]
             if config.sub_block_cache and step > 0:
                 # Requests of both kinds: all rows of those that start a sub-block, the sub-block's rows of the others.
                 starts = [
                     (block.first_open, block.start, None),
-                    (block.live & ~block.first_open, block.start + block.sub_start.int(), block.sub_start),
+                    (live & ~block.first_open, block.start + block.sub_start.int(), block.sub_start),
                 ]
         writes = [Write(torch.where(who, start, NOT_WRITTEN), row, sub) for who, start, row in starts]
 
         # 2. The forward, exact or sparse per request.
-        seq_lens = torch.where(block.live, block.start + size, 0)
+        seq_lens = torch.where(live, block.start + size, 0)
         forward = PagedForward(state.batch.cache, block.block_table, block.max_seq_len, writes, seq_lens)
         kind = self._attention(forward, block, plan, step)
         hidden = model.hidden(tokens, positions, forward)
-        block.steps += block.live
         mass = None
         if forward.emission is not None:
             mass = forward.emission.mass()
@@ -647,19 +642,29 @@ class _Run:
 
         # 3. Draws for the positions that may be decided. Row i predicts position i, or i + 1 under token shift.
         if device.type == "cpu":
-            who, where = block.candidates.nonzero(as_tuple=True)
+            who, where = candidates.nonzero(as_tuple=True)
         else:  # a fixed grid, since the number of candidates is known on the device only
             where = block.sub_start[:, None] + torch.arange(sub, device=device)
             who = torch.arange(len(block.requests), device=device)[:, None].expand_as(where).flatten()
             where = where.flatten()
         row = (where - first_row[who] - int(model.config.token_shift)).clamp(min=0)
-        draws = self._draw(hidden[who, row], block.seeds[who], block.positions[who, where], step)
+        draws = sampling.draw_tokens(
+            model.logits(hidden[who, row]),
+            mask_id=model.config.mask_id,
+            temperature=config.sampler.temperature,
+            top_k=config.sampler.top_k,
+            top_p=config.sampler.top_p,
+            seeds=block.seeds[who],
+            positions=block.positions[who, where],
+            step=block.steps[who],
+        )
         grid = sampling.Draws(
             *(torch.zeros(block.tokens.shape, dtype=x.dtype, device=device).index_put((who, where), x) for x in draws)
         )
 
         # 4. Decisions.
-        decided = sampling.decide(config.sampler, grid, block.candidates)
+        decided = sampling.decide(config.sampler, grid, candidates)
+        block.steps += live
         block.tokens = torch.where(decided, grid.token, block.tokens)
         block.open = block.open & ~decided
         block.update()
@@ -715,22 +720,6 @@ class _Run:
             lists.selection = _rows(lists.selection, rows)
             lists.requests = requests
         return lists.selection
-
-    def _draw(self, hidden: Tensor, seeds: Tensor, positions: Tensor, step: int) -> sampling.Draws:
-        """Draws [N] of hidden states [N, hidden]; seeds and positions are their keys."""
-        sampler, model = self.config.sampler, self.state.model
-        if sampler.temperature == 0:
-            return sampling.Draws(*_most_probable(model, hidden))
-        return sampling.draw_tokens(
-            model.logits(hidden),
-            mask_id=model.config.mask_id,
-            temperature=sampler.temperature,
-            top_k=sampler.top_k,
-            top_p=sampler.top_p,
-            seeds=seeds,
-            positions=positions,
-            step=step,
-        )
 
     def _finish_block(self, block: _Block, plan: list[str], index: int) -> list[FinishedBlock]:
         """Reads the block back once: new tokens, ends, costs."""
@@ -808,7 +797,8 @@ class _Run:
             lists.drifted = {r for r, share in zip(requests, kept, strict=True) if share < self.config.refresh_bound}
         pending = [[] for _ in requests]
         if model.config.token_shift:
-            pending = [[token] for token in _most_probable(model, hidden[:, -1])[0].tolist()]
+            logits = model.logits(hidden[:, -1])
+            pending = [[token] for token in sampling.draw_tokens(logits, mask_id=model.config.mask_id).token.tolist()]
         for row, request, tokens in zip(rows, requests, pending, strict=True):
             state.prefix_lens[request] += size
             state.pending[request] = tokens
