@@ -33,7 +33,7 @@ struct Confidence {
     float entropy = 0.0f;
 };
 
-// The pieces of one row, rescaled to the row's maximum, in float64 and in order.
+// The pieces of one row, rescaled to the row's maximum, in order.
 Confidence join(const TokenConfidenceParams& params, int64_t row, const ConfidencePiece* pieces, int64_t num_pieces) {
     const auto find = MAGE_CPU_PICK(find_logit);
     const char* logits =

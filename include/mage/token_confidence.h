@@ -8,7 +8,7 @@
 //           softmax(x)_v, in nats
 //
 // NaN counts as -inf. If logits are +inf, those share the probability equally. A row without any logit above -inf gives
-// token 0, prob 0, entropy 0. Sums are float32 within pieces of fixed length and float64 between them, always in the
+// token 0, prob 0, entropy 0. Sums are float32 within short runs and float64 between them, always in the
 // same order: results are bit-reproducible for any number of threads and any N, on one instruction set.
 //
 // Cost: N * V logits, read once from memory (and once more from cache), one exponential each.

@@ -306,6 +306,29 @@ def test_entropy_bound_excludes_the_largest_term_and_is_inclusive():
         assert decided[0].nonzero().flatten().tolist() == expected
 
 
+@pytest.mark.gpu
+def test_cuda_draws_and_decides_as_the_cpu_does():
+    keys, positions = torch.arange(50)[:, None], torch.arange(40)
+    uniform = random_uniform(keys, positions, 3)
+    assert torch.equal(random_uniform(keys.cuda(), positions.cuda(), 3).cpu(), uniform)
+    probs = torch.softmax(torch.randn(50, 40, 300, generator=generator(0)) * 3, -1)
+    drawn = sampling._inverse_cdf(probs, uniform)
+    assert torch.equal(sampling._inverse_cdf(probs.cuda(), uniform.cuda()).cpu(), drawn)
+    nucleus = sampling._keep_top_p(probs, 0.7)
+    assert torch.equal(sampling._keep_top_p(probs.cuda(), 0.7).cpu(), nucleus)
+
+    logits = torch.randn(4, 32, 1000, generator=generator(1)) * 3
+    cpu, cuda = draw_tokens(logits, mask_id=5), draw_tokens(logits.cuda(), mask_id=5)
+    assert torch.equal(cuda.token.cpu(), cpu.token)
+    torch.testing.assert_close(cuda.confidence.cpu(), cpu.confidence, rtol=2e-6, atol=0)
+    torch.testing.assert_close(cuda.entropy.cpu(), cpu.entropy, rtol=2e-6, atol=2e-6)
+    open = torch.rand(4, 32, generator=generator(2)) < 0.6
+    for name in sampling.SAMPLERS:
+        config = SamplerConfig(name, tokens_per_step=3, threshold=0.3, entropy_bound=2.0)
+        on_cuda = decide(config, Draws(*(part.cuda() for part in cpu)), open.cuda())
+        assert torch.equal(on_cuda.cpu(), decide(config, cpu, open))
+
+
 # --- errors ----------------------------------------------------------------------------------------------------------
 
 

@@ -9,8 +9,8 @@ namespace mage::cpu {
 // 0; with max = +inf the sums mean nothing.
 struct ConfidencePiece {
     float max;
-    float sum;       // sum of e^(x - max)
-    float weighted;  // sum of e^(x - max) * (x - max)
+    double sum;       // sum of e^(x - max)
+    double weighted;  // sum of e^(x - max) * (x - max)
 };
 
 }  // namespace mage::cpu
