@@ -1,0 +1,285 @@
+"""Which of the hidden facts each method finds: exact attention, MAGE, and selections of the same size as a floor, on one code path.
+
+All methods of a case continue from one shared prefill. A case counts as found when every asked value stands on its line of the answer.
+Rates come with Wilson 95 % intervals.
+
+Test: pytest tests/python/test_needles.py
+"""
+
+import functools
+import json
+import math
+import multiprocessing
+import random
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mage_ext import selection
+from mage_ext.denoise import DenoiseConfig, generate, prefill
+from mage_ext.evaluation import tasks
+from mage_ext.models.builtin import load_builtin
+from mage_ext.models.huggingface import LoadedModel
+from mage_ext.results import Result
+from mage_ext.sampling import SamplerConfig
+from mage_ext.selection import SelectionConfig
+
+_MAX_NEW_TOKENS = 48  # four values of 7 digits, separators and the end token need 32
+
+
+@dataclass(frozen=True)
+class Method:
+    """A named way to generate. K, g and dense_layers repeat what the configuration says, for tables; 0 and -1 for exact."""
+
+    name: str
+    config: DenoiseConfig
+    K: int = 0
+    g: int = 0
+    dense_layers: int = -1
+
+    def __str__(self) -> str:
+        return f"{self.name} K={self.K} g={self.g} dense={self.dense_layers}" if self.K else self.name
+
+
+def exact_method(sampler: SamplerConfig) -> Method:
+    return Method("exact", DenoiseConfig(max_new_tokens=_MAX_NEW_TOKENS, sampler=sampler))
+
+
+def sparse_method(
+    name: str, sampler: SamplerConfig, K: int, g: int = 1, dense_layers: int = 2, rule: str = "fixed", seed: int = 0
+) -> Method:
+    """MAGE, or a selection of the same size.
+
+    Args:
+        name: "mage" (largest mean mass), "recency" (sinks and the most recent) or "random".
+        sampler: of the answer. K: budget in tokens per layer and KV head; all that is selected is charged to it.
+        g: tokens per unit. With g = 1 the first 4 tokens and the last 16 are always kept, with larger units nothing is forced.
+        dense_layers: the first so many layers stay exact in every forward. rule: budget rule. seed: of "random".
+    Raises:
+        ValueError: an unknown name.
+    """
+    overrides: dict[str, Callable | None] = {
+        "mage": None,
+        "recency": selection.recency_selection,
+        "random": functools.partial(selection.random_selection, seed=seed),
+    }
+    if name not in overrides:
+        raise ValueError(f"sparse_method: name must be one of {', '.join(overrides)}, got {name!r}")
+    always = {"sinks": 4, "recents": 16} if g == 1 else {}
+    config = DenoiseConfig(
+        mode="mage",
+        max_new_tokens=_MAX_NEW_TOKENS,
+        sampler=sampler,
+        selection=SelectionConfig(rule=rule, k=K, g=g, **always),
+        dense_layers=tuple(range(dense_layers)),
+        select_override=overrides[name],
+    )
+    return Method(name, config, K, g, dense_layers)
+
+
+@dataclass
+class Score:
+    """Outcomes of one method over cases: found[i] lists which asked facts case i gave back."""
+
+    method: Method
+    found: list[list[bool]] = field(default_factory=list)
+    results: list[Result] = field(default_factory=list)
+
+    @property
+    def cases(self) -> int:
+        return len(self.found)
+
+    @property
+    def whole(self) -> int:
+        """Cases in which every asked fact was found."""
+        return sum(map(all, self.found))
+
+    @property
+    def facts(self) -> int:
+        return sum(map(sum, self.found))
+
+    def row(self, task: str, exact: "Score | None", **more: Any) -> dict[str, Any]:
+        """The row of an evaluation file."""
+        low, high = wilson(self.whole, self.cases)
+        sampler = self.method.config.sampler
+        both = sum(all(a) and all(b) for a, b in zip(self.found, exact.found)) if exact is not None else self.whole
+        kv = [r.stats.kv_share for r in self.results]
+        forwards = [r.stats.num_forwards for r in self.results]
+        kept = [m for r in self.results for m in r.stats.kept_mass]
+        return {
+            "task": task,
+            "method": self.method.name,
+            "K": self.method.K,
+            "g": self.method.g,
+            "dense_layers": self.method.dense_layers,
+            "sampler": sampler.name,
+            "tokens_per_step": sampler.tokens_per_step if sampler.name == "low_confidence_static" else None,
+            "n": self.cases,
+            "score": self.whole / max(self.cases, 1),
+            "exact": exact.whole / max(exact.cases, 1) if exact is not None else self.whole / max(self.cases, 1),
+            "found_of_exact": both / max(exact.whole, 1) if exact is not None else 1.0,
+            "ci_low": low,
+            "ci_high": high,
+            "facts": self.facts,
+            "kv_share": sum(kv) / max(len(kv), 1),
+            "forwards": sum(forwards) / max(len(forwards), 1),
+            "kept_mass": sum(kept) / len(kept) if kept else 1.0,
+            **more,
+        }
+
+
+def wilson(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson score interval of a rate (Wilson 1927)."""
+    if trials == 0:
+        return 0.0, 1.0
+    rate, zz = successes / trials, z * z
+    centre = (rate + zz / (2 * trials)) / (1 + zz / trials)
+    half = z / (1 + zz / trials) * math.sqrt(rate * (1 - rate) / trials + zz / (4 * trials * trials))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+class CaseMaker:
+    """Cases for a model: lengths are counted with its tokenizer and chat template.
+
+    Args:
+        loaded: the model. texts: prose as (name, text) pairs, or None for the project's own.
+    """
+
+    def __init__(self, loaded: LoadedModel, texts: Sequence[tuple[str, str]] | None = None):
+        self.tokenizer, self.block = loaded.tokenizer, loaded.config.block_size
+        self.sentences = [s for _, text in texts for s in tasks.split_sentences(text)] if texts else None
+        self._overhead = len(self.tokenizer.chat([{"role": "user", "content": "x"}])) - 1
+
+    @functools.lru_cache(maxsize=1 << 16)  # noqa: B019  (one maker per run)
+    def _count(self, text: str) -> int:
+        return len(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def case(self, seed: int, num_tokens: int, asked: int = 1, distractors: int = 0) -> tuple[tasks.Case, list[int]]:
+        """The case of a seed and its prompt's ids. Answers of several lines start a block, so that one block holds them."""
+        rng = random.Random(f"{seed}/{num_tokens}/{asked}/{distractors}")
+        case = tasks.make_case(
+            rng,
+            self._count,
+            num_tokens,
+            asked,
+            distractors,
+            self.sentences,
+            self.block,
+            align=asked > 1,
+            overhead=self._overhead,
+        )
+        return case, self.tokenizer.chat([{"role": "user", "content": case.prompt}])
+
+
+def compare(
+    loaded: LoadedModel, cases: Sequence[tuple[tasks.Case, list[int]]], methods: Sequence[Method]
+) -> list[Score]:
+    """Every method on a batch of cases; prefill is done once and forked.
+
+    Args:
+        loaded: model and tokenizer. cases: of CaseMaker, all in one batch. methods: in the order of the result.
+    Returns:
+        One Score per method, cases in order.
+    """
+    state = prefill(loaded.model, [ids for _, ids in cases], methods[0].config)
+    scores = []
+    for method in methods:
+        results = generate(loaded.model, state.fork(), method.config, tokenizer=loaded.tokenizer)
+        found = [case.found(result.text) for (case, _), result in zip(cases, results, strict=True)]
+        scores.append(Score(method, found, results))
+    state.release()
+    return scores
+
+
+class Runner:
+    """Runs comparisons of the built-in model on several processes, each with its share of the cores.
+
+    Args:
+        jobs: processes; 1 runs in this one. texts: prose as (name, text) pairs, None for the project's own.
+        adapter: an adapter file in place of the shipped one. batch: cases per batch. progress: takes a line per batch.
+    """
+
+    def __init__(
+        self,
+        jobs: int = 1,
+        texts: Sequence[tuple[str, str]] | None = None,
+        adapter: str | None = None,
+        batch: int = 1,
+        progress: Callable[[str], None] | None = None,
+    ):
+        self.jobs, self.batch, self.progress = jobs, batch, progress
+        threads = max(1, torch.get_num_threads() // jobs)
+        arguments = (texts, adapter, threads)
+        if jobs > 1:
+            context = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(jobs, context, initializer=_start_worker, initargs=arguments)
+        else:
+            self._pool = None
+            _start_worker(*arguments)
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()
+
+    def compare(self, methods: Sequence[Method], n: int, num_tokens: int, asked: int, distractors: int) -> list[Score]:
+        """Every method on the cases with the seeds 0 .. n - 1; one Score per method, cases in order of their seeds."""
+        parts = [range(begin, min(begin + self.batch, n)) for begin in range(0, n, self.batch)]
+        work = functools.partial(_work, methods=methods, num_tokens=num_tokens, asked=asked, distractors=distractors)
+        scores = [Score(method) for method in methods]
+        for part in (self._pool.map if self._pool is not None else map)(work, parts):
+            for score, piece in zip(scores, part, strict=True):
+                score.found += piece.found
+                score.results += piece.results
+            if self.progress is not None:
+                told = ", ".join(f"{score.method} {score.whole}" for score in scores)
+                self.progress(f"{num_tokens} tokens, {asked} asked, {scores[0].cases}/{n}: {told}")
+        return scores
+
+
+_worker: dict[str, Any] = {}
+
+
+def _start_worker(texts: Sequence[tuple[str, str]] | None, adapter: str | None, threads: int) -> None:
+    torch.set_num_threads(threads)
+    loaded = load_builtin(adapter=adapter)
+    _worker.update(loaded=loaded, maker=CaseMaker(loaded, texts))
+
+
+def _work(seeds: range, *, methods: Sequence[Method], num_tokens: int, asked: int, distractors: int) -> list[Score]:
+    cases = [_worker["maker"].case(seed, num_tokens, asked, distractors) for seed in seeds]
+    return compare(_worker["loaded"], cases, methods)
+
+
+def write_rows(
+    path: str | Path, name: str, model: str, device: str, commit: str, rows: Sequence[dict[str, Any]]
+) -> None:
+    """Writes an evaluation file: JSON, as bench/results/ keeps them."""
+    n = max((row["n"] for row in rows), default=0)
+    whole = {"name": name, "model": model, "device": device, "commit": commit, "n": n, "rows": list(rows)}
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(whole, indent=1) + "\n")
+
+
+def suite(runner: Runner, n: int) -> Iterator[dict[str, Any]]:
+    """The gates of the shipped model, and MAGE against exact attention at 2048 tokens with K = 128: rows as they come."""
+    quick = SamplerConfig()
+    static = SamplerConfig(name="low_confidence_static", tokens_per_step=4)
+    sparse = {
+        "needle": [("mage", 1), ("mage", 32), ("recency", 1), ("random", 1)],
+        "four_keys": [("mage", 1), ("mage", 32)],
+    }
+    for tokens, distractors in ((1024, 0), (1024, 4)):
+        (score,) = runner.compare([exact_method(quick)], n, tokens, 4, distractors)
+        yield score.row("four_keys", None, tokens=tokens, distractors=distractors)
+    for task, asked in (("needle", 1), ("four_keys", 4)):
+        methods = [exact_method(quick), exact_method(static)]
+        methods += [sparse_method(name, static, 128, g, dense) for dense in (0, 2) for name, g in sparse[task]]
+        scores = runner.compare(methods, n, 2048, asked, 0)
+        yield scores[0].row(task, None, tokens=2048, distractors=0)
+        for score in scores[1:]:
+            yield score.row(task, scores[1], tokens=2048, distractors=0)
