@@ -353,6 +353,28 @@ def test_layer_rule_by_hand():
     assert filled[0][0].flatten().tolist() == [1, 3, 4, 5, -1, -1]  # 2 voted units, then the most recent
 
 
+def test_coverage_outside_its_range_is_clamped():
+    votes = make_votes((2, 1, 1, 50), 1)
+    votes["union_size"] = torch.full((2, 1, 1), 30, dtype=torch.int32)
+
+    def budgets(coverage):
+        votes["coverage"] = torch.tensor(coverage).view(2, 1, 1)
+        lengths = torch.tensor([800], dtype=torch.int32)
+        return ops.select_kv(torch.rand(2, 1, 1, 50), lengths, g=16, capacity=50, rule="layer", k=320, **votes)[
+            1
+        ].tolist()
+
+    assert budgets([2.0, 0.5]) == budgets([math.inf, 0.5]) == budgets([1.0, 0.5]) != budgets([0.5, 0.5])
+    assert budgets([0.0, 0.5]) == budgets([-1.0, 0.5]) == budgets([math.nan, 0.5]) == budgets([2.0**-24, 0.5])
+    assert budgets([2.0**-24, 0.5]) != budgets([2.0**-20, 0.5])
+
+
+def test_a_share_of_the_mass_is_rounded_up():
+    mass = torch.full((1, 1, 1, 3), 1 / ONE)  # three steps of the fixed point, half of which are 1.5
+    counts = ops.select_kv(mass, torch.tensor([3], dtype=torch.int32), g=1, capacity=3, rule="mass", p=0.5)[1]
+    assert counts.item() == 2
+
+
 def test_a_uniform_mass_over_a_long_prefix_is_summed_exactly():
     n = 131_072
     mass = torch.full((1, 1, 1, n), 1 / n)
