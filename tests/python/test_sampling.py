@@ -85,7 +85,7 @@ def draw_one(logits: torch.Tensor, temperature: float, top_k: int, top_p: float,
     raise AssertionError("unreachable")
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     seeds_st,
     st.integers(2, 40),
@@ -243,7 +243,7 @@ def decide_one(config: SamplerConfig, confidence: list[float], entropy: list[flo
     return [i in chosen for i in range(len(open))]
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(seeds_st, st.sampled_from(sampling.SAMPLERS), st.integers(1, 33), st.integers(1, 5))
 def test_samplers_follow_their_definition(seed, name, width, tokens_per_step):
     g = generator(seed)

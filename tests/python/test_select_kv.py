@@ -103,7 +103,7 @@ def assert_bitwise(actual, expected):
 # --- the twin --------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=350, deadline=None)
 @given(select_cases())
 def test_equals_its_twin(case):
     mass, lengths, kwargs = case
@@ -137,7 +137,7 @@ def test_equals_its_twin_at_length(rule, n):
 # --- promises --------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(select_cases())
 def test_lists_are_ascending_subsets_and_mass_is_what_they_keep(case):
     mass, lengths, kwargs = case
