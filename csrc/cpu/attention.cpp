@@ -21,6 +21,7 @@ constexpr int64_t kWantedItems = 128;      // work items of a call, for balance 
 constexpr int64_t kRowTileStep = 48;       // a whole number of row panels for every instruction set
 constexpr int64_t kRowTileFloats = 30720;  // rows * D of a tile: Q and O together stay within 240 KiB of L2
 constexpr int64_t kMaxRowTile = 240;
+constexpr double kFlopsPerThread = 2e6;  // about 10 us of work; starting a thread pool costs a few
 constexpr double kLog2E = 1.4426950408889634;
 
 // Memory of a thread that outlives the call, so that steps don't pay for page faults again and again.
@@ -53,8 +54,10 @@ const void* advance(const void* data, int64_t elements, DType dtype) {
 
 }  // namespace
 
-void for_each_item(int64_t count, int64_t scratch_floats, const std::function<void(int64_t, float*)>& body) {
-    const int64_t threads = std::min<int64_t>(core::num_threads(), count);
+void for_each_item(int64_t count, int64_t scratch_floats, double flops,
+                   const std::function<void(int64_t, float*)>& body) {
+    const auto useful = static_cast<int64_t>(std::min(1.0 + flops / kFlopsPerThread, 1024.0));
+    const int64_t threads = std::min({static_cast<int64_t>(core::num_threads()), count, useful});
     std::atomic<int64_t> next{0};
     core::parallel_for(threads, 1, [&](int64_t, int64_t) {
         float* scratch = thread_scratch(scratch_floats);
@@ -147,7 +150,7 @@ TokenStream token_stream(DType dtype, const PagedPool& k, const PagedPool& v, co
 }
 
 void run_attention(const BlockAttentionParams& p, const AttentionPlan& plan, const UnitBuffers& units,
-                   const RunsOf& runs) {
+                   const RunsOf& runs, const TileDone& tile_done, const StreamDone& stream_done) {
     struct Stream {
         std::vector<TokenRun> runs;
         int64_t tokens = 0;
@@ -158,6 +161,7 @@ void run_attention(const BlockAttentionParams& p, const AttentionPlan& plan, con
     const int64_t num_streams = p.num_requests * p.num_kv_heads;
     if (num_streams == 0) return;
     std::vector<Stream> streams(num_streams);
+    double flops = 0.0;
     for (int64_t i = 0; i < num_streams; ++i) {
         Stream& stream = streams[i];
         const int64_t request = i / p.num_kv_heads;
@@ -172,12 +176,12 @@ void run_attention(const BlockAttentionParams& p, const AttentionPlan& plan, con
         stream.split_tokens =
             std::max(plan.split_tokens, round_up(divide_up(stream.tokens, plan.num_splits), kTileTokens));
         stream.num_splits = divide_up(stream.tokens, stream.split_tokens);
+        flops += 4.0 * static_cast<double>(plan.rows * stream.tokens * p.head_dim);
     }
 
-    auto* workspace = static_cast<float*>(p.workspace);
     const int64_t unit_tiles = divide_up(p.max_seq_len, kTileTokens);
     const auto partial_of = [&](int64_t item) {
-        float* base = workspace + item * plan.partial_floats;
+        float* base = static_cast<float*>(p.workspace) + item * plan.partial_floats;
         return PartialTile{base, base + plan.row_tile * p.head_dim, base + plan.row_tile * (p.head_dim + 1)};
     };
     // Splits of a row tile that hold a token for one of its rows: with kv_lens a tile stops early.
@@ -186,67 +190,58 @@ void run_attention(const BlockAttentionParams& p, const AttentionPlan& plan, con
         const int64_t longest = std::max<int64_t>(0, p.kv_lens[request * p.num_queries + (row_end - 1) / group]);
         return std::min(stream.num_splits, divide_up(longest, stream.split_tokens));
     };
-
-    // 1. Every (request, KV head, row tile, split).
     const auto attend = MAGE_CPU_PICK(attention_item);
-    const auto scale_log2 = static_cast<float>(p.softmax_scale * kLog2E);
-    for_each_item(
-        plan.num_partials, attention_scratch_floats(plan.row_tile, p.head_dim), [&](int64_t i, float* scratch) {
-            const int64_t split = i % plan.num_splits;
-            const int64_t tile = i / plan.num_splits % plan.num_row_tiles;
-            const int64_t stream_index = i / plan.num_splits / plan.num_row_tiles;
-            const int64_t request = stream_index / p.num_kv_heads;
-            const int64_t kv_head = stream_index % p.num_kv_heads;
-            const Stream& stream = streams[stream_index];
-            if (split >= stream.num_splits) return;
-
-            AttentionItem item;
-            item.shape = {p.dtype, static_cast<int32_t>(p.head_dim)};
-            item.rows.q = advance(p.q, request * p.stride_q_request + kv_head * group * p.stride_q_head, p.dtype);
-            item.rows.stride_q_query = p.stride_q_query;
-            item.rows.stride_q_head = p.stride_q_head;
-            item.rows.group = static_cast<int32_t>(group);
-            item.rows.row_begin = static_cast<int32_t>(tile * plan.row_tile);
-            item.rows.row_end = static_cast<int32_t>(std::min(plan.rows, (tile + 1) * plan.row_tile));
-            item.rows.kv_lens = p.kv_lens == nullptr ? nullptr : p.kv_lens + request * p.num_queries;
-            item.rows.seq_len = clamped_seq_len(p.seq_lens, request, p.max_seq_len, p.pages);
-            item.rows.scale_log2 = scale_log2;
-            if (units.granularity == 0 && split >= splits_of(stream, request, item.rows.row_end)) return;
-            item.stream = token_stream(p.dtype, p.k_cache, p.v_cache, p.pages, request, kv_head);
-            item.stream.runs = stream.runs.data();
-            item.stream.num_runs = static_cast<int32_t>(stream.runs.size());
-            item.stream_begin = split * stream.split_tokens;
-            item.stream_end = std::min(stream.tokens, item.stream_begin + stream.split_tokens);
-            item.partial = partial_of(i);
-            if (units.granularity != 0) {
-                item.units.unit_tokens = static_cast<int32_t>(units.granularity);
-                item.units.end =
-                    units.end == nullptr ? item.rows.seq_len : std::min(item.rows.seq_len, units.end[request]);
-                item.units.sums = units.sums + stream_index * units.num_units * units.sums_stride;
-                item.units.sums_stride = units.sums_stride;
-                item.units.reference = units.reference + stream_index * unit_tiles * plan.padded_rows;
-                item.units.reference_stride = plan.padded_rows;
-            }
-            item.scratch = scratch;
-            attend(item);
-        });
-
-    // 2. Every (request, KV head, row tile): splits merged in order.
     const auto finish = MAGE_CPU_PICK(finish_item);
-    const int64_t num_tiles = num_streams * plan.num_row_tiles;
-    for_each_item(num_tiles, finish_scratch_floats(p.head_dim), [&](int64_t i, float* scratch) {
-        const int64_t tile = i % plan.num_row_tiles;
-        const int64_t stream_index = i / plan.num_row_tiles;
+    const auto scale_log2 = static_cast<float>(p.softmax_scale * kLog2E);
+
+    const auto attend_split = [&](int64_t i, int64_t stream_index, int64_t row_begin, int64_t row_end, float* scratch) {
+        const Stream& stream = streams[stream_index];
+        const int64_t split = i % plan.num_splits;
         const int64_t request = stream_index / p.num_kv_heads;
         const int64_t kv_head = stream_index % p.num_kv_heads;
-        const PartialTile first = partial_of(i * plan.num_splits);
+        if (split >= stream.num_splits) return;
+        if (units.granularity == 0 && split >= splits_of(stream, request, row_end)) return;
+        AttentionItem item;
+        item.shape = {p.dtype, static_cast<int32_t>(p.head_dim)};
+        item.rows.q = advance(p.q, request * p.stride_q_request + kv_head * group * p.stride_q_head, p.dtype);
+        item.rows.stride_q_query = p.stride_q_query;
+        item.rows.stride_q_head = p.stride_q_head;
+        item.rows.group = static_cast<int32_t>(group);
+        item.rows.row_begin = static_cast<int32_t>(row_begin);
+        item.rows.row_end = static_cast<int32_t>(row_end);
+        item.rows.kv_lens = p.kv_lens == nullptr ? nullptr : p.kv_lens + request * p.num_queries;
+        item.rows.seq_len = clamped_seq_len(p.seq_lens, request, p.max_seq_len, p.pages);
+        item.rows.scale_log2 = scale_log2;
+        item.stream = token_stream(p.dtype, p.k_cache, p.v_cache, p.pages, request, kv_head);
+        item.stream.runs = stream.runs.data();
+        item.stream.num_runs = static_cast<int32_t>(stream.runs.size());
+        item.stream_begin = split * stream.split_tokens;
+        item.stream_end = std::min(stream.tokens, item.stream_begin + stream.split_tokens);
+        item.partial = partial_of(i);
+        if (units.granularity != 0) {
+            item.units.unit_tokens = static_cast<int32_t>(units.granularity);
+            item.units.end = units.end == nullptr ? item.rows.seq_len : std::min(item.rows.seq_len, units.end[request]);
+            item.units.sums = units.sums + stream_index * units.num_units * units.sums_stride;
+            item.units.sums_stride = units.sums_stride;
+            item.units.reference = units.reference + stream_index * unit_tiles * plan.padded_rows;
+            item.units.reference_stride = plan.padded_rows;
+        }
+        item.scratch = scratch;
+        attend(item);
+    };
 
+    // Merges the splits of a row tile, in their order.
+    const auto finish_tile = [&](int64_t first_item, int64_t stream_index, int64_t row_begin, int64_t row_end,
+                                 float* scratch) {
+        const int64_t request = stream_index / p.num_kv_heads;
+        const int64_t kv_head = stream_index % p.num_kv_heads;
+        const PartialTile first = partial_of(first_item);
         FinishItem item;
         item.shape = {p.dtype, static_cast<int32_t>(p.head_dim)};
         item.group = static_cast<int32_t>(group);
-        item.row_begin = static_cast<int32_t>(tile * plan.row_tile);
-        item.row_end = static_cast<int32_t>(std::min(plan.rows, (tile + 1) * plan.row_tile));
-        item.num_splits = static_cast<int32_t>(splits_of(streams[stream_index], request, item.row_end));
+        item.row_begin = static_cast<int32_t>(row_begin);
+        item.row_end = static_cast<int32_t>(row_end);
+        item.num_splits = static_cast<int32_t>(splits_of(streams[stream_index], request, row_end));
         item.values = first.values;
         item.row_max = first.row_max;
         item.row_sum = first.row_sum;
@@ -261,6 +256,27 @@ void run_attention(const BlockAttentionParams& p, const AttentionPlan& plan, con
         if (units.lse_log2 != nullptr) item.lse_log2 = units.lse_log2 + stream_index * plan.padded_rows;
         item.scratch = scratch;
         finish(item);
+    };
+
+    // One pass over the threads: whoever ends the last split of a row tile merges it, whoever ends the last tile of a
+    // stream calls stream_done. Every such step sees all that it needs and is computed the same way by any thread.
+    const int64_t num_tiles = num_streams * plan.num_row_tiles;
+    std::vector<std::atomic<int64_t>> splits_left(num_tiles), tiles_left(num_streams);
+    for (auto& left : splits_left) left.store(plan.num_splits, std::memory_order_relaxed);
+    for (auto& left : tiles_left) left.store(plan.num_row_tiles, std::memory_order_relaxed);
+    const int64_t scratch_floats = std::max(
+        {attention_scratch_floats(plan.row_tile, p.head_dim), finish_scratch_floats(p.head_dim), plan.padded_rows});
+    for_each_item(plan.num_partials, scratch_floats, flops, [&](int64_t i, float* scratch) {
+        const int64_t tile = i / plan.num_splits;
+        const int64_t stream = tile / plan.num_row_tiles;
+        const int64_t row_begin = tile % plan.num_row_tiles * plan.row_tile;
+        const int64_t row_end = std::min(plan.rows, row_begin + plan.row_tile);
+        attend_split(i, stream, row_begin, row_end, scratch);
+        if (splits_left[tile].fetch_sub(1, std::memory_order_acq_rel) != 1) return;
+        finish_tile(tile * plan.num_splits, stream, row_begin, row_end, scratch);
+        if (tile_done) tile_done(stream, row_begin, row_end);
+        if (tiles_left[stream].fetch_sub(1, std::memory_order_acq_rel) != 1) return;
+        if (stream_done) stream_done(stream, scratch);
     });
 }
 

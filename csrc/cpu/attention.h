@@ -51,12 +51,18 @@ struct UnitBuffers {
     const int32_t* end = nullptr;  // [B]: tokens at or past it are not counted; null: all count
 };
 
+// Called by a worker of run_attention when a row tile (rows [row_begin, row_end)) of a stream, or all of a stream, is
+// done: out, lse, lse_log2 and unit sums of those rows are written. `scratch` holds padded_rows floats. A stream is
+// request * Hkv + KV head.
+using TileDone = std::function<void(int64_t stream, int64_t row_begin, int64_t row_end)>;
+using StreamDone = std::function<void(int64_t stream, float* scratch)>;
+
 // The runs of (request, KV head), in stream order, with offsets; `seq_len` is clamped already.
 using RunsOf = std::function<std::vector<TokenRun>(int64_t request, int64_t kv_head, int32_t seq_len)>;
 
 // Runs one call. Without `runs` every stream is [0, S).
 void run_attention(const BlockAttentionParams& params, const AttentionPlan& plan, const UnitBuffers& units,
-                   const RunsOf& runs);
+                   const RunsOf& runs, const TileDone& tile_done = nullptr, const StreamDone& stream_done = nullptr);
 
 // Throws if the workspace is smaller than needed.
 void check_workspace(const char* op, int64_t workspace_bytes, int64_t needed);
@@ -72,8 +78,10 @@ TokenStream token_stream(DType dtype, const PagedPool& k, const PagedPool& v, co
 TokenMassParams token_mass_params(const BlockAttentionParams& params);
 
 // Calls body(i, scratch) for every i < count on the threads of core::parallel_for; each thread takes the next free item
-// and has `scratch_floats` of its own. What an item computes must not depend on who computes it.
-void for_each_item(int64_t count, int64_t scratch_floats, const std::function<void(int64_t, float*)>& body);
+// and has `scratch_floats` of its own. `flops` of all items together: small calls get few threads, or none but the
+// caller's. What an item computes must not depend on who computes it.
+void for_each_item(int64_t count, int64_t scratch_floats, double flops,
+                   const std::function<void(int64_t, float*)>& body);
 
 inline int64_t divide_up(int64_t value, int64_t step) { return (value + step - 1) / step; }
 

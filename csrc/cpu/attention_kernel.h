@@ -112,7 +112,8 @@ static constexpr int64_t finish_scratch_floats(int64_t head_dim) { return (head_
 // Units [unit_begin, unit_end) of one request and KV head from sums to mass, or to log shares in place.
 struct UnitItem {
     UnitSums units;
-    int32_t num_rows = 0;  // R
+    int32_t num_rows = 0;   // R
+    int32_t row_begin = 0;  // first row, for unit_log_shares
     int32_t unit_begin = 0, unit_end = 0;
     const float* lse_log2 = nullptr;  // [padded R]
     const float* weight = nullptr;  // [padded R]: 0 for rows that don't count, else what their shares are multiplied by

@@ -11,7 +11,6 @@ namespace mage {
 namespace {
 
 constexpr char kOp[] = "block_attention_mass";
-constexpr int64_t kUnitsPerItem = 256;  // units that one item turns into mass
 
 // The workspace after the partial results, in floats per (request, KV head).
 struct Layout {
@@ -100,10 +99,16 @@ void block_attention_mass(const BlockAttentionMassParams& params) {
     units.lse_log2 = lse_log2;
     units.end = params.norm == MassNorm::kPrefix ? params.prefix_lens : nullptr;
     std::fill(lse_log2, lse_log2 + num_streams * layout.padded_rows, 0.0f);
-    run_attention(p, plan, units, RunsOf());
 
     const int64_t group = p.num_heads / p.num_kv_heads;
-    const auto unit_item = [&](int64_t stream) {
+    const auto row_totals = MAGE_CPU_PICK(unit_row_totals);
+    const auto emit = MAGE_CPU_PICK(unit_mass);
+    const auto stream_done = [&](int64_t stream, float* totals) {
+        const int64_t request = stream / p.num_kv_heads;
+        const int64_t used = divide_up(clamped_seq_len(p.seq_lens, request, p.max_seq_len, p.pages), g);
+        float* weight = weights + stream * layout.padded_rows;
+        const bool* mask = params.row_mask == nullptr ? nullptr : params.row_mask + request * p.num_queries;
+        const int64_t kept = row_weights(mask, p.num_queries, group, layout.padded_rows, weight);
         UnitItem item;
         item.units.unit_tokens = static_cast<int32_t>(g);
         item.units.sums = sums + stream * layout.sums();
@@ -111,48 +116,23 @@ void block_attention_mass(const BlockAttentionMassParams& params) {
         item.units.reference = reference + stream * layout.reference();
         item.units.reference_stride = layout.padded_rows;
         item.num_rows = static_cast<int32_t>(plan.rows);
+        item.unit_end = static_cast<int32_t>(kept == 0 ? 0 : used);
         item.lse_log2 = lse_log2 + stream * layout.padded_rows;
-        item.weight = weights + stream * layout.padded_rows;
+        item.weight = weight;
         item.maximum = params.score == MassScore::kMax;
+        item.factor = item.maximum || kept == 0 ? 1.0f : 1.0f / static_cast<float>(kept);
         item.mass = params.mass + stream * layout.num_units;
-        return item;
-    };
-    const auto used_units = [&](int64_t stream) {
-        return divide_up(clamped_seq_len(p.seq_lens, stream / p.num_kv_heads, p.max_seq_len, p.pages), g);
-    };
-
-    // Weights, and under norm prefix each row's total.
-    std::vector<int64_t> kept(num_streams);
-    const auto row_totals = MAGE_CPU_PICK(unit_row_totals);
-    for_each_item(num_streams, layout.padded_rows, [&](int64_t stream, float* totals) {
-        const int64_t request = stream / p.num_kv_heads;
-        float* weight = weights + stream * layout.padded_rows;
-        const bool* mask = params.row_mask == nullptr ? nullptr : params.row_mask + request * p.num_queries;
-        kept[stream] = row_weights(mask, p.num_queries, group, layout.padded_rows, weight);
-        if (params.norm != MassNorm::kPrefix) return;
-        UnitItem item = unit_item(stream);
-        item.unit_end = static_cast<int32_t>(used_units(stream));
         item.row_total = totals;
-        row_totals(item);
-        for (int64_t r = 0; r < plan.rows; ++r) {
-            if (weight[r] > 0.0f) weight[r] = totals[r] == 0.0f ? 0.0f : 1.0f / totals[r];
+        if (params.norm == MassNorm::kPrefix) {
+            row_totals(item);
+            for (int64_t r = 0; r < plan.rows; ++r) {
+                if (weight[r] > 0.0f) weight[r] = totals[r] == 0.0f ? 0.0f : 1.0f / totals[r];
+            }
         }
-    });
-
-    const auto emit = MAGE_CPU_PICK(unit_mass);
-    const int64_t chunks = divide_up(layout.num_units, kUnitsPerItem);
-    for_each_item(num_streams * chunks, 0, [&](int64_t i, float*) {
-        const int64_t stream = i / chunks;
-        const int64_t begin = i % chunks * kUnitsPerItem;
-        const int64_t end = std::min(layout.num_units, begin + kUnitsPerItem);
-        const int64_t used = std::clamp(kept[stream] == 0 ? int64_t{0} : used_units(stream), begin, end);
-        UnitItem item = unit_item(stream);
-        item.factor = item.maximum || kept[stream] == 0 ? 1.0f : 1.0f / static_cast<float>(kept[stream]);
-        item.unit_begin = static_cast<int32_t>(begin);
-        item.unit_end = static_cast<int32_t>(used);
         emit(item);
-        std::fill(item.mass + used, item.mass + end, 0.0f);
-    });
+        std::fill(item.mass + item.unit_end, item.mass + layout.num_units, 0.0f);
+    };
+    run_attention(p, plan, units, RunsOf(), nullptr, stream_done);
 }
 
 }  // namespace cpu

@@ -12,7 +12,6 @@ namespace mage {
 namespace {
 
 constexpr char kOp[] = "block_attention_rows";
-constexpr int64_t kUnitsPerItem = 64;
 
 }  // namespace
 
@@ -66,28 +65,25 @@ void block_attention_rows(const BlockAttentionRowsParams& params) {
     units.sums_stride = plan.rows;
     units.reference = static_cast<float*>(p.workspace) + plan.workspace_floats();
     units.lse_log2 = units.reference + num_streams * unit_tiles * plan.padded_rows;
-    run_attention(p, plan, units, RunsOf());
 
     const auto to_log_shares = MAGE_CPU_PICK(unit_log_shares);
-    const int64_t chunks = divide_up(num_units, kUnitsPerItem);
-    for_each_item(num_streams * chunks, 0, [&](int64_t i, float*) {
-        const int64_t stream = i / chunks;
-        const int64_t begin = i % chunks * kUnitsPerItem;
-        const int64_t end = std::min(num_units, begin + kUnitsPerItem);
+    run_attention(p, plan, units, RunsOf(), [&](int64_t stream, int64_t row_begin, int64_t row_end) {
         const int32_t seq_len = clamped_seq_len(p.seq_lens, stream / p.num_kv_heads, p.max_seq_len, p.pages);
-        const int64_t used = std::clamp(divide_up(seq_len, g), begin, end);
         UnitItem item;
         item.units.unit_tokens = static_cast<int32_t>(g);
         item.units.sums = units.sums + stream * num_units * plan.rows;
         item.units.sums_stride = plan.rows;
         item.units.reference = units.reference + stream * unit_tiles * plan.padded_rows;
         item.units.reference_stride = plan.padded_rows;
-        item.num_rows = static_cast<int32_t>(plan.rows);
-        item.unit_begin = static_cast<int32_t>(begin);
-        item.unit_end = static_cast<int32_t>(used);
+        item.row_begin = static_cast<int32_t>(row_begin);
+        item.num_rows = static_cast<int32_t>(row_end);
+        item.unit_end = static_cast<int32_t>(divide_up(seq_len, g));
         item.lse_log2 = units.lse_log2 + stream * plan.padded_rows;
         to_log_shares(item);
-        std::fill(item.units.sums + used * plan.rows, item.units.sums + end * plan.rows, -INFINITY);
+        for (int64_t unit = item.unit_end; unit < num_units; ++unit) {
+            float* row = item.units.sums + unit * plan.rows;
+            std::fill(row + row_begin, row + row_end, -INFINITY);
+        }
     });
 }
 

@@ -31,7 +31,8 @@ void merge_attention(const MergeAttentionParams& p) {
     const auto merge = MAGE_CPU_PICK(merge_row);
     const int64_t bytes = dtype_bytes(p.dtype);
     const int64_t num_rows = p.num_requests * p.num_queries * p.num_heads;
-    for_each_item(divide_up(num_rows, kRowsPerItem), p.head_dim, [&](int64_t item, float* scratch) {
+    const double flops = 4.0 * static_cast<double>(num_rows * p.head_dim * num_parts);
+    for_each_item(divide_up(num_rows, kRowsPerItem), p.head_dim, flops, [&](int64_t item, float* scratch) {
         std::vector<MergeRow> rows(num_parts);
         const int64_t end = std::min(num_rows, (item + 1) * kRowsPerItem);
         for (int64_t row = item * kRowsPerItem; row < end; ++row) {

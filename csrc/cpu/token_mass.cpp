@@ -79,6 +79,7 @@ void token_mass(const TokenMassParams& p) {
     const bool by_rows = p.score == MassScore::kRows;
     const auto share_tokens = MAGE_CPU_PICK(token_mass_item);
     const int64_t scratch_floats = attention_scratch_floats(rows, p.head_dim);
+    const double flops_per_token = 2.0 * static_cast<double>(num_streams * rows * p.head_dim);
 
     // Lengths that count, per request, and the runs that are walked, per stream.
     std::vector<int32_t> seq_lens(p.num_requests), ends(p.num_requests);
@@ -132,22 +133,23 @@ void token_mass(const TokenMassParams& p) {
     // 2. Norm prefix: every row's share of [0, P), by pieces that are added up in order; then lse becomes that of the
     // prefix.
     if (p.norm == MassNorm::kPrefix) {
-        for_each_item(num_streams * layout.pieces, scratch_floats, [&](int64_t i, float* scratch) {
-            const int64_t stream = i / layout.pieces;
-            const int64_t begin = i % layout.pieces * kTokensPerItem;
-            const int64_t end = std::min<int64_t>(ends[stream / p.num_kv_heads], begin + kTokensPerItem);
-            if (begin >= end) return;
-            const TokenRun run = {0, 0, static_cast<int32_t>(end)};
-            TokenMassItem item = make_item(stream, scratch);
-            item.stream.runs = &run;
-            item.stream.num_runs = 1;
-            item.stream_begin = begin;
-            item.stream_end = end;
-            item.mode = TokenMassItem::Mode::kRowTotal;
-            item.row_total = totals + i * layout.padded_rows;
-            std::fill(item.row_total, item.row_total + layout.padded_rows, 0.0f);
-            share_tokens(item);
-        });
+        for_each_item(num_streams * layout.pieces, scratch_floats, flops_per_token * static_cast<double>(p.max_seq_len),
+                      [&](int64_t i, float* scratch) {
+                          const int64_t stream = i / layout.pieces;
+                          const int64_t begin = i % layout.pieces * kTokensPerItem;
+                          const int64_t end = std::min<int64_t>(ends[stream / p.num_kv_heads], begin + kTokensPerItem);
+                          if (begin >= end) return;
+                          const TokenRun run = {0, 0, static_cast<int32_t>(end)};
+                          TokenMassItem item = make_item(stream, scratch);
+                          item.stream.runs = &run;
+                          item.stream.num_runs = 1;
+                          item.stream_begin = begin;
+                          item.stream_end = end;
+                          item.mode = TokenMassItem::Mode::kRowTotal;
+                          item.row_total = totals + i * layout.padded_rows;
+                          std::fill(item.row_total, item.row_total + layout.padded_rows, 0.0f);
+                          share_tokens(item);
+                      });
         for (int64_t stream = 0; stream < num_streams; ++stream) {
             const int64_t used = divide_up(ends[stream / p.num_kv_heads], kTokensPerItem);
             float* weight = weights + stream * layout.padded_rows;
@@ -175,28 +177,30 @@ void token_mass(const TokenMassParams& p) {
             runs[stream] = {{0, 0, ends[request]}};
         }
     }
-    for_each_item(num_streams * pieces, scratch_floats, [&](int64_t i, float* scratch) {
-        const int64_t stream = i / pieces;
-        const int64_t begin = i % pieces * kTokensPerItem;
-        const int64_t end = std::min(length, begin + kTokensPerItem);
-        const int64_t walked = runs[stream].empty() ? 0 : runs[stream].back().offset + runs[stream].back().count;
-        const int64_t used = std::clamp(kept[stream] == 0 ? int64_t{0} : walked, begin, end);
-        float* mass = p.mass + stream * length * width;
-        if (begin < used) {
-            TokenMassItem item = make_item(stream, scratch);
-            item.stream.runs = runs[stream].data();
-            item.stream.num_runs = static_cast<int32_t>(runs[stream].size());
-            item.stream_begin = begin;
-            item.stream_end = used;
-            item.mode = by_rows                      ? TokenMassItem::Mode::kRows
-                        : p.score == MassScore::kMax ? TokenMassItem::Mode::kMaximum
-                                                     : TokenMassItem::Mode::kSum;
-            item.factor = p.score == MassScore::kMean ? 1.0f / static_cast<float>(kept[stream]) : 1.0f;
-            item.mass = mass;
-            share_tokens(item);
-        }
-        std::fill(mass + used * width, mass + end * width, by_rows ? -INFINITY : 0.0f);
-    });
+    for_each_item(num_streams * pieces, scratch_floats, flops_per_token * static_cast<double>(length),
+                  [&](int64_t i, float* scratch) {
+                      const int64_t stream = i / pieces;
+                      const int64_t begin = i % pieces * kTokensPerItem;
+                      const int64_t end = std::min(length, begin + kTokensPerItem);
+                      const int64_t walked =
+                          runs[stream].empty() ? 0 : runs[stream].back().offset + runs[stream].back().count;
+                      const int64_t used = std::clamp(kept[stream] == 0 ? int64_t{0} : walked, begin, end);
+                      float* mass = p.mass + stream * length * width;
+                      if (begin < used) {
+                          TokenMassItem item = make_item(stream, scratch);
+                          item.stream.runs = runs[stream].data();
+                          item.stream.num_runs = static_cast<int32_t>(runs[stream].size());
+                          item.stream_begin = begin;
+                          item.stream_end = used;
+                          item.mode = by_rows                      ? TokenMassItem::Mode::kRows
+                                      : p.score == MassScore::kMax ? TokenMassItem::Mode::kMaximum
+                                                                   : TokenMassItem::Mode::kSum;
+                          item.factor = p.score == MassScore::kMean ? 1.0f / static_cast<float>(kept[stream]) : 1.0f;
+                          item.mass = mass;
+                          share_tokens(item);
+                      }
+                      std::fill(mass + used * width, mass + end * width, by_rows ? -INFINITY : 0.0f);
+                  });
 }
 
 TokenMassParams token_mass_params(const BlockAttentionParams& p) {

@@ -631,7 +631,8 @@ void unit_log_shares(const UnitItem& item) {
         const int64_t tile = unit * item.units.unit_tokens / kTileTokens;
         float* row = item.units.sums + unit * item.units.sums_stride;
         const float* reference = item.units.reference + tile * item.units.reference_stride;
-        for (int r = 0; r < item.num_rows; ++r) row[r] = ::logf(row[r]) + (reference[r] - item.lse_log2[r]) * kLn2;
+        for (int r = item.row_begin; r < item.num_rows; ++r)
+            row[r] = ::logf(row[r]) + (reference[r] - item.lse_log2[r]) * kLn2;
     }
 }
 

@@ -240,6 +240,7 @@ constexpr int kSteps = 4;
 
 using FloatLanes = float __attribute__((vector_size(16)));
 using IntLanes = int32_t __attribute__((vector_size(16)));
+using UnsignedLanes = uint32_t __attribute__((vector_size(16)));
 struct Float {
     FloatLanes v;
 };
@@ -316,9 +317,10 @@ MAGE_INLINE Float round_to_whole(Float x) {
 }
 // p * 2^n where x >= -126 or x is NaN, else 0.
 MAGE_INLINE Float scale_by_power(Float p, Float n, Float x) {
-    const Int power = {(__builtin_convertvector(n.v, IntLanes) + 127) * (1 << 23)};
+    // Unsigned: NaN converts to the smallest int, and what becomes of it does not matter.
+    const auto power = ((UnsignedLanes) __builtin_convertvector(n.v, IntLanes) + 127u) << 23u;
     Float factor;
-    std::memcpy(&factor.v, &power.v, sizeof(factor.v));
+    std::memcpy(&factor.v, &power, sizeof(factor.v));
     return select(less(x, set1(-126.0f)), set1(0.0f), p * factor);
 }
 
