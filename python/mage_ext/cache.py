@@ -1,8 +1,8 @@
 """Paged KV cache: which pages hold whose keys and values, and nothing about tokens or attention.
 
-`PagedCache` owns the K and V pages of all layers and lends pages; a page has one number in every layer. `RaggedBatch` is the block
-tables of one batch of requests of any lengths. Forking a batch shares its full pages: they hold committed tokens, which nobody
-writes again, so only the partly filled page of each request is copied.
+`PagedCache` owns the K and V pages of all layers and lends pages; a page has one number in every layer. `RaggedBatch`
+is the block tables of one batch of requests of any lengths. Forking a batch shares its full pages: they hold committed
+tokens, which nobody writes again, so only the partly filled page of each request is copied.
 
 Test: pytest tests/python/test_cache.py
 """
@@ -27,15 +27,16 @@ def _check_positive(name: str, value: object) -> None:
 class PagedCache:
     """K and V pools of all layers and the allocator of their pages.
 
-    Bytes of a page: 2 * num_layers * page_size * num_kv_heads * head_dim * bytes of dtype. Pages are not cleared: what a request
-    has not written is never read.
+    Bytes of a page: 2 * num_layers * page_size * num_kv_heads * head_dim * bytes of dtype. Pages are not cleared: what
+    a request has not written is never read.
 
     Args:
         num_layers, num_kv_heads, head_dim: shape of the model.
         num_pages: pages to hold, each page_size tokens of one request.
         page_size: 1, 16, 32, 64, 128 or 256 tokens.
         dtype: float32, bfloat16 or float16. device: where the pools live.
-        growable: a reservation that doesn't fit enlarges the pools (both sizes exist for a moment) instead of raising OutOfPages.
+        growable: a reservation that doesn't fit enlarges the pools (both sizes exist for a moment) instead of raising
+            OutOfPages.
 
     Raises:
         ValueError: naming the argument.
@@ -74,7 +75,8 @@ class PagedCache:
 
     @classmethod
     def for_model(cls, model: torch.nn.Module, **arguments) -> "PagedCache":
-        """A cache with the layers, KV heads, head_dim, dtype and device of a `Transformer`; the other arguments are the class's."""
+        """A cache with the layers, KV heads, head_dim, dtype and device of a `Transformer`; the other arguments are the
+        class's."""
         weight = model.embed_tokens.weight
         arguments = {"dtype": weight.dtype, "device": weight.device, **arguments}
         config = model.config
@@ -118,7 +120,8 @@ class PagedCache:
         return -(-num_tokens // self.page_size)
 
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
-        """(k_cache, v_cache) of a layer, each [pages, page, Hkv, D]. Fetch them anew for every forward: growing replaces them."""
+        """(k_cache, v_cache) of a layer, each [pages, page, Hkv, D]. Fetch them anew for every forward: growing
+        replaces them."""
         return self._pools[layer, 0], self._pools[layer, 1]
 
     def allocate(self, count: int) -> list[int]:
@@ -199,8 +202,8 @@ class RaggedBatch:
             owned += self.cache.allocate(missing)
         except OutOfPages:
             raise OutOfPages(
-                f"RaggedBatch: request {request} must find {missing} free pages of {self.cache.page_size} tokens for its "
-                f"{num_tokens} tokens, got {self.cache.num_free} of {self.cache.num_pages}"
+                f"RaggedBatch: request {request} must find {missing} free pages of {self.cache.page_size} tokens "
+                f"for its {num_tokens} tokens, got {self.cache.num_free} of {self.cache.num_pages}"
             ) from None
         self._write_row(request)
 

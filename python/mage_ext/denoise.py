@@ -1,13 +1,14 @@
 """The denoising loop: prefill, then block after block until every request has ended. The one loop of the project.
 
-A block's life: its tokens that are known already (the prompt's tail, or under token shift the token that the previous logits
-predict) stand, the others are open; forwards decide open positions until none is left; a commit forward writes the K/V of the
-clean block. With mode "mage" the first forward is exact and emits attention mass, one selection follows, the other forwards are
-sparse. Which positions are decided is `sampling`'s business, what is listed `selection`'s, how attention runs `paged_forward`'s.
+A block's life: its tokens that are known already (the prompt's tail, or under token shift the token that the previous
+logits predict) stand, the others are open; forwards decide open positions until none is left; a commit forward writes
+the K/V of the clean block. With mode "mage" the first forward is exact and emits attention mass, one selection follows,
+the other forwards are sparse. Which positions are decided is `sampling`'s business, what is listed `selection`'s, how
+attention runs `paged_forward`'s.
 
-Inside a block nothing waits for the device, except for one flag that lags a step on CUDA; an extra step it may cost changes nothing:
-a request without open positions is an empty slot that neither writes K/V nor draws. What a request gets does not depend on
-its batch mates (up to the rounding of matrix products of another height).
+Inside a block nothing waits for the device, except for one flag that lags a step on CUDA; an extra step it may cost
+changes nothing: a request without open positions is an empty slot that neither writes K/V nor draws. What a request
+gets does not depend on its batch mates (up to the rounding of matrix products of another height).
 
 Test: pytest tests/python/test_denoise.py
 """
@@ -42,14 +43,16 @@ class DenoiseConfig:
         sampler: which positions are decided, how tokens are drawn.
         selection: of mode "mage". dense_layers: layers that stay exact in every forward.
         refresh: when a block selects anew instead of starting with the lists it has: "block" (always), "blocks" (every
-            refresh_blocks blocks) or "kept_mass" (after a commit under whose mass the lists keep less than refresh_bound).
-            Tokens committed after a selection are always attended.
-        select_override: called instead of `selection.select` with its arguments (mass, prefix_lens, config, votes=); returns a BlockSelection.
-        sub_block_size: positions that are decided before any later one; None: the model's own (whole block if it has none).
+            refresh_blocks blocks) or "kept_mass" (after a commit under whose mass the lists keep less than
+            refresh_bound). Tokens committed after a selection are always attended.
+        select_override: called instead of `selection.select` with its arguments (mass, prefix_lens, config, votes=);
+            returns a BlockSelection.
+        sub_block_size: positions that are decided before any later one; None: the model's own (whole block if it has
+            none).
         sub_block_cache: once the first position of the current sub-block is decided, forwards send that sub-block alone
             and the block's other K/V stay as they were.
-        prefill_chunk: tokens of each request per prefill forward; multiples of the block are taken. Larger chunks fill the
-            processor better, smaller ones need less memory.
+        prefill_chunk: tokens of each request per prefill forward; multiples of the block are taken. Larger chunks fill
+            the processor better, smaller ones need less memory.
 
     Raises:
         ValueError, TypeError: naming the field, what it must be and what came.
@@ -92,7 +95,8 @@ class DenoiseConfig:
             raise TypeError(f"DenoiseConfig: select_override must be callable, got {self.select_override!r}")
         if self.selection.rule == "layer" and self.selection.norm == "prefix":
             raise ValueError(
-                'DenoiseConfig: selection.norm must be "context" with rule "layer", whose coverage is a share of it, got "prefix"'
+                'DenoiseConfig: selection.norm must be "context" with rule "layer", whose coverage is a share of it, '
+                'got "prefix"'
             )
 
     def selecting_layers(self, num_layers: int) -> dict[int, int]:
@@ -118,13 +122,15 @@ class DenoiseConfig:
 
 
 class DenoiseState:
-    """Requests between two blocks: what is committed, what comes next. `prefill` makes it, `generate` uses it up, `fork` copies it.
+    """Requests between two blocks: what is committed, what comes next. `prefill` makes it, `generate` uses it up,
+    `fork` copies it.
 
     Fields (one entry per request):
         batch: block tables; all tokens below prefix_lens are committed there.
         prompts: ids. seeds: of the random draws.
         prefix_lens: committed tokens, a multiple of the block.
-        pending: tokens known at the start of the next block: the prompt's tail, or the one that the last logits predict.
+        pending: tokens known at the start of the next block: the prompt's tail, or the one that the last logits
+            predict.
         outputs: new tokens so far. finish: None while running, else as in Result. errors: why it was refused.
         stats: costs so far. prefill_seconds: of the whole batch.
     """
@@ -159,7 +165,9 @@ class DenoiseState:
         self.check_unused()
         twin = object.__new__(DenoiseState)
         twin.__dict__.update(self.__dict__)
-        twin.batch = self.batch.fork([0 if finish else n for n, finish in zip(self.prefix_lens, self.finish, strict=True)])
+        twin.batch = self.batch.fork(
+            [0 if finish else n for n, finish in zip(self.prefix_lens, self.finish, strict=True)]
+        )
         for name in ("seeds", "prefix_lens", "finish", "errors"):
             setattr(twin, name, list(getattr(self, name)))
         twin.pending = [list(tokens) for tokens in self.pending]
@@ -180,7 +188,8 @@ class DenoiseState:
             raise ValueError("DenoiseState: state must not have been used up or released; fork() it before generate()")
 
     def reserve(self, max_new_tokens: int) -> None:
-        """Takes the pages that every running request needs to its last block; a request that finds none is refused, it alone."""
+        """Takes the pages that every running request needs to its last block; a request that finds none is refused, it
+        alone."""
         for request in self.running:
             total = _blocks_of(len(self.prompts[request]) + max_new_tokens, self.model.config.block_size)
             try:
@@ -195,7 +204,8 @@ class _Lists:
     """The selection that blocks carry on.
 
     Fields:
-        selection: None before the first. requests: request of each of its rows. ages: request -> blocks since it was selected.
+        selection: None before the first. requests: request of each of its rows. ages: request -> blocks since it was
+            selected.
         drifted: requests whose lists keep too little under the mass of the last commit.
     """
 
@@ -303,7 +313,8 @@ def _check_cache(model: torch.nn.Module, cache: PagedCache) -> None:
 
 
 def _prefill_chunk(state: DenoiseState, begin: int, chunk: int) -> None:
-    """Commits prompt tokens [begin, begin + chunk) of every running request that has them; rows past a request's end are padding."""
+    """Commits prompt tokens [begin, begin + chunk) of every running request that has them; rows past a request's end
+    are padding."""
     model, config = state.model, state.model.config
     device = state.batch.cache.device
     requests = [request for request in state.running if state.prefix_lens[request] > begin]
@@ -339,7 +350,8 @@ def _prefill_chunk(state: DenoiseState, begin: int, chunk: int) -> None:
 
 
 class BlockStream:
-    """Iterator over finished blocks in the order in which they end; `results` holds every request's Result afterwards."""
+    """Iterator over finished blocks in the order in which they end; `results` holds every request's Result
+    afterwards."""
 
     def __init__(self, state: DenoiseState, blocks: Iterator[FinishedBlock], finish: Callable[[], list[Result]]):
         self.state = state
@@ -439,8 +451,8 @@ def _result(state: DenoiseState, request: int, tokenizer: object | None) -> Resu
 class _LaggingFlags:
     """Device booleans read on the host without waiting for the newest: those of `lag` steps ago.
 
-    On the CPU nothing lags. On CUDA a copy to pinned memory is queued after every step and the one before is read, whose event has
-    passed by the time the next step is queued.
+    On the CPU nothing lags. On CUDA a copy to pinned memory is queued after every step and the one before is read,
+    whose event has passed by the time the next step is queued.
     """
 
     def __init__(self, device: torch.device):
@@ -473,10 +485,12 @@ class _Block:
     """Tensors of the block that A requests are in. Q is the block size.
 
     Fields:
-        requests: [A] batch index of each row (host). starts: [A] position of the first token (host), start: the same, int32.
+        requests: [A] batch index of each row (host). starts: [A] position of the first token (host), start: the same,
+            int32.
         tokens: [A, Q], int64, mask id where open. open: [A, Q], bool, undecided. ended: [A], bool.
         candidates: [A, Q], bool, open positions of each request's current sub-block. live: [A], bool, has candidates.
-        sub_start: [A], int64, first position of the current sub-block. first_open: [A], bool, that position is a candidate.
+        sub_start: [A], int64, first position of the current sub-block. first_open: [A], bool, that position is a
+            candidate.
         steps: [A], int64, forwards in which a request was live.
     """
 
@@ -610,8 +624,9 @@ class _Run:
         # 1. Which rows are sent and whose K/V they replace.
         live, candidates = block.live, block.candidates
         if narrow:
-            # The first position of every sub-block is decided: its rows alone. Where a flag that lags could not know yet that
-            # a request has come to its next sub-block, it sits this forward out; its next draws have the same keys.
+            # The first position of every sub-block is decided: its rows alone. Where a flag that lags could not know
+            # yet that a request has come to its next sub-block, it sits this forward out; its next draws have the same
+            # keys.
             live = live & ~block.first_open
             candidates = candidates & live[:, None]
             rows = block.sub_start[:, None] + torch.arange(sub, device=device)  # [A, sub]
@@ -692,7 +707,8 @@ class _Run:
         return "select" if ways == {"select"} else "mixed"
 
     def _take_selection(self, emission: Emission, mass: Tensor, block: _Block, plan: list[str]) -> None:
-        """Selects for the requests that are to; the others keep their lists, or get the empty one that attends everything."""
+        """Selects for the requests that are to; the others keep their lists, or get the empty one that attends
+        everything."""
         lists = self.state.lists
         chosen = torch.tensor([way == "select" for way in plan], device=mass.device)
         prefix_lens = torch.where(chosen, block.start, 0)
@@ -716,7 +732,9 @@ class _Run:
         """The carried selection with one row per request of `requests`, in their order."""
         lists = self.state.lists
         if lists.requests != requests:
-            rows = torch.tensor([lists.requests.index(request) for request in requests], device=lists.selection.indices.device)
+            rows = torch.tensor(
+                [lists.requests.index(request) for request in requests], device=lists.selection.indices.device
+            )
             lists.selection = _rows(lists.selection, rows)
             lists.requests = requests
         return lists.selection
@@ -773,7 +791,8 @@ class _Run:
                 stats.kept_mass.append(kept[row])
 
     def _commit(self, block: _Block, index: int) -> None:
-        """Writes the clean block's K/V of the requests that go on; under token shift its last logits give the next first token."""
+        """Writes the clean block's K/V of the requests that go on; under token shift its last logits give the next
+        first token."""
         state, model = self.state, self.state.model
         rows = [row for row, request in enumerate(block.requests) if state.finish[request] is None]
         if not rows:
@@ -823,7 +842,17 @@ class _Run:
             lists = None if kind == "exact" else self.state.lists.selection
             self.callback(
                 StepInfo(
-                    index, step, kind, rows, block.requests, block.starts, block.tokens, block.open, decided, lists, mass
+                    index,
+                    step,
+                    kind,
+                    rows,
+                    block.requests,
+                    block.starts,
+                    block.tokens,
+                    block.open,
+                    decided,
+                    lists,
+                    mass,
                 )
             )
 

@@ -1,7 +1,7 @@
 """Attention of one forward over the paged cache: the `attend` function that the loop gives to the model.
 
-It writes the forward's K and V, then attends: exactly, exactly with emission of mass, or over a selection. It knows ops, pages and
-lists; it does not know tokens, samplers or steps.
+It writes the forward's K and V, then attends: exactly, exactly with emission of mass, or over a selection. It knows
+ops, pages and lists; it does not know tokens, samplers or steps.
 
 Test: pytest tests/python/test_denoise.py
 """
@@ -65,8 +65,8 @@ class Emission:
 class PagedForward:
     """attend(layer, q, k, v) of one forward of A requests.
 
-    In selecting layers a request is attended exactly where exact_lens has its length and sparsely where sparse_lens has it; the
-    other is 0, an empty slot, whose output is 0, so the sum of both is every request's own.
+    In selecting layers a request is attended exactly where exact_lens has its length and sparsely where sparse_lens has
+    it; the other is 0, an empty slot, whose output is 0, so the sum of both is every request's own.
 
     Fields:
         cache: the pools. block_table: [A, max_pages], int32. max_seq_len: host bound of all lengths.
@@ -147,7 +147,8 @@ class PagedForward:
         config = emission.config
         pool = (k_cache, v_cache, self.block_table, seq_lens)
         prefix_lens = emission.prefix_lens if config.norm == "prefix" else None
-        # Token granularity on CUDA is a second pass over the keys; the attention kernels emit units of 16 tokens and more.
+        # Token granularity on CUDA is a second pass over the keys; the attention kernels emit units of 16 tokens and
+        # more.
         tokens_on_cuda = config.g == 1 and q.is_cuda
         if tokens_on_cuda:
             out, lse = ops.block_attention(q, *pool, max_seq_len=self.max_seq_len)

@@ -1,4 +1,5 @@
-"""What the denoising loop reports: finished blocks, steps, results and their statistics, and a progress line for terminals.
+"""What the denoising loop reports: finished blocks, steps, results and their statistics, and a progress line for
+terminals.
 
 Test: pytest tests/python/test_denoise.py
 """
@@ -38,10 +39,12 @@ class StepInfo:
         index: number of the block, from 0. step: forward within the block, from 0.
         kind: "exact", "select" (exact, emits mass), "sparse", "commit", or "mixed" where requests differ.
         rows: query rows sent per request (a sub-block or the block).
-        requests: batch index of every row of the tensors. starts: absolute position of the block's first token, of each.
+        requests: batch index of every row of the tensors. starts: absolute position of the block's first token, of
+            each.
         tokens: [A, block], int64; the mask id where open. open: [A, block], bool, still undecided after this forward.
         decided: [A, block], bool, decided in this forward.
-        selection: what the sparse layers attend, None in exact blocks. mass: [L, A, Hkv, n] where this forward emitted it.
+        selection: what the sparse layers attend, None in exact blocks. mass: [L, A, Hkv, n] where this forward emitted
+            it.
     """
 
     index: int
@@ -66,9 +69,11 @@ class RequestStats:
         prefill_forwards: chunks of the prefill.
         forwards: of the blocks, by kind; every block but the last has one "commit".
         kept_mass: of every selection that was made, the mean over layers and KV heads.
-        kv_bytes: K/V that the blocks' attention reads: whole context in dense layers and exact forwards, lists and tail in sparse ones.
+        kv_bytes: K/V that the blocks' attention reads: whole context in dense layers and exact forwards, lists and tail
+            in sparse ones.
         kv_bytes_exact: the same if every forward were exact.
-        seconds: from the start of generation to the end of this request's last block, batch mates included; without prefill.
+        seconds: from the start of generation to the end of this request's last block, batch mates included; without
+            prefill.
     """
 
     prompt_tokens: int = 0

@@ -55,7 +55,7 @@ def test_only_the_request_that_does_not_fit_is_refused():
     batch = RaggedBatch(_cache(num_pages=4), 3)
     batch.reserve(0, 32)
     before = batch.block_table.clone()
-    with pytest.raises(OutOfPages, match="request 1 must find 3 free pages .* got 2 of 4"):
+    with pytest.raises(OutOfPages, match=r"request 1 must find 3 free pages .* got 2 of 4"):
         batch.reserve(1, 48)
     assert torch.equal(batch.block_table, before) and batch.cache.num_free == 2
     batch.reserve(2, 32)
@@ -85,7 +85,12 @@ def _write(cache, batch, request, position, value):
 
 def _read(cache, batch, request, position):
     page = batch.pages(request)[position // cache.page_size]
-    values = {float(x) for layer in range(cache.num_layers) for pool in cache.layer(layer) for x in pool[page, position % cache.page_size].flatten()}
+    values = {
+        float(x)
+        for layer in range(cache.num_layers)
+        for pool in cache.layer(layer)
+        for x in pool[page, position % cache.page_size].flatten()
+    }
     assert len(values) == 1
     return values.pop()
 

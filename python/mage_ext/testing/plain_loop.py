@@ -1,8 +1,9 @@
 """The slow twin of the denoising loop: one request, no paged cache, no mage op, every forward sends the whole window.
 
-Masks are explicit booleans, selections are Python lists, samplers are written out position by position. It follows the words of the
-design and shares no code with `mage_ext.denoise` beyond the configuration objects, so that the two can be held against each other.
-With `sub_block_cache`, K/V of rows that a forward does not send stay in plain tensors: the twin of that cache.
+Masks are explicit booleans, selections are Python lists, samplers are written out position by position. It follows the
+words of the design and shares no code with `mage_ext.denoise` beyond the configuration objects, so that the two can be
+held against each other. With `sub_block_cache`, K/V of rows that a forward does not send stay in plain tensors: the
+twin of that cache.
 
 Test: pytest tests/python/test_denoise.py
 """
@@ -40,7 +41,8 @@ class PlainStep:
 
 @dataclass
 class PlainResult:
-    """Tokens and trace of one request. Fields: tokens, EOS included; finish: "eos" or "length"; steps: of all blocks; commits."""
+    """Tokens and trace of one request. Fields: tokens, EOS included; finish: "eos" or "length"; steps: of all blocks;
+    commits."""
 
     tokens: list[int]
     finish: str
@@ -101,7 +103,8 @@ def plain_generate(model: Transformer, prompt: list[int], config: DenoiseConfig,
 
     Args:
         model: a Transformer on the CPU. prompt: token ids.
-        config: as for `generate`; in mode "mage" only rule "fixed" with score "mean", norm "context", no sinks or recents.
+        config: as for `generate`; in mode "mage" only rule "fixed" with score "mean", norm "context", no sinks or
+            recents.
         seed: of the draws at temperature > 0.
     """
     selection = config.selection

@@ -16,7 +16,8 @@ def use_reference(*names: str) -> Iterator[None]:
     Args:
         names: ops to replace; none given: every op that has a twin.
     Notes:
-        It replaces the functions of the module, so callers that imported a function itself keep theirs. Not for threads.
+        It replaces the functions of the module, so callers that imported a function itself keep theirs. Not for
+        threads.
     """
     chosen = names or [
         name for name in vars(reference) if not name.startswith("_") and callable(getattr(ops, name, None))

@@ -21,7 +21,8 @@ VARIANTS = tuple(_VARIANTS)
 
 
 def tiny_config(variant: str, **overrides) -> ModelConfig:
-    """ModelConfig of a variant ("fast_dllm_v2", "sdar", "sdar_b16", "llama", "llama_shift") with 3 layers and no EOS."""
+    """ModelConfig of a variant ("fast_dllm_v2", "sdar", "sdar_b16", "llama", "llama_shift") with 3 layers and no
+    EOS."""
     fields = dict(
         vocab_size=97,
         hidden_size=32,
