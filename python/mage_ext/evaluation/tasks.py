@@ -1,11 +1,12 @@
 """Generators of long texts with hidden facts and of questions about them. Text only: no model, no tensors.
 
-Every case is a function of its random generator, so a seed names it. Keys are split by hash into a training and a held-out half that
-share no adjective-noun pair; values are drawn fresh. The held-out half is what gates and the demo ask for.
+Every case is a function of its random generator, so a seed names it. Keys are split by hash into a training and a
+held-out half that share no adjective-noun pair; values are drawn fresh. Gates and the demo ask for the held-out half.
 
 Test: pytest tests/python/test_tasks.py
 """
 
+import functools
 import json
 import lzma
 import random
@@ -16,24 +17,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ADJECTIVES = (
-    "amber ancient autumn bitter blue bold brass brave bright bronze broken calm careful clever copper coral crimson curious daring deep "
-    "distant dusty eager early emerald empty faded fair feathered fierce floating foreign forgotten frozen gentle gilded golden grand gray "
-    "green hidden hollow honest humble icy idle iron ivory jade jolly kind late lazy lively lonely loud lucky marble mellow merry misty "
-    "modest narrow nimble noble northern olive orange pale patient pearl plain polite proud purple quick quiet rapid rare red restless "
-    "rough royal rustic sacred scarlet secret serene shallow sharp shining silent silver simple sleepy slow smooth solemn southern steady "
-    "steep stern still stormy strange strong sturdy sunny swift tall tender thin timid tiny velvet violet wandering warm weary western "
-    "white wide wild willing winter wise wooden yellow young"
+    "amber ancient autumn bitter blue bold brass brave bright bronze broken calm careful clever copper coral crimson "
+    "curious daring deep distant dusty eager early emerald empty faded fair feathered fierce floating foreign "
+    "forgotten frozen gentle gilded golden grand gray green hidden hollow honest humble icy idle iron ivory jade "
+    "jolly kind late lazy lively lonely loud lucky marble mellow merry misty modest narrow nimble noble northern "
+    "olive orange pale patient pearl plain polite proud purple quick quiet rapid rare red restless rough royal rustic "
+    "sacred scarlet secret serene shallow sharp shining silent silver simple sleepy slow smooth solemn southern "
+    "steady steep stern still stormy strange strong sturdy sunny swift tall tender thin timid tiny velvet violet "
+    "wandering warm weary western white wide wild willing winter wise wooden yellow young"
 ).split()
 NOUNS = (
-    "acorn anchor anvil apple arrow badger bakery balcony barley barrel basket beacon beaver bell bishop boat bottle bridge brook buffalo "
-    "cabin camel candle canyon captain carpet carriage castle cavern cedar cellar chapel chimney cliff clock cobbler compass cottage "
-    "crane cricket crown curtain dagger daisy desert doctor dolphin donkey dragon eagle elm engine falcon farmer feather ferry fiddle "
-    "forest fountain fox garden gate giant glacier goat goose granite guitar hammer harbor hawk heron hill horse hunter island jacket "
-    "jewel juggler kettle kitten ladder lantern lawyer lemon leopard library lighthouse lion lizard market meadow merchant mill miner "
-    "mirror monk mountain mule needle nest oak orchard organ otter owl oyster palace panther parrot pebble pepper piano pigeon pilot "
-    "planet pony potter quarry rabbit raven ribbon river robin rooster saddle sailor salmon school shepherd singer sparrow spider spoon "
-    "stable statue stove tailor teacher temple tiger tower trumpet tunnel turtle valley village violin wagon walnut walrus weaver whale "
-    "willow window wolf"
+    "acorn anchor anvil apple arrow badger bakery balcony barley barrel basket beacon beaver bell bishop boat bottle "
+    "bridge brook buffalo cabin camel candle canyon captain carpet carriage castle cavern cedar cellar chapel chimney "
+    "cliff clock cobbler compass cottage crane cricket crown curtain dagger daisy desert doctor dolphin donkey dragon "
+    "eagle elm engine falcon farmer feather ferry fiddle forest fountain fox garden gate giant glacier goat goose "
+    "granite guitar hammer harbor hawk heron hill horse hunter island jacket jewel juggler kettle kitten ladder "
+    "lantern lawyer lemon leopard library lighthouse lion lizard market meadow merchant mill miner mirror monk "
+    "mountain mule needle nest oak orchard organ otter owl oyster palace panther parrot pebble pepper piano pigeon "
+    "pilot planet pony potter quarry rabbit raven ribbon river robin rooster saddle sailor salmon school shepherd "
+    "singer sparrow spider spoon stable statue stove tailor teacher temple tiger tower trumpet tunnel turtle valley "
+    "village violin wagon walnut walrus weaver whale willow window wolf"
 ).split()
 
 # (statement, noun phrase that asks for the value)
@@ -92,10 +95,24 @@ def is_held_out(key: str) -> bool:
     return zlib.crc32(key.encode()) % 2 == 1
 
 
+@functools.cache
+def num_keys(held_out: bool) -> int:
+    """Number of keys of a half."""
+    return sum(is_held_out(f"{adjective} {noun}") == held_out for adjective in ADJECTIVES for noun in NOUNS)
+
+
 def draw_facts(rng: random.Random, count: int, held_out: bool, digits: int = 7, wording: int | None = 0) -> list[Fact]:
-    """`count` facts with distinct keys and values of `digits` digits; wording None mixes the wordings (one per call)."""
-    if count < 1 or digits < 1:
-        raise ValueError(f"draw_facts: count and digits must be positive, got {count} and {digits}")
+    """`count` facts with distinct keys and values of `digits` digits; wording None mixes the wordings (one per call).
+
+    Raises:
+        ValueError: count is not in [1, num_keys(held_out)], digits is not positive, or there is no such wording.
+    """
+    if not 1 <= count <= num_keys(held_out):
+        raise ValueError(f"draw_facts: count must be in [1, {num_keys(held_out)}], got {count}")
+    if digits < 1:
+        raise ValueError(f"draw_facts: digits must be at least 1, got {digits}")
+    if wording is not None and not 0 <= wording < len(_WORDINGS):
+        raise ValueError(f"draw_facts: wording must be None or in [0, {len(_WORDINGS)}), got {wording}")
     if wording is None:
         wording = rng.randrange(len(_WORDINGS))
     facts: dict[str, Fact] = {}
@@ -111,8 +128,9 @@ def ask(facts: Sequence[Fact]) -> str:
     if len(facts) == 1:
         return f"Question: What is the {facts[0].asked}? Answer with the number only."
     listed = ", the ".join(fact.key for fact in facts[:-1])
-    head = _WORDINGS[facts[0].wording][1].format(key=listed).replace("code of", "codes of").replace("number of", "numbers of")
-    head = head.replace("password of", "passwords of")
+    head = _WORDINGS[facts[0].wording][1].format(key=listed)
+    for noun in ("code", "number", "password"):
+        head = head.replace(f"{noun} of", f"{noun}s of")
     return f"Question: What are the {head} and the {facts[-1].key}? Answer with one number per line."
 
 
@@ -120,30 +138,33 @@ def answer(facts: Sequence[Fact]) -> str:
     return "\n".join(fact.value for fact in facts)
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Prose: the project's own, or sentences of given texts
 
 _PEOPLE = (
-    "the miller,the old captain,a tall stranger,the baker's wife,my uncle,the schoolmaster,a young clerk,the ferryman,the widow next door,"
-    "the innkeeper,a traveling musician,the gardener,the mayor's daughter,a retired soldier,the apothecary,two brothers,the night watchman,"
-    "a patient fisherman,the postmaster,the carpenter"
+    "the miller,the old captain,a tall stranger,the baker's wife,my uncle,the schoolmaster,a young clerk,"
+    "the ferryman,the widow next door,the innkeeper,a traveling musician,the gardener,the mayor's daughter,"
+    "a retired soldier,the apothecary,two brothers,the night watchman,a patient fisherman,the postmaster,"
+    "the carpenter"
 ).split(",")
 _ACTIONS = (
-    "walked slowly toward the market,mended a broken chair,counted the coins twice,told a long story about the flood,waited by the gate,"
-    "carried water from the well,wrote a letter to a distant cousin,sold three sacks of grain,looked for a lost glove,sang an old song,"
-    "argued about the price of wool,painted the door again,fed the horses before noon,read the newspaper aloud,planted beans along the wall,"
-    "borrowed a lantern,forgot the name of the road,watched the boats come in,repaired the clock,bought bread and cheese"
+    "walked slowly toward the market,mended a broken chair,counted the coins twice,told a long story about the flood,"
+    "waited by the gate,carried water from the well,wrote a letter to a distant cousin,sold three sacks of grain,"
+    "looked for a lost glove,sang an old song,argued about the price of wool,painted the door again,"
+    "fed the horses before noon,read the newspaper aloud,planted beans along the wall,borrowed a lantern,"
+    "forgot the name of the road,watched the boats come in,repaired the clock,bought bread and cheese"
 ).split(",")
 _TIMES = (
-    "before sunrise,on a rainy afternoon,after the harvest,in the middle of winter,when the bells had stopped,late in the evening,"
-    "during the fair,on the first day of spring,as the fog was lifting,a week before the wedding,at the end of the summer,"
-    "while the others were asleep"
+    "before sunrise,on a rainy afternoon,after the harvest,in the middle of winter,when the bells had stopped,"
+    "late in the evening,during the fair,on the first day of spring,as the fog was lifting,a week before the wedding,"
+    "at the end of the summer,while the others were asleep"
 ).split(",")
 _REMARKS = (
-    "Nobody in the village found this unusual.,The weather did not change for several days.,It was said that the road would be closed soon.,"
-    "The dogs barked for a while and then lay down again.,There was a smell of smoke and apples in the air.,"
-    "Most people agreed that it had been a good year.,The children laughed and ran down to the river.,"
-    "Afterwards the whole house was quiet.,The wind came from the sea and rattled the shutters.,Supper was served later than usual."
+    "Nobody in the village found this unusual.,The weather did not change for several days.,"
+    "It was said that the road would be closed soon.,The dogs barked for a while and then lay down again.,"
+    "There was a smell of smoke and apples in the air.,Most people agreed that it had been a good year.,"
+    "The children laughed and ran down to the river.,Afterwards the whole house was quiet.,"
+    "The wind came from the sea and rattled the shutters.,Supper was served later than usual."
 ).split(",")
 
 
@@ -171,28 +192,64 @@ def split_sentences(text: str) -> list[str]:
 
 
 def read_texts(paths: Sequence[str | Path]) -> list[tuple[str, str]]:
-    """(name, text) of every given file: plain text, or JSON lines with "text" (and "id"), either one also xz-compressed."""
+    """(name, text) of every given file: plain text, or JSON lines with "text" (and "id"), either also xz-compressed.
+
+    Raises:
+        ValueError: a file that can't be read, is not UTF-8 or not xz, a line that is no JSON object with a string
+            "text", or an empty text; the message names the file and the line.
+    """
+    if isinstance(paths, (str, Path)):
+        raise TypeError(f"text: must be a list of files, got {str(paths)!r}")
     texts = []
     for path in map(Path, paths):
         if not path.is_file():
             raise ValueError(f"text: must name readable files, got {str(path)!r}, which is not a file")
-        raw = lzma.open(path, "rt", encoding="utf-8").read() if path.suffix == ".xz" else path.read_text("utf-8")
-        if ".jsonl" in path.suffixes:
-            rows = [json.loads(line) for line in raw.splitlines() if line.strip()]
-            texts += [(row.get("id", f"{path.name}:{i}"), row["text"]) for i, row in enumerate(rows)]
-        else:
-            texts.append((path.name, raw))
+        try:
+            with lzma.open(path) if path.suffix == ".xz" else path.open("rb") as file:
+                raw = file.read().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"text: {path.name} must be UTF-8, got byte {error.object[error.start]:#04x}") from None
+        except (OSError, lzma.LZMAError, EOFError) as error:
+            raise ValueError(
+                f"text: {path.name} must be readable{', xz' * (path.suffix == '.xz')}, got: {error}"
+            ) from None
+        raw = raw.replace("\r\n", "\n").replace("\r", "\n")
+        texts += _read_lines(path.name, raw) if ".jsonl" in path.suffixes else [(path.name, raw)]
+    for name, text in texts:
+        if not text.strip():
+            raise ValueError(f"text: {name} must hold text, got none")
     return texts
 
 
-def held_out_texts(texts: Sequence[tuple[str, str]], every: int = 10) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """Splits (name, text) pairs into (train, held out): every `every`-th by name order is held out, none of a single text."""
+def _read_lines(name: str, raw: str) -> list[tuple[str, str]]:
+    """(id, text) of JSON lines. Only a newline ends a line: JSON strings may hold the other separators of Unicode."""
+    texts: list[tuple[str, str]] = []
+    for number, line in enumerate(raw.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"text: line {number} of {name} must be JSON, got: {error}") from None
+        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+            got = f"keys {sorted(row)}" if isinstance(row, dict) else type(row).__name__
+            raise ValueError(f'text: line {number} of {name} must be an object with a string "text", got {got}')
+        texts.append((str(row.get("id", f"{name}:{len(texts)}")), row["text"]))
+    return texts
+
+
+def held_out_texts(
+    texts: Sequence[tuple[str, str]], every: int = 10
+) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """Splits (name, text) pairs into (train, held out): every `every`-th by name is held out, none of fewer texts."""
+    if every < 2:
+        raise ValueError(f"held_out_texts: every must be at least 2, got {every}")
     ordered = sorted(texts)
     held = [t for i, t in enumerate(ordered) if i % every == every - 1]
     return [t for i, t in enumerate(ordered) if i % every != every - 1], held
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Cases
 
 
@@ -209,49 +266,84 @@ def make_case(
     tail_tokens: int = 128,
     wording: int | None = 0,
 ) -> Case:
-    """A text of about `num_tokens` tokens that hides `asked` + `distractors` held-out facts, and the question for `asked` of them.
+    """A text of about `num_tokens` tokens that hides `asked` + `distractors` held-out facts and asks for the former.
 
     Facts stand at depths uniform over the context, none in its last `tail_tokens` tokens.
 
     Args:
         rng: source of every choice.
         count_tokens: number of tokens of a string.
-        num_tokens: wanted length of the prompt (context + question + overhead); the result is at most 40 tokens shorter, never longer.
+        num_tokens: wanted length of the prompt (context + question + overhead). Pieces are counted one by one, so the
+            result may be a few tokens longer; it may be a word shorter, with `align` by all that is cut.
         asked, distractors: facts that the question asks for, and further ones it does not.
         sentences: prose to draw a contiguous run from; None writes the project's own.
-        align, block, overhead: align=True cuts words so that context + question + `overhead` (the tokens of the chat template) is a
-            multiple of `block`: the answer starts a block.
+        align, block, overhead: align=True cuts words at the end of the context so that context + question + `overhead`
+            (the tokens of the chat template) is a multiple of `block`: the answer starts a block.
     Raises:
-        ValueError: if num_tokens is too small for the facts.
+        ValueError: num_tokens is too small for the facts, a count is out of range, or `sentences` gives no prose.
     """
-    facts = draw_facts(rng, asked + distractors, held_out=True, wording=wording)
-    question = ask(facts[:asked])
-    budget = num_tokens - overhead - count_tokens("\n\n" + question)
-    room = budget - sum(count_tokens(" " + f.statement) for f in facts)
+    for name, value, least in (("asked", asked, 1), ("distractors", distractors, 0), ("block", block, 1)):
+        if value < least:
+            raise ValueError(f"make_case: {name} must be at least {least}, got {value}")
+    if sentences is not None and not len(sentences):
+        raise ValueError("make_case: sentences must be None or hold a sentence, got an empty list")
+    for _ in range(32):  # a cut can come too close to the last fact: then the case is drawn again
+        facts = draw_facts(rng, asked + distractors, held_out=True, wording=wording)
+        question = ask(facts[:asked])
+        context, depths = _hide(rng, count_tokens, num_tokens - overhead, facts, question, sentences, tail_tokens)
+        if align:
+            context = _cut_to_multiple(context, question, count_tokens, overhead, block) or ""
+        ends = [context.rfind(fact.statement) + len(fact.statement) for fact in facts]
+        if all(fact.statement in context for fact in facts) and count_tokens(context[max(ends) :]) >= tail_tokens:
+            told = tuple(depths[fact.key] for fact in facts[:asked])
+            return Case(context, question, answer(facts[:asked]), tuple(facts[:asked]), told)
+    raise ValueError(
+        f"make_case: align must reach a multiple of {block} tokens by cutting words and leave {tail_tokens} behind "
+        "every fact, got no such context in 32 draws"
+    )
+
+
+def _hide(
+    rng: random.Random,
+    count_tokens: Callable[[str], int],
+    num_tokens: int,
+    facts: Sequence[Fact],
+    question: str,
+    sentences: Sequence[str] | None,
+    tail_tokens: int,
+) -> tuple[str, dict[str, float]]:
+    """A context with `facts` at random places of its prose, and the depth of each key.
+
+    Args: as of make_case; num_tokens: of context and question.
+    """
+    room = num_tokens - count_tokens("\n\n" + question) - sum(count_tokens(" " + f.statement) for f in facts)
     if room < tail_tokens + 32:
-        raise ValueError(f"make_case: num_tokens must leave {tail_tokens + 32} tokens of prose, got {num_tokens}, which leaves {room}")
+        raise ValueError(
+            f"make_case: num_tokens must leave {tail_tokens + 32} tokens of prose beside facts and question, got {room}"
+        )
     prose = _take_prose(rng, count_tokens, room, sentences)
     sizes = [count_tokens(" " + s) for s in prose]
     after = [sum(sizes[i:]) for i in range(len(prose) + 1)]  # tokens of prose behind place i
     places = [i for i in range(len(prose) + 1) if after[i] >= tail_tokens]
     total = after[0]
-    order = sorted(
-        ((min(places, key=lambda i, u=rng.random(): abs((total - after[i]) - u * (total - tail_tokens))), rng.random(), f) for f in facts),
-        key=lambda t: t[:2],
-    )
+    if not places:
+        raise ValueError(f"make_case: sentences must fill {room} tokens with words that can be cut, got {total} tokens")
+
+    def place_at(share: float) -> int:
+        return min(places, key=lambda i: abs((total - after[i]) - share * (total - tail_tokens)))
+
+    drawn = [(place_at(rng.random()), rng.random(), fact) for fact in facts]
+    order = sorted(drawn, key=lambda t: t[:2])
     pieces: list[str] = []
-    at = {f.key: place for place, _, f in order}
     for i in range(len(prose) + 1):
-        pieces += [f.statement for place, _, f in order if place == i]
+        pieces += [fact.statement for place, _, fact in order if place == i]
         pieces += [prose[i]] if i < len(prose) else []
-    context = " ".join(pieces)
-    if align:
-        context = _cut_to_multiple(context, question, count_tokens, overhead, block)
-    depths = tuple((total - after[at[f.key]]) / max(total, 1) for f in facts[:asked])
-    return Case(context, question, answer(facts[:asked]), tuple(facts[:asked]), depths)
+    return " ".join(pieces), {fact.key: (total - after[place]) / total for place, _, fact in order}
 
 
-def _take_prose(rng: random.Random, count_tokens: Callable[[str], int], room: int, sentences: Sequence[str] | None) -> list[str]:
+def _take_prose(
+    rng: random.Random, count_tokens: Callable[[str], int], room: int, sentences: Sequence[str] | None
+) -> list[str]:
     taken: list[str] = []
     used = 0
     at = rng.randrange(len(sentences)) if sentences else 0
@@ -268,12 +360,13 @@ def _take_prose(rng: random.Random, count_tokens: Callable[[str], int], room: in
         used += size
 
 
-def _cut_to_multiple(context: str, question: str, count_tokens: Callable[[str], int], overhead: int, block: int) -> str:
+def _cut_to_multiple(
+    context: str, question: str, count_tokens: Callable[[str], int], overhead: int, block: int
+) -> str | None:
+    """The context with words cut from its end until the prompt is a multiple of the block; None if too many go."""
     words = context.split(" ")
-    for _ in range(4 * block):
-        extra = (count_tokens(join_prompt(" ".join(words), question)) + overhead) % block
-        if extra == 0:
+    for _ in range(min(4 * block, len(words))):
+        if (count_tokens(join_prompt(" ".join(words), question)) + overhead) % block == 0:
             return " ".join(words)
-        words.pop()
-        # A word of several tokens can jump over the multiple: go on to the next one below.
-    raise ValueError(f"make_case: align could not reach a multiple of {block} tokens by cutting words; got {extra} tokens too many")
+        words.pop()  # a word of several tokens can jump over the multiple: then the one below it is next
+    return None

@@ -1,7 +1,8 @@
-"""Low-rank adapters: W' = W + scale * B A on every linear layer of the decoder blocks, and one trained row for the mask token.
+"""Low-rank adapters: W' = W + scale * B A on every linear of the decoder layers, and a trained row for the mask token.
 
-Training wraps the linears (add_adapter), shipping stores int8 factors with one float32 scale per rank (save_adapter), loading folds them
-into the base weights (apply_adapter), so a loaded model is a plain Transformer. Method: LoRA, arXiv 2106.09685.
+Training wraps the linears (add_adapter), shipping stores int8 factors with one float32 scale per rank (save_adapter),
+loading folds them into the base weights (apply_adapter), so a loaded model is a plain Transformer. Method: LoRA, arXiv
+2106.09685.
 
 Test: pytest tests/python/test_adapter.py
 """
@@ -20,7 +21,7 @@ _FORMAT = "mage-adapter-1"
 
 
 class AdaptedLinear(nn.Module):
-    """y = x W^T + scale * (x A^T) B^T with W frozen; A [rank, in], B [out, rank], float32 masters computed in x's dtype."""
+    """y = x W^T + scale * (x A^T) B^T with W frozen; A [rank, in], B [out, rank], float32, used in x's dtype."""
 
     def __init__(self, base: nn.Linear, rank: int, scale: float):
         super().__init__()
@@ -36,9 +37,15 @@ class AdaptedLinear(nn.Module):
 
 
 def add_adapter(model: Transformer, rank: int, scale: float = 2.0) -> dict[str, AdaptedLinear]:
-    """Freezes `model` and wraps every linear of its layers; returns them by name."""
+    """Freezes `model` and wraps every linear of its layers; returns them by name.
+
+    Raises:
+        ValueError: rank is not positive, or the model is wrapped already.
+    """
     if rank < 1:
-        raise ValueError(f"add_adapter: rank must be positive, got {rank}")
+        raise ValueError(f"add_adapter: rank must be at least 1, got {rank}")
+    if any(isinstance(module, AdaptedLinear) for module in model.modules()):
+        raise ValueError("add_adapter: model must be plain, got one that is wrapped already")
     model.requires_grad_(False)
     wrapped = {}
     for name, module in list(model.layers.named_modules()):
@@ -50,7 +57,7 @@ def add_adapter(model: Transformer, rank: int, scale: float = 2.0) -> dict[str, 
 
 
 def adapter_tensors(wrapped: Mapping[str, AdaptedLinear], mask_row: Tensor) -> dict[str, Tensor]:
-    """float32 factors by name, B already scaled: "<layer>.a" [rank, in], "<layer>.b" [out, rank]; "mask_row" [hidden]."""
+    """float32 factors, B already scaled: "<layer>.a" [rank, in], "<layer>.b" [out, rank]; and "mask_row" [hidden]."""
     tensors = {"mask_row": mask_row.detach().float().cpu().clone()}
     for name, module in wrapped.items():
         tensors[name + ".a"] = module.a.detach().float().cpu().clone()
@@ -59,12 +66,16 @@ def adapter_tensors(wrapped: Mapping[str, AdaptedLinear], mask_row: Tensor) -> d
 
 
 def save_adapter(path: str | Path, tensors: Mapping[str, Tensor], base: str, int8: bool = True) -> None:
-    """Writes an adapter: safetensors, factors as int8 with a float32 scale per rank row (a) or column (b), else as bfloat16."""
+    """Writes an adapter as safetensors: factors as int8 with float32 scales, or all as bfloat16.
+
+    Args:
+        path: of the file. tensors: as adapter_tensors gives them. base: name of the base model's file.
+        int8: a scale belongs to a rank: a row of a ("<layer>.a.scale" [rank, 1]), a column of b (".b.scale" [1, rank]).
+    """
     stored: dict[str, Tensor] = {}
     for name, value in tensors.items():
         if int8 and name.endswith((".a", ".b")):
-            dim = 1 if name.endswith(".a") else 0  # the scale belongs to a rank: a row of A, a column of B
-            scale = value.abs().amax(dim, keepdim=True).clamp_min(1e-12) / 127
+            scale = value.abs().amax(_scale_dim(name), keepdim=True).clamp_min(1e-12) / 127
             stored[name] = (value / scale).round().to(torch.int8)
             stored[name + ".scale"] = scale
         else:
@@ -76,7 +87,8 @@ def load_adapter(path: str | Path, base: str | None = None) -> dict[str, Tensor]
     """float32 factors of an adapter file, as adapter_tensors gives them.
 
     Raises:
-        ValueError: not an adapter file, or made for another base than `base`.
+        ValueError: not an adapter file, made for another base than `base`, a factor without its partner or its scale,
+            or values that are not finite.
     """
     try:
         with safe_open(str(path), framework="pt") as file:
@@ -88,11 +100,37 @@ def load_adapter(path: str | Path, base: str | None = None) -> dict[str, Tensor]
         raise ValueError(f"load_adapter: format must be {_FORMAT!r}, got {metadata.get('format')!r}")
     if base is not None and metadata.get("base") != base:
         raise ValueError(f"load_adapter: base must be {base!r}, got {metadata.get('base')!r}")
-    tensors = {}
-    for name, value in stored.items():
-        if not name.endswith(".scale"):
-            tensors[name] = value.float() * stored[name + ".scale"] if value.dtype == torch.int8 else value.float()
-    return tensors
+    return {name: _restored(name, stored) for name in stored if not name.endswith(".scale")}
+
+
+def _scale_dim(name: str) -> int:
+    """The dim over which values share a scale: a scale belongs to a rank, a row of A and a column of B."""
+    return 1 if name.endswith(".a") else 0
+
+
+def _restored(name: str, stored: Mapping[str, Tensor]) -> Tensor:
+    value = stored[name]
+    if name != "mask_row":
+        partner = name[:-1] + ("b" if name.endswith(".a") else "a")
+        if not name.endswith((".a", ".b")) or partner not in stored:
+            raise ValueError(
+                f"load_adapter: {name} must be mask_row or a factor .a or .b with its partner, got neither"
+            )
+        if value.dim() != 2:
+            raise ValueError(f"load_adapter: {name} must be a matrix, got shape {list(value.shape)}")
+    if value.dtype == torch.int8:
+        scale = stored.get(name + ".scale")
+        shape = [1 if i == _scale_dim(name) else size for i, size in enumerate(value.shape)]
+        if scale is None or scale.dtype != torch.float32 or list(scale.shape) != shape:
+            got = "none" if scale is None else f"{scale.dtype} {list(scale.shape)}"
+            raise ValueError(f"load_adapter: {name}.scale must be float32 {shape} beside an int8 factor, got {got}")
+        value = value.float() * scale
+    elif not value.is_floating_point():
+        raise ValueError(f"load_adapter: {name} must be int8 or of a float dtype, got {value.dtype}")
+    value = value.float()
+    if not value.isfinite().all():
+        raise ValueError(f"load_adapter: {name} must hold finite values, got NaN or infinity")
+    return value
 
 
 @torch.no_grad()
@@ -100,23 +138,27 @@ def apply_adapter(model: Transformer, tensors: Mapping[str, Tensor]) -> None:
     """Folds an adapter into a plain model: W += B A for every pair, and the mask token's row of the embedding.
 
     Raises:
-        ValueError: a pair names no linear of the model, or does not fit it.
+        ValueError: a pair names no linear of the model's layers or does not fit it; the model is unchanged then.
     """
-    with_pairs = {name[:-2] for name in tensors if name.endswith((".a", ".b"))}
-    for name in sorted(with_pairs):
-        try:
-            weight = model.get_submodule(name).weight
-            a, b = tensors[name + ".a"], tensors[name + ".b"]
-        except (AttributeError, KeyError):
-            raise ValueError(f"apply_adapter: {name} must be a linear layer of the model with factors a and b, got none") from None
-        if (b.shape[0], a.shape[1]) != tuple(weight.shape) or a.shape[0] != b.shape[1]:
+    pairs: list[tuple[Tensor, Tensor, Tensor]] = []  # weight, a, b
+    linears = {"layers." + name: m for name, m in model.layers.named_modules() if isinstance(m, nn.Linear)}
+    for name in sorted({name[:-2] for name in tensors if name != "mask_row"}):
+        a, b = tensors.get(name + ".a"), tensors.get(name + ".b")
+        if name not in linears or a is None or b is None:
+            raise ValueError(
+                f"apply_adapter: {name} must be a linear of the model's layers with factors a and b, got none"
+            )
+        weight = linears[name].weight
+        if a.dim() != 2 or b.dim() != 2 or [b.shape[0], a.shape[1]] != list(weight.shape) or a.shape[0] != b.shape[1]:
             raise ValueError(
                 f"apply_adapter: {name} must have a [r, {weight.shape[1]}] and b [{weight.shape[0]}, r], "
                 f"got {list(a.shape)} and {list(b.shape)}"
             )
+        pairs.append((weight, a, b))
+    row = tensors.get("mask_row")
+    if row is not None and row.shape != (model.config.hidden_size,):
+        raise ValueError(f"apply_adapter: mask_row must be [{model.config.hidden_size}], got {list(row.shape)}")
+    for weight, a, b in pairs:
         weight += (b @ a).to(weight.device, weight.dtype)
-    if "mask_row" in tensors:
-        row = tensors["mask_row"]
-        if row.shape != (model.config.hidden_size,):
-            raise ValueError(f"apply_adapter: mask_row must be [{model.config.hidden_size}], got {list(row.shape)}")
+    if row is not None:
         model.embed_tokens.weight[model.config.mask_id] = row.to(model.embed_tokens.weight)

