@@ -1,6 +1,6 @@
 """Training rows: prose of given novels or of the project's own, facts hidden in it, questions behind it.
 
-Text is tokenised sentence by sentence once; rows are put together from token runs, so a worker makes hundreds per second.
+Text is tokenised sentence by sentence once; rows are put together from token runs, which makes hundreds per second.
 
 Test: pytest tests/python/test_train.py
 """
@@ -19,19 +19,22 @@ from mage_ext.train.packing import Batch, Branch, Layout, pack
 
 @dataclass(frozen=True)
 class Corpus:
-    """Sentences of several texts as one run of tokens: tokens uint16/32 [n], starts [sentences + 1]."""
+    """Sentences of several texts as one run of tokens: tokens uint32 [n], starts int64 [sentences + 1]."""
 
     tokens: np.ndarray
     starts: np.ndarray
 
     @classmethod
     def build(cls, texts: Sequence[tuple[str, str]], tokenizer: Tokenizer) -> "Corpus":
+        """Splits (name, text) pairs into sentences and encodes them. Raises ValueError if there is no sentence."""
         runs = []
         for _, text in texts:
             sentences = [" " + s for s in tasks.split_sentences(text)]
             runs += [e.ids for e in tokenizer.backend.encode_batch_fast(sentences, add_special_tokens=False)]
+        if not any(runs):
+            raise ValueError(f"Corpus: texts must hold a sentence, got {len(texts)} texts without one")
         starts = np.concatenate(([0], np.cumsum([len(r) for r in runs]))).astype(np.int64)
-        return cls(np.concatenate([np.asarray(r, np.uint32) for r in runs]) if runs else np.zeros(0, np.uint32), starts)
+        return cls(np.concatenate([np.asarray(r, np.uint32) for r in runs]), starts)
 
     def run(self, rng: random.Random, tokens: int) -> list[np.ndarray]:
         """Consecutive sentences of at least `tokens` tokens in all (wrapping round at the end)."""
@@ -48,9 +51,12 @@ class RowMaker:
     """Makes packed batches.
 
     Args:
-        tokenizer, corpus. layout: of the rows. rows: per batch. mask_id, end_id: tokens.
-        held_out: draw facts from the held-out keys (for gates), all_masked: see packing.pack.
+        tokenizer: with a chat template. corpus: prose; None: only the project's own.
+        layout: of the rows. rows: per batch. mask_id, end_id: tokens.
+        held_out: draw facts from the held-out keys (for gates). all_masked: see packing.pack.
         own_prose: share of rows whose prose is the project's own. keys_asked: number of keys per question -> weight.
+    Raises:
+        ValueError: naming the argument, or a chat template that does not quote the user's message once.
     """
 
     def __init__(
@@ -66,12 +72,22 @@ class RowMaker:
         own_prose: float = 0.25,
         keys_asked: dict[int, float] | None = None,
     ):
+        if rows < 1:
+            raise ValueError(f"RowMaker: rows must be at least 1, got {rows}")
+        if not 0 <= own_prose <= 1:
+            raise ValueError(f"RowMaker: own_prose must be in [0, 1], got {own_prose}")
+        if keys_asked is not None and not (keys_asked and min(keys_asked) >= 1 and min(keys_asked.values()) > 0):
+            raise ValueError(f"RowMaker: keys_asked must map numbers of keys to positive weights, got {keys_asked}")
         self.tokenizer, self.corpus, self.layout, self.rows = tokenizer, corpus, layout, rows
         self.mask_id, self.end_id = mask_id, end_id
         self.held_out, self.all_masked = held_out, all_masked
         self.own_prose = own_prose if corpus is not None else 1.0
         self.keys_asked = keys_asked or {1: 0.5, 2: 0.1, 3: 0.1, 4: 0.3}
         chat = tokenizer.render_chat([{"role": "user", "content": "\x00"}])
+        if chat.count("\x00") != 1:
+            raise ValueError(
+                f"RowMaker: the chat template must quote a message once, got {chat.count(chr(0))} times: {chat!r}"
+            )
         head, tail = chat.split("\x00")
         self._head = tokenizer.encode(head, add_special_tokens=False)
         self._tail = tail
@@ -116,12 +132,12 @@ class RowMaker:
         trunk = np.concatenate((np.asarray(self._head, np.uint32), *kept))[: length // block * block]
 
         branches = []
-        counts, weights = zip(*self.keys_asked.items())
+        counts, weights = zip(*self.keys_asked.items(), strict=True)
         for _ in range(layout.branches):
             asked = rng.sample(facts, min(len(facts), rng.choices(counts, weights)[0]))
             question = self._encode("\n\n" + tasks.ask(asked) + self._tail)
-            # The context goes on for 0..31 tokens of prose in the branch, so that answers start anywhere in a block; long answers
-            # start at a block's first position half of the time.
+            # The context goes on for 0..block - 1 tokens of prose in the branch, so that answers start anywhere in a
+            # block; long answers start at a block's first position half of the time.
             aligned = -len(question) % block
             extra = aligned if len(asked) > 2 and rng.random() < 0.5 else rng.randrange(block)
             prose = np.concatenate(self._prose(rng, extra + 1, own))[:extra]

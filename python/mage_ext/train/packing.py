@@ -4,12 +4,13 @@ A row is [trunk | branches | noisy blocks], each part a run of tokens with absol
 
     trunk     the clean context, block-causal
     branch j  a clean question with its answer, as if it followed the trunk; it does not see other branches
-    noisy     copies of single blocks of trunk or branch with some tokens masked; a copy sees the clean blocks before its own, and itself
+    noisy     copies of single blocks of trunk or branch with some tokens masked; a copy sees the clean blocks before
+              its own, and itself
 
-That is the two-stream loss of BD3-LM (arXiv 2503.09573) restricted to sampled blocks, so it is unbiased, with one context serving many
-questions. Every block is noised as a complementary pair (Fast-dLLM v2, arXiv 2509.26328): each maskable token is masked in exactly one
-copy. With the token shift a masked position i is read at i - 1 of the same copy, and a block's first token at the last clean token of the
-block before.
+That is the two-stream loss of BD3-LM (arXiv 2503.09573) restricted to sampled blocks, so it is unbiased, with one
+context serving many questions. Every block is noised as a complementary pair (Fast-dLLM v2, arXiv 2509.26328): each
+maskable token is masked in exactly one copy. With the token shift a masked position i is read at i - 1 of the same
+copy, and a block's first token at the last clean token of the block before.
 
 Test: pytest tests/python/test_packing.py
 """
@@ -30,7 +31,7 @@ class Layout:
 
     Fields:
         trunk: context. branches, branch_tokens: number and clean tokens of the branches.
-        branch_blocks: noised blocks per branch (an answer may cross a block's end). trunk_blocks: noised blocks of the trunk.
+        branch_blocks: noised blocks per branch (an answer may cross a block's end). trunk_blocks: those of the trunk.
         block: tokens of a block.
     """
 
@@ -42,8 +43,22 @@ class Layout:
     block: int = 32
 
     def __post_init__(self):
-        if self.trunk % self.block or self.branch_tokens % self.block:
-            raise ValueError(f"Layout: trunk and branch_tokens must be multiples of block ({self.block}), got {self}")
+        for name, least in (
+            ("block", 2),
+            ("trunk", 1),
+            ("branches", 0),
+            ("branch_tokens", 1),
+            ("branch_blocks", 1),
+            ("trunk_blocks", 0),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"Layout: {name} must be an integer of at least {least}, got {value!r}")
+        for name in ("trunk", "branch_tokens"):
+            if getattr(self, name) % self.block:
+                raise ValueError(
+                    f"Layout: {name} must be a multiple of block ({self.block}), got {getattr(self, name)}"
+                )
 
     @property
     def clean(self) -> int:
@@ -58,7 +73,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Branch:
-    """A question after the trunk: `tokens` [n], of which those from `answer_start` on are the answer (end token included)."""
+    """A question after the trunk: `tokens` [n]; those from `answer_start` on are the answer (end token included)."""
 
     tokens: Sequence[int]
     answer_start: int
@@ -69,7 +84,8 @@ class Batch:
     """Packed rows, int64 [rows, tokens] each, and the targets of all rows.
 
     Fields:
-        tokens, positions. branch: 0 trunk, j >= 1 branch j, -1 padding. noisy: 0 clean, else the number of the copy within the row.
+        tokens, positions. branch: 0 trunk, j >= 1 branch j, -1 padding.
+        noisy: 0 clean, else the number of the copy within the row.
         source: [N, 2] (row, index) whose logits predict. target: [N] token. kind: [N] PROSE, ANSWER or CLEAN.
         target_at: [N, 2] (row, index) of the token that is predicted.
     """
@@ -87,8 +103,10 @@ class Batch:
         return Batch(**{name: value.to(device, non_blocking=True) for name, value in vars(self).items()})
 
 
-def visible(q_branch, q_noisy, q_block, k_branch, k_noisy, k_block):
-    """Whether a query token sees a key token, from their branch, copy number and absolute block; works on tensors of any shape."""
+def visible(
+    q_branch: Tensor, q_noisy: Tensor, q_block: Tensor, k_branch: Tensor, k_noisy: Tensor, k_block: Tensor
+) -> Tensor:
+    """Whether a query token sees a key token: bool, of the broadcast shape of their branch, copy and absolute block."""
     own_copy = (q_noisy > 0) & (q_noisy == k_noisy)
     same_text = (k_noisy == 0) & ((k_branch == 0) | (k_branch == q_branch))
     before = (k_block < q_block) | ((k_block == q_block) & (q_noisy == 0))
@@ -114,19 +132,34 @@ def pack(
     """Packs one row per trunk.
 
     Args:
-        rng: noise and choice of trunk blocks. trunks: tokens, cut to whole blocks. branches: per row, at most layout.branches.
+        rng: noise and choice of trunk blocks.
+        trunks: tokens of each row, cut to layout.trunk and to whole blocks.
+        branches: of each row, at most layout.branches.
         mask_id, end_id: tokens of an undecided position and of what fills a block behind an answer's end.
         epsilon: least share of masked tokens; per copy the share is t ~ U(0, 1), (1 - epsilon) t + epsilon.
-        all_masked: every maskable token of the first copy is masked and the second stays empty: the start of a denoised block.
+        all_masked: every maskable token of the first copy is masked and none of the second, as a denoised block starts.
     Raises:
-        ValueError: a branch is longer than layout.branch_tokens, or its answer crosses more blocks than layout.branch_blocks.
+        ValueError: trunks and branches differ in number, a row has more than layout.branches, a branch has no answer,
+            is longer than layout.branch_tokens, or its answer crosses more blocks than layout.branch_blocks.
     """
+    if len(branches) != len(trunks):
+        raise ValueError(f"pack: branches must have an entry for each of {len(trunks)} trunks, got {len(branches)}")
     rows, size, block = len(trunks), layout.tokens, layout.block
     tokens = np.full((rows, size), end_id, np.int64)
     positions = np.zeros((rows, size), np.int64)
     branch_of = np.full((rows, size), -1, np.int64)
     noisy_of = np.zeros((rows, size), np.int64)
-    source, target, kind, target_at = [], [], [], []
+    source: list[tuple[int, int]] = []
+    target: list[int] = []
+    kind: list[int] = []
+    target_at: list[tuple[int, int]] = []
+
+    def predict(row: int, at: int, token: int, what: int) -> None:
+        """The token at `at` is predicted by the logits before it."""
+        source.append((row, at - 1))
+        target.append(token)
+        kind.append(what)
+        target_at.append((row, at))
 
     for row in range(rows):
         trunk = np.asarray(trunks[row][: layout.trunk // block * block], np.int64)
@@ -135,29 +168,34 @@ def pack(
         positions[row, : layout.trunk] = np.arange(layout.trunk)
         branch_of[row, : len(trunk)] = 0
         for first in range(block, len(trunk), block):
-            source.append((row, first - 1)), target.append(trunk[first]), kind.append(CLEAN), target_at.append((row, first))
+            predict(row, first, trunk[first], CLEAN)
         copies = []  # (index of the clean block in the row, branch, maskable [block] bool, kind)
         if len(trunk) > block and layout.trunk_blocks:
-            picked = rng.choice(np.arange(1, len(trunk) // block), min(layout.trunk_blocks, len(trunk) // block - 1), replace=False)
+            later = np.arange(1, len(trunk) // block)
+            picked = rng.choice(later, min(layout.trunk_blocks, len(later)), replace=False)
             copies += [(a * block, 0, np.arange(block) > 0, PROSE) for a in picked]
+        if len(branches[row]) > layout.branches:
+            raise ValueError(f"pack: branches must be at most {layout.branches} per row, got {len(branches[row])}")
         for j, piece in enumerate(branches[row]):
+            count = len(piece.tokens)
+            if not 0 <= piece.answer_start < count:
+                raise ValueError(f"pack: answer_start of a branch must be in [0, {count}), got {piece.answer_start}")
             start = layout.trunk + j * layout.branch_tokens
-            length = -(-len(piece.tokens) // block) * block
+            length = -(-count // block) * block
             blocks = range(piece.answer_start // block, length // block)
             if length > layout.branch_tokens or len(blocks) > layout.branch_blocks:
                 raise ValueError(
-                    f"pack: a branch must fit {layout.branch_tokens} tokens and its answer {layout.branch_blocks} blocks, "
-                    f"got {len(piece.tokens)} tokens with the answer from {piece.answer_start}"
+                    f"pack: a branch must fit {layout.branch_tokens} tokens, its answer {layout.branch_blocks} blocks, "
+                    f"got {count} tokens with the answer from {piece.answer_start}"
                 )
-            tokens[row, start : start + len(piece.tokens)] = piece.tokens
+            tokens[row, start : start + count] = piece.tokens
             positions[row, start : start + length] = len(trunk) + np.arange(length)
             branch_of[row, start : start + length] = j + 1
             for a in blocks:
                 place = a * block + np.arange(block)
                 copies.append((start + a * block, j + 1, (place >= piece.answer_start) & (place % block > 0), ANSWER))
-                if piece.answer_start <= a * block < len(piece.tokens) and a > 0:
-                    at = start + a * block
-                    source.append((row, at - 1)), target.append(tokens[row, at]), kind.append(ANSWER), target_at.append((row, at))
+                if piece.answer_start <= a * block < count and a > 0:
+                    predict(row, start + a * block, tokens[row, start + a * block], ANSWER)
         at = layout.clean
         for number, (clean, owner, maskable, what) in enumerate(copies):
             share = (1 - epsilon) * rng.random() + epsilon
@@ -169,8 +207,7 @@ def pack(
                 branch_of[row, here] = owner
                 noisy_of[row, here] = 2 * number + half + 1
                 for i in np.flatnonzero(masked):
-                    source.append((row, at + i - 1)), target.append(tokens[row, clean + i])
-                    kind.append(what), target_at.append((row, at + i))
+                    predict(row, at + i, tokens[row, clean + i], what)
                 at += block
     as_tensor = torch.from_numpy
     return Batch(
@@ -178,8 +215,8 @@ def pack(
         as_tensor(positions),
         as_tensor(branch_of),
         as_tensor(noisy_of),
-        torch.tensor(source, dtype=torch.int64),
+        torch.tensor(source, dtype=torch.int64).reshape(-1, 2),
         torch.tensor(np.array(target, np.int64)),
         torch.tensor(kind, dtype=torch.int64),
-        torch.tensor(target_at, dtype=torch.int64),
+        torch.tensor(target_at, dtype=torch.int64).reshape(-1, 2),
     )

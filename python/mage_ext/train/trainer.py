@@ -1,13 +1,15 @@
-"""Adapts a causal base model to block diffusion with a low-rank adapter: curriculum of context lengths, accuracy gates, logs, resume.
+"""Adapts a causal base model to block diffusion with a low-rank adapter: stages of context length, gates, logs.
 
-On a GPU attention is FlexAttention over a block mask and every layer is compiled; on a CPU it is scaled_dot_product_attention with the
-dense mask of the same rule, uncompiled (for tests). Learning rate: warm-up, constant, linear decay over the last share of the time.
+On a GPU attention is FlexAttention over a block mask and every layer is compiled; on a CPU it is
+scaled_dot_product_attention with the dense mask of the same rule, uncompiled (for tests). Learning rate: warm-up,
+constant, linear decay over the last share of the time. A run that resumes starts from the values of an adapter, with a
+fresh optimizer.
 
 Test: pytest tests/python/test_train.py
 """
 
-import contextlib
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from mage_ext.models.adapter import add_adapter, adapter_tensors, load_adapter, save_adapter
+from mage_ext.models.adapter import adapter_tensors, add_adapter, load_adapter, save_adapter
 from mage_ext.models.tokenizer import Tokenizer
 from mage_ext.models.transformer import Transformer, rotary
 from mage_ext.train.data import Corpus, RowMaker, loader
@@ -29,7 +31,8 @@ class Stage:
     """One context length of the curriculum.
 
     Fields:
-        layout: of the rows. rows: per step. gate: share of held-out answers found that ends the stage (None: the time ends it).
+        layout: of the rows. rows: per step.
+        gate: share of held-out answers found that ends the stage; None: only max_steps or the time of the run end it.
         min_steps: before the gate counts. max_steps: after which a missed gate ends training.
     """
 
@@ -39,10 +42,25 @@ class Stage:
     min_steps: int = 100
     max_steps: int = 100000
 
+    def __post_init__(self):
+        for name in ("rows", "min_steps", "max_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"Stage: {name} must be at least 1, got {getattr(self, name)}")
+        if self.gate is not None and not 0 <= self.gate <= 1:
+            raise ValueError(f"Stage: gate must be None or in [0, 1], got {self.gate}")
+
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """minutes: wall time of this run. rank, scale: of the adapter. lr: peak. weights of the three losses. seeds name every batch."""
+    """How a run goes.
+
+    Fields:
+        minutes: wall time of this run. rank, scale: of the adapter.
+        lr: peak rate, reached after warmup_steps, falling over the last decay_share of the time. weight_decay, clip.
+        answer_weight, prose_weight, clean_weight: of the three losses.
+        eval_every: steps between gates. eval_batches: batches of a gate. save_every_s: seconds between saves.
+        seed: 0..999, names every batch; another one gives other rows. workers: processes that make batches; 0: none.
+    """
 
     minutes: float
     rank: int = 32
@@ -56,9 +74,21 @@ class TrainConfig:
     prose_weight: float = 0.5
     clean_weight: float = 0.2
     eval_every: int = 200
+    eval_batches: int = 2
     save_every_s: float = 90.0
     seed: int = 0
     workers: int = 0
+
+    def __post_init__(self):
+        for name in ("minutes", "scale", "lr", "decay_share", "clip"):
+            value = getattr(self, name)
+            if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
+                raise ValueError(f"TrainConfig: {name} must be a positive number, got {value!r}")
+        for name, least in (("rank", 1), ("warmup_steps", 1), ("eval_every", 1), ("eval_batches", 1), ("workers", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"TrainConfig: {name} must be at least {least}, got {getattr(self, name)}")
+        if not 0 <= self.seed < 1000:
+            raise ValueError(f"TrainConfig: seed must be in [0, 1000), got {self.seed}")
 
 
 class Attention:
@@ -90,7 +120,16 @@ class Attention:
 
 
 class Trainer:
-    """Model, adapter, optimizer and log of one run."""
+    """Model, adapter, optimizer and log of one run.
+
+    Args:
+        model: a plain Transformer with the token shift and an end token; it is frozen and wrapped in place.
+        config: of the run. out: folder of log.jsonl and the adapters, made if needed; the log is appended to.
+        base: name of the base's file, which adapters carry. device: where to train.
+        resume: an adapter file to start from, of the same base and rank.
+    Raises:
+        ValueError: the model can't be trained so, or `resume` does not fit.
+    """
 
     def __init__(
         self,
@@ -101,6 +140,11 @@ class Trainer:
         device: str | torch.device = "cpu",
         resume: str | Path | None = None,
     ):
+        if not model.config.token_shift or not model.config.eos_ids:
+            raise ValueError(
+                "Trainer: model must have the token shift and an end token, "
+                f"got token_shift {model.config.token_shift}, eos_ids {model.config.eos_ids}"
+            )
         self.config, self.out, self.base = config, Path(out), base
         self.out.mkdir(parents=True, exist_ok=True)
         self.device = torch.device(device)
@@ -113,23 +157,35 @@ class Trainer:
             self._resume(resume)
         self.parameters = [p for w in self.wrapped.values() for p in (w.a, w.b)] + [self.mask_row]
         self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=self.device.type == "cuda"
+            self.parameters,
+            lr=config.lr,
+            betas=(0.9, 0.95),
+            weight_decay=config.weight_decay,
+            fused=self.device.type == "cuda",
         )
         self.attend = Attention(model.config.block_size, self.device)
         self.layers: list[Callable] = list(self.model.layers)
         if self.device.type == "cuda":
             self.layers = [torch.compile(layer, dynamic=False) for layer in self.model.layers]
         self.tokens_seen, self.step = 0, 0
-        self._log = (self.out / "log.jsonl").open("a")
 
     def log(self, **fields) -> None:
+        """Appends a line of JSON to log.jsonl and prints it."""
         line = json.dumps({k: round(v, 5) if isinstance(v, float) else v for k, v in fields.items()})
-        self._log.write(line + "\n")
-        self._log.flush()
+        with (self.out / "log.jsonl").open("a") as file:
+            file.write(line + "\n")
         print(line, flush=True)
 
     def _resume(self, path: str | Path) -> None:
         tensors = load_adapter(path, base=self.base)
+        expected = {name: list(t.shape) for name, t in adapter_tensors(self.wrapped, self.mask_row).items()}
+        got = {name: list(t.shape) for name, t in tensors.items()}
+        wrong = sorted(name for name in {*expected, *got} if expected.get(name) != got.get(name))
+        if wrong:
+            raise ValueError(
+                f"Trainer: resume must hold {wrong[0]} of shape {expected.get(wrong[0], 'none')} (rank "
+                f"{self.config.rank}), got {got.get(wrong[0], 'none')}; {len(wrong)} tensors differ"
+            )
         with torch.no_grad():
             for name, module in self.wrapped.items():
                 module.a.copy_(tensors[name + ".a"])
@@ -159,7 +215,8 @@ class Trainer:
         """Weighted loss and the mean cross entropy of prose, answer and clean targets (nats)."""
         rows = self.hidden(batch)[batch.source[:, 0], batch.source[:, 1]]
         each = nn.functional.cross_entropy(self.model.logits(rows).float(), batch.target, reduction="none")
-        means = [each[batch.kind == kind].sum() / (batch.kind == kind).sum().clamp_min(1) for kind in (PROSE, ANSWER, CLEAN)]
+        kinds = [batch.kind == kind for kind in (PROSE, ANSWER, CLEAN)]
+        means = [each[which].sum() / which.sum().clamp_min(1) for which in kinds]
         c = self.config
         return c.prose_weight * means[0] + c.answer_weight * means[1] + c.clean_weight * means[2], means
 
@@ -172,8 +229,8 @@ class Trainer:
     def answers_found(self, batches: Iterator[Batch], count: int) -> dict[int, tuple[int, int]]:
         """Denoises the answers of `count` all-masked batches and compares them with the truth.
 
-        Several blocks of one answer are denoised beside the clean text of the blocks before them. Per step all tokens with probability
-        above 0.9 are decided, and the most probable one of each copy.
+        Several blocks of one answer are denoised beside the clean text of the blocks before them. Per step all tokens
+        with probability above 0.9 are decided, and the most probable one of each copy.
 
         Returns:
             number of lines in the answer -> (answers wholly right, answers).
@@ -182,6 +239,8 @@ class Trainer:
         for _ in range(count):
             batch = next(batches).to(self.device)
             keep = batch.kind == ANSWER
+            if not keep.any():
+                continue
             source, target, at = batch.source[keep], batch.target[keep], batch.target_at[keep]
             truth = batch.tokens.clone()
             truth[at[:, 0], at[:, 1]] = target
@@ -194,9 +253,11 @@ class Trainer:
                 logits = self.model.logits(self.hidden(batch)[source[:, 0], source[:, 1]]).float()
                 logits[:, self.model.config.mask_id] = -torch.inf
                 prob, token = logits.softmax(-1).max(-1)
-                right = torch.where(in_copy, right, token == target)  # first tokens of blocks: predicted from clean text
+                # First tokens of blocks are predicted from clean text, so no step changes them.
+                right = torch.where(in_copy, right, token == target)
                 score = torch.where(open_, prob, -1.0)
-                best = torch.full((int(copy.max()) + 1,), -1.0, device=self.device).scatter_reduce(0, copy, score, "amax")
+                best = torch.full((int(copy.max()) + 1,), -1.0, device=self.device)
+                best = best.scatter_reduce(0, copy, score, "amax")
                 now = open_ & ((score > 0.9) | (score == best[copy]))
                 batch.tokens[at[now, 0], at[now, 1]] = token[now]
                 right = torch.where(now, token == target, right)
@@ -205,7 +266,7 @@ class Trainer:
                     break
             owner = torch.stack((at[:, 0], batch.branch[at[:, 0], at[:, 1]]), 1).tolist()
             whole: dict[tuple[int, int], bool] = {}
-            for who, ok in zip(map(tuple, owner), right.tolist()):
+            for who, ok in zip(map(tuple, owner), right.tolist(), strict=True):
                 whole[who] = whole.get(who, True) and ok
             lines = self._answer_lines(batch, truth)
             for who, ok in whole.items():
@@ -215,87 +276,131 @@ class Trainer:
         return {k: (v[0], v[1]) for k, v in sorted(found.items())}
 
     def _answer_lines(self, batch: Batch, truth: Tensor) -> dict[tuple[int, int], int]:
-        """(row, branch) -> lines of the answer, counted as newline tokens behind the last chat header of the clean branch."""
+        """(row, branch) -> lines of the answer: the newline tokens behind the last chat header of the clean branch."""
         lines = {}
         for row in range(batch.tokens.shape[0]):
             clean = batch.noisy[row] == 0
             for j in range(1, int(batch.branch[row].max()) + 1):
                 tokens = batch.tokens[row][clean & (batch.branch[row] == j)].tolist()
                 start = len(tokens) - 1 - tokens[::-1].index(self.header_id)
-                lines[row, j] = sum(t == self.newline_id for t in tokens[start:])  # one more ends the header line itself
+                # One newline ends the header's own line and stands for the last line of the answer, which has none.
+                lines[row, j] = sum(token == self.newline_id for token in tokens[start:])
         return lines
 
-    def run(self, stages: Sequence[Stage], tokenizer: Tokenizer, corpus: Corpus | None, held_out: Corpus | None) -> bool:
-        """Trains through the stages; returns whether the last gate held. Saves adapter.safetensors (bf16) and adapter-int8.safetensors."""
-        config, end_id = self.config, self.model.config.eos_ids[0]
+    def run(
+        self, stages: Sequence[Stage], tokenizer: Tokenizer, corpus: Corpus | None, held_out: Corpus | None
+    ) -> bool:
+        """Trains through the stages, saving adapter.safetensors (bfloat16) and adapter-int8.safetensors as it goes.
+
+        Args:
+            stages: at least one. tokenizer: the model's. corpus, held_out: prose of rows and of gates; None: own prose.
+        Returns:
+            Whether the last gate that was measured held. A gate missed after max_steps, or the time, ends the run.
+        Raises:
+            ValueError: a stage does not fit the model. RuntimeError: a loss is not finite.
+        """
+        config, facts = self.config, self.model.config
+        if not stages:
+            raise ValueError("Trainer: stages must hold a stage, got none")
+        for stage in stages:
+            if stage.layout.block != facts.block_size:
+                raise ValueError(f"Trainer: layout.block must be {facts.block_size}, got {stage.layout.block}")
+            longest = stage.layout.trunk + stage.layout.branch_tokens
+            if longest > facts.max_positions:
+                raise ValueError(
+                    f"Trainer: trunk + branch_tokens must fit max_positions ({facts.max_positions}), got {longest}"
+                )
         self.newline_id = tokenizer.encode("\n")[0]
         self.header_id = tokenizer.encode(tokenizer.render_chat([{"role": "user", "content": ""}]))[0]
         self.log(event="start", config=asdict(config), stages=[asdict(s) for s in stages], rows_seen=0)
-        began = last_save = time.monotonic()
-        ok = False
+        began = self._saved = time.monotonic()
         for number, stage in enumerate(stages):
-            shared = dict(layout=stage.layout, rows=stage.rows, mask_id=self.model.config.mask_id, end_id=end_id)
-            batches = loader(RowMaker(tokenizer, corpus, **shared), config.seed * 10**6 + number * 10**5, config.workers)
-            test = loader(
-                RowMaker(tokenizer, held_out, held_out=True, all_masked=True, **shared), 10**9 + number * 10**5, min(config.workers, 2)
+            shared = dict(layout=stage.layout, rows=stage.rows, mask_id=facts.mask_id, end_id=facts.eos_ids[0])
+            batches = loader(
+                RowMaker(tokenizer, corpus, **shared), config.seed * 10**6 + number * 10**5, config.workers
             )
-            ok, window, tick = False, torch.zeros(3, device=self.device), time.monotonic()
-            for stage_step in range(1, stage.max_steps + 1):
-                elapsed = (time.monotonic() - began) / (60 * config.minutes)
-                if elapsed >= 1:
-                    break
-                batch = next(batches).to(self.device)
-                loss, means = self.losses(batch)
-                loss.backward()
-                nn.utils.clip_grad_norm_(self.parameters, config.clip)
-                for group in self.optimizer.param_groups:
-                    group["lr"] = self._rate(elapsed, self.step)
-                self.optimizer.step()
-                self.optimizer.zero_grad(set_to_none=True)
-                self.step += 1
-                self.tokens_seen += batch.tokens.numel()
-                window += torch.stack(means).detach()
-                if stage_step % 50 == 0 or stage_step == 1:
-                    span = 1 if stage_step == 1 else 50
-                    prose, answer, clean = (window / span).tolist()
-                    rate = span * batch.tokens.numel() / (time.monotonic() - tick)
-                    self.log(
-                        stage=number, step=self.step, minutes=(time.monotonic() - began) / 60, prose=prose, answer=answer, clean=clean,
-                        lr=self.optimizer.param_groups[0]["lr"], tokens=self.tokens_seen, tokens_per_s=rate, memory_gib=self._memory(),
-                    )  # fmt: skip
-                    window.zero_()
-                    tick = time.monotonic()
-                if stage_step % config.eval_every == 0:
-                    ok = self._gate(test, stage, number)
-                    tick = time.monotonic()
-                    if ok and stage_step >= stage.min_steps and number + 1 < len(stages):
-                        break
-                if time.monotonic() - last_save > config.save_every_s:
-                    self.save(), self.save("adapter-int8", int8=True)
-                    last_save = time.monotonic()
-            else:
-                if stage.gate is not None and not ok:
-                    self.log(event="gate missed", stage=number, gate=stage.gate)
-                    break
-        ok = self._gate(test, stage, number)
-        self.save(), self.save("adapter-int8", int8=True)
-        self.log(event="end", step=self.step, tokens=self.tokens_seen, gate_held=ok)
-        return ok
+            test = loader(
+                RowMaker(tokenizer, held_out, held_out=True, all_masked=True, **shared),
+                10**9 + number * 10**5,
+                min(config.workers, 2),
+            )
+            ended_by, held = self._run_stage(number, stage, batches, test, number + 1 == len(stages), began)
+            if not held:
+                self.log(event="gate missed", stage=number, gate=stage.gate)
+            if not held or ended_by == "time":
+                break
+        self._save_both()
+        self.log(event="end", step=self.step, tokens=self.tokens_seen, stage=number, ended_by=ended_by, gate_held=held)
+        return held
+
+    def _run_stage(
+        self, number: int, stage: Stage, batches: Iterator[Batch], test: Iterator[Batch], last: bool, began: float
+    ) -> tuple[str, bool]:
+        """Trains one stage; returns what ended it ("gate", "steps" or "time") and whether its gate held then."""
+        config, since, tick = self.config, 0, time.monotonic()
+        window = torch.zeros(3, device=self.device)
+        for stage_step in range(1, stage.max_steps + 1):
+            elapsed = (time.monotonic() - began) / (60 * config.minutes)
+            if elapsed >= 1:
+                return "time", self._gate(test, stage, number)
+            batch = next(batches).to(self.device)
+            loss, means = self.losses(batch)
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.parameters, config.clip)
+            for group in self.optimizer.param_groups:
+                group["lr"] = self._rate(elapsed, self.step)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            self.step += 1
+            self.tokens_seen += batch.tokens.numel()
+            window += torch.stack(means).detach()
+            since += 1
+            if stage_step % 50 == 0 or stage_step == 1:
+                prose, answer, clean = (window / since).tolist()
+                if not math.isfinite(prose + answer + clean):
+                    raise RuntimeError(f"Trainer: losses must stay finite, got {prose}, {answer}, {clean}; lower lr")
+                rate = since * batch.tokens.numel() / (time.monotonic() - tick)
+                self.log(
+                    stage=number,
+                    step=self.step,
+                    minutes=(time.monotonic() - began) / 60,
+                    prose=prose,
+                    answer=answer,
+                    clean=clean,
+                    lr=self.optimizer.param_groups[0]["lr"],
+                    tokens=self.tokens_seen,
+                    tokens_per_s=rate,
+                    memory_gib=self._memory(),
+                )
+                window.zero_()
+                since, tick = 0, time.monotonic()
+            if stage_step % config.eval_every == 0 or stage_step == stage.max_steps:
+                paused = time.monotonic()
+                held = self._gate(test, stage, number)
+                tick += time.monotonic() - paused
+                if held and stage.gate is not None and stage_step >= stage.min_steps and not last:
+                    return "gate", True
+            if time.monotonic() - self._saved > config.save_every_s:
+                self._save_both()
+        return "steps", held
+
+    def _save_both(self) -> None:
+        self.save()
+        self.save("adapter-int8", int8=True)
+        self._saved = time.monotonic()
 
     def _gate(self, test: Iterator[Batch], stage: Stage, number: int) -> bool:
-        found = self.answers_found(test, count=2)
+        found = self.answers_found(test, self.config.eval_batches)
         total = sum(n for _, n in found.values())
         share = sum(n for n, _ in found.values()) / max(total, 1)
-        self.log(event="gate", stage=number, step=self.step, share=share, by_lines={str(k): list(v) for k, v in found.items()})
+        self.log(
+            event="gate",
+            stage=number,
+            step=self.step,
+            share=share,
+            by_lines={str(k): list(v) for k, v in found.items()},
+        )
         return stage.gate is None or share >= stage.gate
 
     def _memory(self) -> float:
         return torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else 0.0
-
-
-@contextlib.contextmanager
-def timed(label: str) -> Iterator[None]:
-    """Prints how long a block took."""
-    began = time.monotonic()
-    yield
-    print(f"{label}: {time.monotonic() - began:.1f} s", flush=True)
