@@ -121,15 +121,23 @@ class RowMaker:
         )
         stated = [np.asarray(self._encode(" " + fact.statement), np.uint32) for fact in facts]
         length = layout.trunk if rng.random() < 0.7 else rng.randint(layout.trunk // 2, layout.trunk)
-        pieces = self._prose(rng, length - len(self._head), own)
+        length = length // block * block  # so that no fact at the end is cut
         room = length - len(self._head) - sum(map(len, stated))
+        while room < 0 and len(stated) > 1:
+            facts.pop()
+            room += len(stated.pop())
+        if room < 0:
+            raise ValueError(
+                f"RowMaker: half of layout.trunk must hold the chat's head ({len(self._head)} tokens) and a fact "
+                f"({len(stated[0])}), got {layout.trunk}"
+            )
         kept, used = [], 0
-        for piece in pieces:  # prose up to the room; the last sentence is cut
-            kept.append(piece[: max(0, room - used)])
+        for piece in self._prose(rng, room, own):  # the last sentence is cut
+            kept.append(piece[: room - used])
             used += len(kept[-1])
         for statement in stated:
             kept.insert(rng.randint(0, len(kept)), statement)
-        trunk = np.concatenate((np.asarray(self._head, np.uint32), *kept))[: length // block * block]
+        trunk = np.concatenate((np.asarray(self._head, np.uint32), *kept))
 
         branches = []
         counts, weights = zip(*self.keys_asked.items(), strict=True)
