@@ -36,7 +36,7 @@ class StepInfo:
     """One forward of a block, as a callback sees it. Tensors are the loop's own: read them, copy what is to be kept.
 
     Fields:
-        index: number of the block, from 0. step: forward within the block, from 0.
+        index: number of the block, from 0. step: forward within the block, from 0; -1 for the commit.
         kind: "exact", "select" (exact, emits mass), "sparse", "commit", or "mixed" where requests differ.
         rows: query rows sent per request (a sub-block or the block).
         requests: batch index of every row of the tensors. starts: absolute position of the block's first token, of

@@ -12,8 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mage_ext import models
 from mage_ext.cache import OutOfPages, PagedCache, RaggedBatch
 from mage_ext.denoise import DenoiseConfig, generate, prefill
+from mage_ext.models import builtin
 from mage_ext.models.huggingface import load, load_weights, read_config
 from mage_ext.models.tokenizer import Tokenizer, byte_level_bpe
 from mage_ext.sampling import SamplerConfig
@@ -270,6 +272,13 @@ def test_files_that_are_not_there(tmp_path):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     config = read_config(folder)
     _raises("must hold model.safetensors .* pickled weights", lambda: load_weights(folder, config), FileNotFoundError)
+
+
+def test_models_load_takes_names_and_folders(tmp_path):
+    _raises("dtype must be one of float32, .* got int8", lambda: models.load(builtin.NAME, dtype="int8"))
+    _raises("overrides must not be given for", lambda: models.load(builtin.NAME, block_size=4))
+    _raises("path must be a folder", lambda: models.load("no-such-model"), FileNotFoundError)
+    assert models.load(_folder(tmp_path), "bfloat16").model.norm.weight.dtype == torch.bfloat16
 
 
 def test_unknown_override(tmp_path):

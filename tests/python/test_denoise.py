@@ -110,6 +110,14 @@ def _same(results, twins, margins):
     return [pair for pair in pairs if pair[0] not in parted]
 
 
+def test_margins_see_ties_and_nothing_else():
+    """Without a prompt all rows of the first block are equal, so are their confidences."""
+    model = _model("sdar_b16", num_layers=2)
+    config = DenoiseConfig(max_new_tokens=16, sampler=SamplerConfig("low_confidence_static"))
+    _, margins = _generate(model, [[], *_prompts(model.config, (20, 41))], config)
+    assert margins.of(0) < CLOSE < min(margins.of(1), margins.of(2)) < 0.1
+
+
 # --------------------------------------------------------------------------- exact mode
 
 
@@ -522,20 +530,20 @@ def test_forks_share_a_prefill():
     ]
     fresh = [[r.tokens for r in generate(model, prompts, config)] for config in configs]
     state = prefill(model, prompts, configs[0])
-    free = state.batch.cache.num_free
+    cache = state.batch.cache
+    used = cache.num_pages - cache.num_free
     for config, expected in zip(configs, fresh, strict=True):
         results = generate(model, state.fork(), config)
         assert [r.tokens for r in results] == expected
         assert results[3].stats.prefill_forwards == 1
-    grown = state.batch.cache.num_pages
-    assert state.batch.cache.num_free - free == grown - (grown - (state.batch.cache.num_free - free))
+    assert cache.num_pages - cache.num_free == used  # the forks' pages are back
     # Two forks at once, block by block.
     streams = [generate(model, state.fork(), config, stream=True) for config in configs[:2]]
     for _ in itertools.zip_longest(*streams):
         pass
     assert [[r.tokens for r in stream.results] for stream in streams] == fresh[:2]
     assert [r.tokens for r in generate(model, state, configs[0])] == fresh[0]
-    assert state.batch.cache.num_free == state.batch.cache.num_pages
+    assert cache.num_free == cache.num_pages
     with pytest.raises(ValueError, match="must not have been used up"):
         generate(model, state, configs[0])
     with pytest.raises(ValueError, match="must not have been used up"):

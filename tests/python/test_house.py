@@ -156,11 +156,11 @@ PYTHON_LAYERS = [
     {"_version", "_build_info", "_library", "_C"},
     {"ops", "info", "counter_random", "profiling"},
     {"reference", "cache", "selection", "sampling"},
-    {"results", "paged_forward", "denoise"},
+    {"results", "paged_forward", "denoise_config", "carried_lists", "prefill", "denoise"},
     {"models"},
     {"evaluation"},
     {"train"},
-    {"cli", "__main__"},
+    {"cli", "terminal", "__main__"},
 ]
 
 

@@ -1,1 +1,39 @@
-"""Model families: configuration, one transformer, readers of weights and tokenizers."""
+"""Model families: configuration, one transformer, readers of weights and tokenizers.
+
+Test: pytest tests/python/test_huggingface.py
+"""
+
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from mage_ext.models.huggingface import LoadedModel
+
+
+def load(
+    path: "str | PathLike[str]",
+    dtype: "torch.dtype | str | None" = None,
+    device: "torch.device | str" = "cpu",
+    **overrides: Any,
+) -> "LoadedModel":
+    """The model in the box by its name, or the one in a Hugging Face folder.
+
+    Args:
+        path: `models.builtin.NAME`, or a folder; a folder of that name counts as a folder.
+        dtype: torch dtype or its name; None: float32 for the model in the box, else what config.json names.
+        device: where the weights go.
+        overrides: fields of ModelConfig, for folders; see `models.huggingface.load`.
+    Raises:
+        FileNotFoundError, ValueError: naming what is missing or wrong.
+    """
+    from pathlib import Path
+
+    from mage_ext.models import builtin, huggingface
+
+    if str(path) != builtin.NAME or Path(path).exists():
+        return huggingface.load(path, dtype, device, **overrides)
+    if overrides:
+        raise ValueError(f"load: overrides must not be given for {builtin.NAME}, got {', '.join(sorted(overrides))}")
+    return builtin.load_builtin(huggingface.resolve_dtype(dtype or "float32"), device)

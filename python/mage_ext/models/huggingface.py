@@ -202,7 +202,10 @@ def load_weights(
     """The Transformer of `config` with the weights of a folder's safetensors files; arguments and errors as in
     `load`."""
     folder = Path(path)
-    dtype = _resolve_dtype(folder, dtype)
+    if dtype is None:
+        stored = read_json(folder / "config.json")
+        dtype = stored.get("torch_dtype") or stored.get("dtype") or "float32"
+    dtype = resolve_dtype(dtype)
     with torch.device("meta"):
         model = Transformer(config)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
@@ -337,10 +340,8 @@ def _stored_name(name: str) -> str:
     return name if name == "lm_head.weight" else f"model.{name}"
 
 
-def _resolve_dtype(folder: Path, dtype: torch.dtype | str | None) -> torch.dtype:
-    if dtype is None:
-        config = read_json(folder / "config.json")
-        dtype = config.get("torch_dtype") or config.get("dtype") or "float32"
+def resolve_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """A dtype that weights may have, of itself or its name. Raises ValueError for others."""
     if isinstance(dtype, str):
         dtype = DTYPES.get(dtype.removeprefix("torch."), dtype)
     if dtype not in DTYPES.values():

@@ -1,9 +1,9 @@
 """The slow twin of the denoising loop: one request, no paged cache, no mage op, every forward sends the whole window.
 
-Masks are explicit booleans, selections are Python lists, samplers are written out position by position. It follows the
-words of the design and shares no code with `mage_ext.denoise` beyond the configuration objects, so that the two can be
-held against each other. With `sub_block_cache`, K/V of rows that a forward does not send stay in plain tensors: the
-twin of that cache.
+Masks are explicit booleans, selections are Python lists, samplers are written out position by position. It shares no
+code with `mage_ext.denoise` beyond the configuration objects and the random draws, so that the two can be held against
+each other. With `sub_block_cache`, K/V of rows that a forward does not send stay in plain tensors: the twin of that
+cache.
 
 Test: pytest tests/python/test_denoise.py
 """

@@ -1,0 +1,142 @@
+"""The lists that blocks carry on: who starts a block exactly, who selects anew, who keeps what it has.
+
+It applies the refresh policy and keeps one row of lists per running request; it knows neither tokens nor attention.
+
+Test: pytest tests/python/test_denoise.py
+"""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from mage_ext import selection as selections
+from mage_ext.denoise_config import DenoiseConfig
+from mage_ext.selection import BlockSelection
+
+
+class CarriedLists:
+    """The current selection of a generation, across its blocks.
+
+    Fields:
+        selection: None before the first. requests: the request of each of its rows.
+    """
+
+    def __init__(self, config: DenoiseConfig):
+        self.selection: BlockSelection | None = None
+        self.requests: list[int] = []
+        self._config = config
+        self._select = config.select_override or selections.select
+        self._ages: dict[int, int] = {}  # request -> blocks since it selected
+        self._drifted: set[int] = set()  # requests whose lists keep too little under the mass of their last commit
+
+    def plan(self, request: int, prefix_len: int) -> str:
+        """How a request starts its block: "exact" throughout, "select" anew, or "carry" the lists it has."""
+        config = self._config
+        if config.mode == "exact" or prefix_len <= config.exact_prefix:
+            return "exact"
+        age = self._ages.get(request)
+        if (
+            age is None
+            or config.refresh == "block"
+            or (config.refresh == "blocks" and age >= config.refresh_blocks)
+            or (config.refresh == "kept_mass" and request in self._drifted)
+        ):
+            return "select"
+        return "carry"
+
+    def rows(self, requests: list[int]) -> BlockSelection:
+        """The selection with one row per request of `requests`, in their order."""
+        if self.requests != requests:
+            numbers = [self.requests.index(request) for request in requests]
+            self.selection = _rows(self.selection, torch.tensor(numbers, device=self.selection.indices.device))
+            self.requests = requests
+        return self.selection
+
+    def take(
+        self,
+        requests: list[int],
+        plan: list[str],
+        prefix_lens: Tensor,
+        mass: Tensor,
+        votes: tuple[Tensor, Tensor, Tensor] | None,
+    ) -> None:
+        """Selects for the requests whose plan is "select". Those that carry keep their lists; those that are exact get
+        empty lists whose tail starts at 0, which attend everything.
+
+        Args:
+            requests: A batch indices. plan: their plans. prefix_lens: [A], int32.
+            mass: [L, A, Hkv, n], float32. votes: for rule "layer", as `selection.select` takes them.
+        Raises:
+            ValueError: select_override returned lists of another shape or granularity.
+        """
+        config = self._config.selection
+        chosen = torch.tensor([way == "select" for way in plan], device=mass.device)
+        selection = self._select(mass, torch.where(chosen, prefix_lens, 0), config, votes=votes)
+        shape = selection.indices.shape[:3]
+        if shape != mass.shape[:3] or selection.g != config.g:
+            raise ValueError(
+                f"generate: select_override must return lists [L, A, Hkv] = {list(mass.shape[:3])} with g = {config.g}"
+                f", got {list(shape)} with g = {selection.g}"
+            )
+        if "carry" in plan:
+            carried = torch.tensor([way == "carry" for way in plan], device=mass.device)
+            selection = _merge(selection, self.rows(requests), carried)
+        self.selection, self.requests = selection, requests
+        for request, way in zip(requests, plan, strict=True):
+            if way == "select":
+                self._ages[request] = 0
+                self._drifted.discard(request)
+
+    @property
+    def wants_commit_mass(self) -> bool:
+        """Whether the commit is to emit mass for `measure`."""
+        return self._config.refresh == "kept_mass" and self.selection is not None
+
+    def measure(self, requests: list[int], mass: Tensor) -> None:
+        """Notes whose lists keep less than the bound of a commit's mass [L, A, Hkv, n]. Waits for the device."""
+        kept = _kept_mass(self.rows(requests), mass).mean((0, 2)).tolist()
+        bound = self._config.refresh_bound
+        self._drifted = {request for request, share in zip(requests, kept, strict=True) if share < bound}
+
+    def end_block(self, requests: list[int]) -> None:
+        """Ages the lists of requests that go on to another block."""
+        for request in requests:
+            if request in self._ages:
+                self._ages[request] += 1
+
+
+def _rows(selection: BlockSelection, rows: Tensor) -> BlockSelection:
+    """Some requests of a selection. rows: [A], int64."""
+    return dataclasses.replace(
+        selection,
+        indices=selection.indices[:, rows],
+        counts=selection.counts[:, rows],
+        kept_mass=selection.kept_mass[:, rows],
+        tail_start=selection.tail_start[rows],
+        overflow=selection.overflow[:, rows],
+    )
+
+
+def _merge(new: BlockSelection, old: BlockSelection, keep_old: Tensor) -> BlockSelection:
+    """`new` with the rows of `old` where keep_old [A], bool, says so; as wide as the wider one."""
+    capacity = max(new.capacity, old.capacity)
+    wide = [torch.nn.functional.pad(s.indices, (0, capacity - s.capacity), value=-1) for s in (new, old)]
+    per_head = keep_old[:, None]
+    return dataclasses.replace(
+        new,
+        indices=torch.where(per_head[..., None], wide[1], wide[0]),
+        counts=torch.where(per_head, old.counts, new.counts),
+        kept_mass=torch.where(per_head, old.kept_mass, new.kept_mass),
+        tail_start=torch.where(keep_old, old.tail_start, new.tail_start),
+        overflow=torch.where(per_head, old.overflow, new.overflow),
+    )
+
+
+def _kept_mass(selection: BlockSelection, mass: Tensor) -> Tensor:
+    """Share [L, A, Hkv] of mass [L, A, Hkv, n] that a selection attends: its units and all from tail_start on."""
+    listed = selection.indices >= 0
+    kept = torch.where(listed, mass.gather(-1, selection.indices.clamp(min=0).long()), 0.0).sum(-1)
+    unit = torch.arange(mass.shape[-1], device=mass.device) * selection.g
+    tail = torch.where(unit >= selection.tail_start[:, None, None], mass, 0.0).sum(-1)
+    return (kept + tail) / mass.sum(-1).clamp(min=torch.finfo(mass.dtype).tiny)

@@ -1,0 +1,102 @@
+"""How text is generated: one immutable object, checked when it is made.
+
+Test: pytest tests/python/test_bad_input.py
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from mage_ext.sampling import SamplerConfig
+from mage_ext.selection import BlockSelection, SelectionConfig
+
+MODES = ("exact", "mage")
+REFRESH_POLICIES = ("block", "blocks", "kept_mass")
+
+
+@dataclass(frozen=True)
+class DenoiseConfig:
+    """How text is generated.
+
+    Fields:
+        mode: "exact", or "mage" (exact first forward of a block, then a selection of the prefix).
+        max_new_tokens: per request, >= 1; positions behind the last wanted one are not waited for.
+        ignore_eos: EOS does not end a request.
+        sampler: which positions are decided, how tokens are drawn.
+        selection: of mode "mage". dense_layers: layers that stay exact in every forward.
+        refresh: when a block selects anew instead of starting with the lists it has: "block" (always), "blocks" (every
+            refresh_blocks blocks) or "kept_mass" (after a commit under whose mass the lists keep less than
+            refresh_bound). Tokens committed after a selection are always attended.
+        select_override: called instead of `selection.select` with its arguments (mass, prefix_lens, config, votes=);
+            returns a BlockSelection.
+        sub_block_size: positions that are decided before any later one; None: the model's own (whole block if it has
+            none).
+        sub_block_cache: once the first position of the current sub-block is decided, forwards send that sub-block alone
+            and the block's other K/V stay as they were.
+        prefill_chunk: tokens of each request per prefill forward; multiples of the block are taken. Larger chunks fill
+            the processor better, smaller ones need less memory.
+
+    Raises:
+        ValueError, TypeError: naming the field, what it must be and what came.
+    """
+
+    mode: str = "exact"
+    max_new_tokens: int = 128
+    ignore_eos: bool = False
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
+    dense_layers: tuple[int, ...] = (0, 1)
+    refresh: str = "block"
+    refresh_blocks: int = 1
+    refresh_bound: float = 0.9
+    select_override: Callable[..., BlockSelection] | None = None
+    sub_block_size: int | None = None
+    sub_block_cache: bool = False
+    prefill_chunk: int = 512
+
+    def __post_init__(self):
+        for name, value, choices in (("mode", self.mode, MODES), ("refresh", self.refresh, REFRESH_POLICIES)):
+            if value not in choices:
+                raise ValueError(f"DenoiseConfig: {name} must be one of {', '.join(choices)}, got {value!r}")
+        for name in ("max_new_tokens", "refresh_blocks", "prefill_chunk", "sub_block_size"):
+            value = getattr(self, name)
+            if name == "sub_block_size" and value is None:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"DenoiseConfig: {name} must be an integer >= 1, got {value!r}")
+        for name, kind in (("sampler", SamplerConfig), ("selection", SelectionConfig)):
+            if not isinstance(getattr(self, name), kind):
+                raise TypeError(f"DenoiseConfig: {name} must be a {kind.__name__}, got {getattr(self, name)!r}")
+        bound = self.refresh_bound
+        if not isinstance(bound, (int, float)) or isinstance(bound, bool) or not 0 <= bound <= 1:
+            raise ValueError(f"DenoiseConfig: refresh_bound must be a number in [0, 1], got {bound!r}")
+        layers = self.dense_layers
+        if not isinstance(layers, tuple) or not all(isinstance(i, int) and not isinstance(i, bool) for i in layers):
+            raise TypeError(f"DenoiseConfig: dense_layers must be a tuple of layer numbers, got {layers!r}")
+        if self.select_override is not None and not callable(self.select_override):
+            raise TypeError(f"DenoiseConfig: select_override must be callable, got {self.select_override!r}")
+        if self.selection.rule == "layer" and self.selection.norm == "prefix":
+            raise ValueError(
+                'DenoiseConfig: selection.norm must be "context" with rule "layer", whose coverage is a share of it, '
+                'got "prefix"'
+            )
+
+    def selecting_layers(self, num_layers: int) -> dict[int, int]:
+        """Layers that select -> their index in a selection, for a model of num_layers; empty in mode "exact".
+
+        Raises:
+            ValueError: a dense layer the model lacks, or no layer left to select.
+        """
+        if self.mode == "exact":
+            return {}
+        for layer in self.dense_layers:
+            if not 0 <= layer < num_layers:
+                raise ValueError(f"DenoiseConfig: dense_layers must be in [0, {num_layers}), got {layer}")
+        chosen = [layer for layer in range(num_layers) if layer not in self.dense_layers]
+        if not chosen:
+            raise ValueError(f"DenoiseConfig: dense_layers must leave a layer that selects, got all {num_layers}")
+        return {layer: index for index, layer in enumerate(chosen)}
+
+    @property
+    def exact_prefix(self) -> int:
+        """Longest prefix that a selection would keep whole; such blocks are exact."""
+        return self.selection.k_min if self.selection.rule == "mass" else self.selection.k

@@ -1,0 +1,229 @@
+"""Requests between two blocks, and the prefill that puts their prompts into the paged cache.
+
+Test: pytest tests/python/test_denoise.py
+"""
+
+import dataclasses
+import time
+from collections.abc import Sequence
+
+import torch
+
+from mage_ext import sampling
+from mage_ext.cache import OutOfPages, PagedCache, RaggedBatch
+from mage_ext.denoise_config import DenoiseConfig
+from mage_ext.paged_forward import PagedForward, Write
+from mage_ext.results import Progress, RequestStats
+
+
+class DenoiseState:
+    """Requests between two blocks: what is committed, what comes next. `prefill` makes it, `generate` uses it up,
+    `fork` copies it.
+
+    Fields (one entry per request):
+        batch: block tables; all tokens below prefix_lens are committed there.
+        prompts: ids. seeds: of the random draws.
+        prefix_lens: committed tokens, a multiple of the block.
+        pending: tokens known at the start of the next block: the prompt's tail, or the one that the last logits
+            predict.
+        outputs: new tokens so far. finish: None while running, else as in Result. errors: why it was refused.
+        stats: costs so far. prefill_seconds: of the whole batch.
+    """
+
+    def __init__(self, model: torch.nn.Module, prompts: list[list[int]], seeds: list[int], cache: PagedCache):
+        self.model = model
+        self.batch = RaggedBatch(cache, len(prompts))
+        self.prompts = prompts
+        self.seeds = seeds
+        block_size = model.config.block_size
+        self.prefix_lens = [len(prompt) // block_size * block_size for prompt in prompts]
+        self.pending = [prompt[length:] for prompt, length in zip(prompts, self.prefix_lens, strict=True)]
+        self.outputs: list[list[int]] = [[] for _ in prompts]
+        self.finish: list[str | None] = [None] * len(prompts)
+        self.errors: list[str | None] = [None] * len(prompts)
+        self.stats = [RequestStats(prompt_tokens=len(prompt)) for prompt in prompts]
+        self.prefill_seconds = 0.0
+        self.used = False
+
+    @property
+    def running(self) -> list[int]:
+        """Requests that have not ended."""
+        return [request for request, finish in enumerate(self.finish) if finish is None]
+
+    def fork(self) -> "DenoiseState":
+        """A state that continues from the same tokens on its own. Full pages are shared, partly filled ones copied.
+
+        Raises:
+            OutOfPages: the cache has no page for a copy. ValueError: the state was used up by generate.
+        """
+        self.check_unused()
+        twin = object.__new__(DenoiseState)
+        twin.__dict__.update(self.__dict__)
+        twin.batch = self.batch.fork(
+            [0 if finish else n for n, finish in zip(self.prefix_lens, self.finish, strict=True)]
+        )
+        for name in ("seeds", "prefix_lens", "finish", "errors"):
+            setattr(twin, name, list(getattr(self, name)))
+        twin.pending = [list(tokens) for tokens in self.pending]
+        twin.outputs = [list(tokens) for tokens in self.outputs]
+        twin.stats = [
+            dataclasses.replace(stats, forwards=dict(stats.forwards), kept_mass=list(stats.kept_mass))
+            for stats in self.stats
+        ]
+        return twin
+
+    def release(self) -> None:
+        """Returns all pages to the cache; the state can't be used afterwards."""
+        self.batch.release_all()
+        self.used = True
+
+    def check_unused(self) -> None:
+        if self.used:
+            raise ValueError("DenoiseState: state must not have been used up or released; fork() it before generate()")
+
+    def reserve(self, max_new_tokens: int) -> None:
+        """Takes the pages that every running request needs to its last block; a request that finds none is refused, it
+        alone."""
+        for request in self.running:
+            total = _blocks_of(len(self.prompts[request]) + max_new_tokens, self.model.config.block_size)
+            try:
+                self.batch.reserve(request, total)
+            except OutOfPages as error:
+                self.finish[request], self.errors[request] = "refused", str(error)
+                self.batch.release(request)
+
+
+def _blocks_of(num_tokens: int, block_size: int) -> int:
+    return -(-num_tokens // block_size) * block_size
+
+
+def check_prompts(model: torch.nn.Module, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
+    """The prompts as lists, after a check of ids and lengths against the model."""
+    config = model.config
+    if isinstance(prompts, (str, bytes)) or not all(isinstance(prompt, (list, tuple)) for prompt in prompts):
+        raise TypeError(f"generate: prompts must be a list of lists of token ids, got {type(prompts).__name__}")
+    if not prompts:
+        raise ValueError("generate: prompts must hold at least one prompt, got none")
+    for i, prompt in enumerate(prompts):
+        for token in prompt:
+            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < config.vocab_size:
+                raise ValueError(
+                    f"generate: prompts[{i}] must hold ids in [0, vocab_size = {config.vocab_size}), got {token!r}"
+                )
+        if not prompt and config.token_shift:
+            raise ValueError(f"generate: prompts[{i}] must have at least one token under token shift, got none")
+        total = _blocks_of(len(prompt) + max_new_tokens, config.block_size)
+        if total > config.max_positions:
+            raise ValueError(
+                f"generate: prompts[{i}] and max_new_tokens must fit the model's {config.max_positions} positions, got "
+                f"{len(prompt)} + {max_new_tokens} = {total} in whole blocks of {config.block_size}"
+            )
+    return [list(prompt) for prompt in prompts]
+
+
+def check_seeds(seeds: Sequence[int] | None, count: int) -> list[int]:
+    """The seeds of `count` requests; the requests' numbers for None."""
+    if seeds is None:
+        return list(range(count))
+    if len(seeds) != count or not all(isinstance(s, int) and not isinstance(s, bool) for s in seeds):
+        raise ValueError(f"generate: seeds must be {count} integers, one per prompt, got {list(seeds)!r}")
+    if not all(-(1 << 63) <= seed < 1 << 63 for seed in seeds):
+        raise ValueError(f"generate: seeds must fit 64 bits, got {list(seeds)!r}")
+    return list(seeds)
+
+
+def prefill(
+    model: torch.nn.Module,
+    prompts: Sequence[Sequence[int]],
+    config: DenoiseConfig | None = None,
+    *,
+    seeds: Sequence[int] | None = None,
+    cache: PagedCache | None = None,
+    progress: bool = False,
+) -> DenoiseState:
+    """Commits the whole blocks of every prompt, in chunks with a block-causal staircase instead of a mask.
+
+    Args:
+        model: a Transformer. prompts: B lists of token ids, of any lengths; the mask id is a token like any other.
+        config: max_new_tokens (for the pages) and prefill_chunk are used; None: the defaults.
+        seeds: B integers; None: the request's index. They matter at temperature > 0.
+        cache: pages to use; a request that does not fit is refused, the others go on. None: a cache of the size that is
+            needed, which grows when forks need more.
+        progress: one line on stderr, on a terminal only.
+    Returns:
+        The state before the first block. It can be forked, so that several configurations share this prefill.
+    Raises:
+        ValueError, TypeError: naming the prompt and what is wrong with it.
+    """
+    config = config or DenoiseConfig()
+    prompts = check_prompts(model, prompts, config.max_new_tokens)
+    seeds = check_seeds(seeds, len(prompts))
+    block_size = model.config.block_size
+    if cache is None:
+        page_size = 64
+        needed = [_blocks_of(len(prompt) + config.max_new_tokens, block_size) for prompt in prompts]
+        num_pages = sum(-(-tokens // page_size) for tokens in needed)
+        cache = PagedCache.for_model(model, num_pages=num_pages, page_size=page_size, growable=True)
+    _check_cache(model, cache)
+    state = DenoiseState(model, prompts, seeds, cache)
+    state.reserve(config.max_new_tokens)
+    chunk = max(config.prefill_chunk // block_size, 1) * block_size
+    longest = max((state.prefix_lens[request] for request in state.running), default=0)
+    line, begun = Progress(progress), time.perf_counter()
+    with torch.no_grad():
+        for begin in range(0, longest, chunk):
+            line.show(f"prefill {begin}/{longest}")
+            _prefill_chunk(state, begin, chunk)
+    line.clear()
+    state.prefill_seconds = time.perf_counter() - begun
+    return state
+
+
+def _check_cache(model: torch.nn.Module, cache: PagedCache) -> None:
+    config, weight = model.config, model.embed_tokens.weight
+    for name, expected in (
+        ("num_layers", config.num_layers),
+        ("num_kv_heads", config.num_kv_heads),
+        ("head_dim", config.head_dim),
+        ("dtype", weight.dtype),
+        ("device", weight.device),
+    ):
+        if getattr(cache, name) != expected:
+            raise ValueError(f"prefill: cache.{name} must be the model's {expected}, got {getattr(cache, name)}")
+
+
+def _prefill_chunk(state: DenoiseState, begin: int, chunk: int) -> None:
+    """Commits prompt tokens [begin, begin + chunk) of every running request that has them; rows past a request's end
+    are padding."""
+    model, config = state.model, state.model.config
+    device = state.batch.cache.device
+    requests = [request for request in state.running if state.prefix_lens[request] > begin]
+    ends = [min(begin + chunk, state.prefix_lens[request]) for request in requests]
+    width = max(ends) - begin
+    rows = [state.prompts[r][begin:end] + [0] * (begin + width - end) for r, end in zip(requests, ends, strict=True)]
+    tokens = torch.tensor(rows, device=device)  # [A, width]
+    positions = torch.arange(begin, begin + width, device=device).expand(len(requests), -1)
+    seq_lens = torch.tensor(ends, dtype=torch.int32, device=device)
+    forward = PagedForward(
+        state.batch.cache,
+        state.batch.block_table[requests],
+        begin + width,
+        [Write(torch.full_like(seq_lens, begin))],
+        seq_lens,
+        kv_lens=((positions // config.block_size + 1) * config.block_size).to(torch.int32).contiguous(),
+    )
+    hidden = model.hidden(tokens, positions, forward)
+    for request in requests:
+        state.stats[request].prefill_forwards += 1
+    # Under token shift the last logits of a prompt of whole blocks predict the first token of the first block.
+    last = [
+        (row, request)
+        for row, (request, end) in enumerate(zip(requests, ends, strict=True))
+        if config.token_shift and end == len(state.prompts[request])
+    ]
+    if last:
+        index = torch.tensor([row for row, _ in last], device=device)
+        logits = model.logits(hidden[index, (seq_lens[index] - begin - 1).long()])
+        tokens = sampling.draw_tokens(logits, mask_id=config.mask_id).token.tolist()
+        for (_, request), predicted in zip(last, tokens, strict=True):
+            state.pending[request] = [predicted]
