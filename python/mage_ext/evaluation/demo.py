@@ -44,20 +44,21 @@ def run_demo(
     case, ids = CaseMaker(loaded, texts).case(seed, num_tokens, asked=4)
     words = case.context.split()
     say(f"A text of {len(ids)} tokens hides four facts:")
-    for fact, depth in zip(case.facts, case.depths):
+    for fact, depth in zip(case.facts, case.depths, strict=True):
         say(f"  at {100 * depth:3.0f} %  {fact.statement}")
     say(f"It begins: {' '.join(words[:18])} ...")
     say(case.question)
     say("")
     methods = demo_methods()
     state = prefill(loaded.model, [ids], methods[0].config, progress=True)
+    block = loaded.config.block_size
     say(
-        f"Prefill, shared by all: {state.prefill_seconds:.1f} s. The answer is one block of {loaded.config.block_size} tokens,"
+        f"Prefill, shared by all: {state.prefill_seconds:.1f} s. The answer is one block of {block} tokens, 4 per forward;"
     )
     say(
-        "4 tokens per forward; MAGE reads everything in the first forward and K tokens per layer and KV head in the others"
+        "MAGE reads everything in the first forward and K tokens per layer and KV head in the others (the first 2 layers"
     )
-    say("(the first 2 layers stay exact). Same size, other choice: recency and random.")
+    say("stay exact). Same size, other choice: recency and random.")
     say("")
     say(f"{'method':<10}{'K':>5}  {'facts':<6}{'answer':<38}{'forwards':>8}  {'KV read':>7}  {'seconds':>7}")
     found = {}
@@ -67,7 +68,7 @@ def run_demo(
         seconds = time.perf_counter() - begun
         right = case.found(result.text)
         lines = (result.text.strip().split("\n") + [""] * 4)[:4]
-        shown = " ".join(line if ok else f"({line})" for line, ok in zip(lines, right))
+        shown = " ".join(line if ok else f"({line})" for line, ok in zip(lines, right, strict=True))
         say(
             f"{method.name:<10}{method.K or 'all':>5}  {sum(right)}/{len(right):<4}{shown[:37]:<38}"
             f"{result.stats.num_forwards:>8}  {100 * result.stats.kv_share:>6.1f}%  {seconds:>7.2f}"
@@ -76,7 +77,9 @@ def run_demo(
     state.release()
     say("")
     say(
-        "Wrong or missing values stand in brackets. KV read is the share of the K/V bytes that exact attention reads in all"
+        "Wrong or missing values stand in brackets. KV read is the share of the K/V bytes that exact attention reads in"
     )
-    say("forwards of the answer, the exact first forward included. Seconds are this CPU's and mostly not attention.")
+    say(
+        "all forwards of the answer, the exact first forward included. Seconds are this CPU's and mostly not attention."
+    )
     return found

@@ -1,7 +1,7 @@
-"""Which of the hidden facts each method finds: exact attention, MAGE, and selections of the same size as a floor, on one code path.
+"""Which hidden facts each method finds: exact attention, MAGE, and selections of the same size as a floor, on one path.
 
-All methods of a case continue from one shared prefill. A case counts as found when every asked value stands on its line of the answer.
-Rates come with Wilson 95 % intervals.
+All methods of a case continue from one shared prefill. A case counts as found when every asked value stands on its line
+of the answer. Rates come with Wilson 95 % intervals.
 
 Test: pytest tests/python/test_needles.py
 """
@@ -33,7 +33,7 @@ _MAX_NEW_TOKENS = 48  # four values of 7 digits, separators and the end token ne
 
 @dataclass(frozen=True)
 class Method:
-    """A named way to generate. K, g and dense_layers repeat what the configuration says, for tables; 0 and -1 for exact."""
+    """A named way to generate. K, g and dense_layers repeat the configuration, for tables; 0 and -1 for exact."""
 
     name: str
     config: DenoiseConfig
@@ -57,7 +57,7 @@ def sparse_method(
     Args:
         name: "mage" (largest mean mass), "recency" (sinks and the most recent) or "random".
         sampler: of the answer. K: budget in tokens per layer and KV head; all that is selected is charged to it.
-        g: tokens per unit. With g = 1 the first 4 tokens and the last 16 are always kept, with larger units nothing is forced.
+        g: tokens per unit. With g = 1 the first 4 tokens and the last 16 are always kept, else nothing is forced.
         dense_layers: the first so many layers stay exact in every forward. rule: budget rule. seed: of "random".
     Raises:
         ValueError: an unknown name.
@@ -106,7 +106,11 @@ class Score:
         """The row of an evaluation file."""
         low, high = wilson(self.whole, self.cases)
         sampler = self.method.config.sampler
-        both = sum(all(a) and all(b) for a, b in zip(self.found, exact.found)) if exact is not None else self.whole
+        both = (
+            sum(all(a) and all(b) for a, b in zip(self.found, exact.found, strict=True))
+            if exact is not None
+            else self.whole
+        )
         kv = [r.stats.kv_share for r in self.results]
         forwards = [r.stats.num_forwards for r in self.results]
         kept = [m for r in self.results for m in r.stats.kept_mass]
@@ -130,6 +134,15 @@ class Score:
             "kept_mass": sum(kept) / len(kept) if kept else 1.0,
             **more,
         }
+
+
+def row_line(row: dict[str, Any]) -> str:
+    """A row of an evaluation file as a line of text."""
+    setting = f"K={row['K']} g={row['g']} dense={row['dense_layers']}" if row["K"] else ""
+    return (
+        f"{row['task']:<9} {row['tokens']} tokens, {row['distractors']} distractors  {row['method']:<7} {setting:<19} "
+        f"{row['sampler']:<22} {100 * row['score']:5.1f} % [{100 * row['ci_low']:.1f}, {100 * row['ci_high']:.1f}]"
+    )
 
 
 def wilson(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
@@ -159,7 +172,7 @@ class CaseMaker:
         return len(self.tokenizer.encode(text, add_special_tokens=False))
 
     def case(self, seed: int, num_tokens: int, asked: int = 1, distractors: int = 0) -> tuple[tasks.Case, list[int]]:
-        """The case of a seed and its prompt's ids. Answers of several lines start a block, so that one block holds them."""
+        """The case of a seed and its prompt's ids. An answer of several lines starts a block and fits in it."""
         rng = random.Random(f"{seed}/{num_tokens}/{asked}/{distractors}")
         case = tasks.make_case(
             rng,
@@ -265,20 +278,26 @@ def write_rows(
     path.write_text(json.dumps(whole, indent=1) + "\n")
 
 
-def suite(runner: Runner, n: int) -> Iterator[dict[str, Any]]:
-    """The gates of the shipped model, and MAGE against exact attention at 2048 tokens with K = 128: rows as they come."""
+def suite(runner: Runner, n: int, tasks_wanted: Sequence[str] = ("four_keys", "needle")) -> Iterator[dict[str, Any]]:
+    """The gates of the shipped model, and MAGE against exact attention at 2048 tokens with K = 128: rows one by one.
+
+    Args:
+        runner: of the model. n: cases per task. tasks_wanted: "needle" (one fact), "four_keys" (four facts in one block).
+    """
     quick = SamplerConfig()
     static = SamplerConfig(name="low_confidence_static", tokens_per_step=4)
-    sparse = {
-        "needle": [("mage", 1), ("mage", 32), ("recency", 1), ("random", 1)],
-        "four_keys": [("mage", 1), ("mage", 32)],
-    }
-    for tokens, distractors in ((1024, 0), (1024, 4)):
-        (score,) = runner.compare([exact_method(quick)], n, tokens, 4, distractors)
-        yield score.row("four_keys", None, tokens=tokens, distractors=distractors)
-    for task, asked in (("needle", 1), ("four_keys", 4)):
+    if "four_keys" in tasks_wanted:
+        for distractors in (0, 4):
+            (score,) = runner.compare([exact_method(quick)], n, 1024, 4, distractors)
+            yield score.row("four_keys", None, tokens=1024, distractors=distractors)
+    for task, asked, sparse in (
+        ("four_keys", 4, [("mage", 1), ("mage", 32)]),
+        ("needle", 1, [("mage", 1), ("mage", 32), ("recency", 1), ("random", 1)]),
+    ):
+        if task not in tasks_wanted:
+            continue
         methods = [exact_method(quick), exact_method(static)]
-        methods += [sparse_method(name, static, 128, g, dense) for dense in (0, 2) for name, g in sparse[task]]
+        methods += [sparse_method(name, static, 128, g, dense) for dense in (0, 2) for name, g in sparse]
         scores = runner.compare(methods, n, 2048, asked, 0)
         yield scores[0].row(task, None, tokens=2048, distractors=0)
         for score in scores[1:]:
