@@ -50,6 +50,8 @@ def _config(args: argparse.Namespace) -> "DenoiseConfig":
         top_k=args.top_k,
         top_p=args.top_p,
     )
+    if args.dense_layers < 0:
+        raise ValueError(f"generate: dense_layers must be at least 0, got {args.dense_layers}")
     selection = SelectionConfig(rule=args.rule, k=args.k, g=args.g, sinks=args.sinks, recents=args.recents)
     return DenoiseConfig(
         mode=args.mode,
@@ -106,6 +108,9 @@ def _eval(args: argparse.Namespace) -> int:
     from mage_ext.info import commit
     from mage_ext.models import builtin
 
+    for name in ("n", "jobs", "batch"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"eval: {name} must be at least 1, got {getattr(args, name)}")
     texts = tasks.read_texts(args.text) if args.text else None
     if texts is not None and len(texts) > 9:
         texts = tasks.held_out_texts(texts)[1]  # of a collection, those that training left out

@@ -52,13 +52,9 @@ def run_demo(
     methods = demo_methods()
     state = prefill(loaded.model, [ids], methods[0].config, progress=True)
     block = loaded.config.block_size
-    say(
-        f"Prefill, shared by all: {state.prefill_seconds:.1f} s. The answer is one block of {block} tokens, 4 per forward;"
-    )
-    say(
-        "MAGE reads everything in the first forward and K tokens per layer and KV head in the others (the first 2 layers"
-    )
-    say("stay exact). Same size, other choice: recency and random.")
+    say(f"Prefill, shared by all: {state.prefill_seconds:.1f} s. The answer is one block of {block} tokens.")
+    say("Each forward decides 4 of them. MAGE reads everything in the first forward and K tokens per layer and KV head")
+    say("in the others (the first 2 layers stay exact). Same size, other choice: recency and random.")
     say("")
     say(f"{'method':<10}{'K':>5}  {'facts':<6}{'answer':<38}{'forwards':>8}  {'KV read':>7}  {'seconds':>7}")
     found = {}

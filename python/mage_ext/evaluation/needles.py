@@ -282,7 +282,7 @@ def suite(runner: Runner, n: int, tasks_wanted: Sequence[str] = ("four_keys", "n
     """The gates of the shipped model, and MAGE against exact attention at 2048 tokens with K = 128: rows one by one.
 
     Args:
-        runner: of the model. n: cases per task. tasks_wanted: "needle" (one fact), "four_keys" (four facts in one block).
+        runner: of the model. n: cases per task. tasks_wanted: "needle" (one fact), "four_keys" (four in one block).
     """
     quick = SamplerConfig()
     static = SamplerConfig(name="low_confidence_static", tokens_per_step=4)

@@ -1,0 +1,79 @@
+"""The mage command as a user types it. Run: pytest tests/python/test_cli.py"""
+
+import io
+import re
+
+import pytest
+
+from mage_ext import cli, terminal
+from mage_ext.denoise import DenoiseConfig
+from mage_ext.models import builtin
+from mage_ext.sampling import SamplerConfig
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "--prompt", "x", "--sampler", "best"], "name must be one of sequential"),
+        (["generate", "--prompt", "x", "--threshold", "nan"], "threshold must be"),
+        (["generate", "--prompt", "x", "-k", "100", "-g", "32"], "k must be a multiple of g = 32, got 100"),
+        (["generate", "--prompt", "x", "-g", "7"], "g must be one of 1, 16, 32, 64, got 7"),
+        (["generate", "--prompt", "x", "--rule", "all"], "rule must be one of fixed"),
+        (["generate", "--prompt", "x", "--max-new-tokens", "0"], "max_new_tokens must be an integer >= 1, got 0"),
+        (["generate", "--prompt", "x", "--model", "no/such/folder"], "no/such/folder"),
+        (["generate", "--prompt", "x", "--dense-layers", "-1"], "dense_layers must be at least 0, got -1"),
+        (["demo", "--text", "no-such-file"], "no-such-file"),
+        (["demo", "--tokens", "10"], "num_tokens must"),
+        (["eval", "needles", "--n", "0"], "n must be at least 1, got 0"),
+        (["eval", "needles", "--jobs", "0"], "jobs must be at least 1, got 0"),
+        (["chat"], "needs a terminal"),
+        (["train", "adapter", "--text", "no-such-file", "--out", "x", "--minutes", "1", "--device", "cpu"], "no-such"),
+    ],
+)
+def test_mistakes_are_one_line_and_status_2(arguments, message, capsys):
+    if arguments[0] == "demo" and "--tokens" in arguments:
+        _needs_base()
+    assert cli.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("mage: error: ") and error.count("\n") == 1 and message in error
+
+
+def test_info_names_package_torch_and_libraries(capsys):
+    assert cli.main(["info"]) == 0
+    out = capsys.readouterr().out
+    assert "mage_ext: " in out and "torch: " in out and "library " in out
+
+
+def _needs_base():
+    try:
+        builtin.base_path()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+
+
+def test_generate_writes_the_answer_and_its_cost(capsys):
+    _needs_base()
+    prompt = "The secret code of the timid oyster is 4821973.\n\nQuestion: What is the secret code of the timid oyster?"
+    assert cli.main(["generate", "--prompt", prompt + " Answer with the number only.", "--max-new-tokens", "20"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.strip() == "4821973"
+    assert re.search(r"8 tokens in \d+ forwards", printed.err)
+
+
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_on_a_terminal_the_block_is_seen_to_unmask():
+    _needs_base()
+    loaded = builtin.load_builtin()
+    prompt = loaded.tokenizer.chat([{"role": "user", "content": "Remember that the password of the icy fox is 1234567. "
+        "Question: What is the password of the icy fox? Answer with the number only."}])  # fmt: skip
+    out = _Terminal()
+    sampler = SamplerConfig(name="sequential")
+    result = terminal.write(loaded, prompt, DenoiseConfig(max_new_tokens=16, sampler=sampler), 0, out)
+    frames = [frame for frame in out.getvalue().split("\r") if "exact" in frame]
+    shaded = [frame.count(terminal._OPEN) for frame in frames]
+    assert len(frames) >= 7 and shaded == sorted(shaded, reverse=True) and shaded[0] > shaded[-1]
+    assert result.text and result.text in out.getvalue()
