@@ -146,7 +146,6 @@ class Trainer:
                 f"got token_shift {model.config.token_shift}, eos_ids {model.config.eos_ids}"
             )
         self.config, self.out, self.base = config, Path(out), base
-        self.out.mkdir(parents=True, exist_ok=True)
         self.device = torch.device(device)
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         torch.manual_seed(config.seed)
@@ -168,6 +167,7 @@ class Trainer:
         if self.device.type == "cuda":
             self.layers = [torch.compile(layer, dynamic=False) for layer in self.model.layers]
         self.tokens_seen, self.step = 0, 0
+        self.out.mkdir(parents=True, exist_ok=True)
 
     def log(self, **fields) -> None:
         """Appends a line of JSON to log.jsonl and prints it."""
