@@ -13,7 +13,7 @@ inline bool debug_enabled() {
 #if defined(MAGE_BACKEND_CUDA)
     static const std::atomic<bool>* flag = [] {
         StableIValue stack[1] = {0};
-        STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("mage::debug_flag", "", stack, TORCH_ABI_VERSION));
+        TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("mage::debug_flag", "", stack, TORCH_ABI_VERSION));
         return reinterpret_cast<const std::atomic<bool>*>(torch::stable::detail::to<int64_t>(stack[0]));
     }();
     return flag->load(std::memory_order_relaxed);

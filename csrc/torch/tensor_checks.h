@@ -212,7 +212,7 @@ inline void check_workspace(const char* op, const Tensor& workspace, const Tenso
 #if defined(MAGE_BACKEND_CUDA)
 inline CudaStream current_stream(const Tensor& t) {
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
     return static_cast<CudaStream>(stream);
 }
 #endif
