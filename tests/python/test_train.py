@@ -21,7 +21,7 @@ from mage_ext.testing.tiny import tiny_config, tiny_model
 from mage_ext.train import adapt
 from mage_ext.train.data import Corpus, RowMaker, loader
 from mage_ext.train.packing import ANSWER, CLEAN, PROSE, Layout, dense_mask
-from mage_ext.train.trainer import Stage, TrainConfig, Trainer
+from mage_ext.train.trainer import Attention, Stage, TrainConfig, Trainer
 from test_gguf import ARRAY as ARRAY_TYPE
 from test_gguf import FLOAT32, INT32, STRING, UINT32, entry, gguf_bytes, tensor
 
@@ -228,6 +228,20 @@ def test_losses_are_the_cross_entropy_of_each_kind(model, tokenizer, tmp_path):
     np.testing.assert_allclose([float(mean) for mean in means], expected, rtol=1e-4)
     weights = (0.5, 1.0, 0.2)
     np.testing.assert_allclose(float(loss), np.dot(weights, expected), rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_is_the_dense_mask(model, tokenizer, tmp_path):
+    """What a GPU trains with, run here without its compiler."""
+    batch = RowMaker(tokenizer, None, SMALL, 2, MASK, END).batch(0)
+    dense, flex = (Attention(BLOCK, torch.device("cpu"), flex) for flex in (False, True))
+    q, k = torch.randn(2, SMALL.tokens, 4, 16), torch.randn(2, 2, SMALL.tokens, 2, 16)
+    for attention in (dense, flex):
+        attention.set(batch)
+    assert isinstance(flex.mask, torch.nn.attention.flex_attention.BlockMask)
+    expected = dense(0, q, k[0], k[1])
+    torch.testing.assert_close(flex(0, q, k[0], k[1]), expected, rtol=0, atol=1e-5)
+    assert expected.std() > 0.05
 
 
 def test_loss_goes_down_and_only_the_adapter_moves(model, tokenizer, tmp_path):

@@ -92,14 +92,18 @@ class TrainConfig:
 
 
 class Attention:
-    """The `attend` of training: holds the mask of the current batch; flex on a GPU, dense on a CPU."""
+    """The `attend` of training: holds the mask of the current batch.
 
-    def __init__(self, block: int, device: torch.device):
-        self.block, self.device = block, device
+    Args:
+        block: tokens of a block. device: of the batches. flex: FlexAttention in place of a dense mask.
+    """
+
+    def __init__(self, block: int, device: torch.device, flex: bool):
+        self.block, self.device, self.flex = block, device, flex
         self.mask: BlockMask | Tensor | None = None
 
     def set(self, batch: Batch) -> None:
-        if self.device.type == "cpu":
+        if not self.flex:
             self.mask = dense_mask(batch, self.block)
             return
         branch, noisy, block = (t.to(torch.int32) for t in (batch.branch, batch.noisy, batch.positions // self.block))
@@ -162,7 +166,7 @@ class Trainer:
             weight_decay=config.weight_decay,
             fused=self.device.type == "cuda",
         )
-        self.attend = Attention(model.config.block_size, self.device)
+        self.attend = Attention(model.config.block_size, self.device, flex=self.device.type == "cuda")
         self.layers: list[Callable] = list(self.model.layers)
         if self.device.type == "cuda":
             self.layers = [torch.compile(layer, dynamic=False) for layer in self.model.layers]
