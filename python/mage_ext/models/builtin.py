@@ -88,8 +88,9 @@ def load_builtin(
         FileNotFoundError: the base package is not installed.
         ValueError: the adapter does not fit.
     """
+    tensors = load_adapter(adapter or WEIGHTS / f"{NAME}.safetensors", base=BASE_NAME)
     config, model, tokenizer = load_base()
-    apply_adapter(model, load_adapter(adapter or WEIGHTS / f"{NAME}.safetensors", base=BASE_NAME))
+    apply_adapter(model, tensors)
     return LoadedModel(config, model.to(device=device, dtype=dtype), tokenizer)
 
 
