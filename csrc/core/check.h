@@ -5,9 +5,9 @@
 #include "mage/error.h"
 
 // MAGE_CHECK(condition, "op: argument must be ", expected, ", got ", actual): throws mage::Error with all parts joined.
-#define MAGE_CHECK(condition, ...)                                       \
-    do {                                                                 \
-        if (!(condition)) ::mage::core::throw_error(__VA_ARGS__);        \
+#define MAGE_CHECK(condition, ...)                                \
+    do {                                                          \
+        if (!(condition)) ::mage::core::throw_error(__VA_ARGS__); \
     } while (0)
 
 namespace mage::core {

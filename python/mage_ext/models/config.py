@@ -41,7 +41,8 @@ class ModelConfig:
 
     def __post_init__(self):
         for name in (
-            "vocab_size hidden_size num_layers num_heads num_kv_heads head_dim intermediate_size max_positions block_size"
+            "vocab_size hidden_size num_layers num_heads num_kv_heads head_dim intermediate_size "
+            "max_positions block_size"
         ).split():
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:

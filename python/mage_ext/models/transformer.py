@@ -1,8 +1,8 @@
 """The one decoder of all families. It knows weights, norms, rotary and the MLP; it does not know how attention is done.
 
-Attention is a function given to every call: attend(layer, q, k, v) -> out. The denoising loop passes one that writes K/V to the
-paged cache and calls mage ops; the plain loop, the trainer and the tests pass theirs. Names of parameters are those of Hugging Face
-Qwen2 / Qwen3 / Llama checkpoints without the prefix "model.".
+Attention is a function given to every call: attend(layer, q, k, v) -> out. The denoising loop passes one that writes K/V
+to the paged cache and calls mage ops; the plain loop, the trainer and the tests pass theirs. Names of parameters are
+those of Hugging Face Qwen2 / Qwen3 / Llama checkpoints without the prefix "model.".
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dim, in float32, rounded once before the weight (as in transformers)."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last dim, in float32, rounded once before the weight."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
