@@ -30,6 +30,15 @@ def _needs_the_base():
         pytest.skip(str(error))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Threads that wait for each other on a busy machine cost more here than they bring."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def base():
     return builtin.load_base()
