@@ -27,6 +27,8 @@ def _demo(args: argparse.Namespace) -> int:
     from mage_ext.models.builtin import load_builtin
 
     begun = time.perf_counter()
+    if not 512 <= args.tokens <= 8000:
+        raise ValueError(f"demo: tokens must be in [512, 8000] (the model has 8192 positions), got {args.tokens}")
     texts = read_texts(args.text) if args.text else None
     loaded = load_builtin(adapter=args.adapter)
     if torch.cuda.is_available():
@@ -50,6 +52,8 @@ def _config(args: argparse.Namespace) -> "DenoiseConfig":
         top_k=args.top_k,
         top_p=args.top_p,
     )
+    if not 1 <= args.tokens_per_step <= 4096:
+        raise ValueError(f"generate: tokens_per_step must be in [1, 4096], got {args.tokens_per_step}")
     if args.dense_layers < 0:
         raise ValueError(f"generate: dense_layers must be at least 0, got {args.dense_layers}")
     selection = SelectionConfig(rule=args.rule, k=args.k, g=args.g, sinks=args.sinks, recents=args.recents)
@@ -111,6 +115,8 @@ def _eval(args: argparse.Namespace) -> int:
     for name in ("n", "jobs", "batch"):
         if getattr(args, name) < 1:
             raise ValueError(f"eval: {name} must be at least 1, got {getattr(args, name)}")
+    if args.out and not os.path.isdir(os.path.dirname(args.out) or "."):
+        raise ValueError(f"eval: out must be in a folder that exists, got {args.out!r}")
     texts = tasks.read_texts(args.text) if args.text else None
     if texts is not None and len(texts) > 9:
         texts = tasks.held_out_texts(texts)[1]  # of a collection, those that training left out
@@ -151,7 +157,7 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--temperature", type=float, default=0.0)
     add("--top-k", type=int, default=0)
     add("--top-p", type=float, default=1.0)
-    add("--rule", default="fixed", help="fixed, layer or joint")
+    add("--rule", default="fixed", help="fixed, layer or joint; mass keeps 95 %% of the mass whatever k is")
     add(
         "-k",
         "--k",
@@ -236,7 +242,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of a pipe has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, OverflowError) as error:
         if os.environ.get("MAGE_TRACEBACK"):
             raise
         print(f"mage: error: {error}", file=sys.stderr)

@@ -23,7 +23,10 @@ from mage_ext.sampling import SamplerConfig
         (["generate", "--prompt", "x", "--model", "no/such/folder"], "no/such/folder"),
         (["generate", "--prompt", "x", "--dense-layers", "-1"], "dense_layers must be at least 0, got -1"),
         (["demo", "--text", "no-such-file"], "no-such-file"),
-        (["demo", "--tokens", "10"], "num_tokens must"),
+        (["demo", "--tokens", "10"], "tokens must be in [512, 8000]"),
+        (["demo", "--tokens", "999999"], "tokens must be in [512, 8000]"),
+        (["eval", "needles", "--out", "no/such/folder/x.json"], "out must be in a folder that exists"),
+        (["generate", "--prompt", "x", "--tokens-per-step", "9" * 24], "tokens_per_step must be in [1, 4096]"),
         (["eval", "needles", "--n", "0"], "n must be at least 1, got 0"),
         (["eval", "needles", "--jobs", "0"], "jobs must be at least 1, got 0"),
         (["chat"], "needs a terminal"),
@@ -31,8 +34,6 @@ from mage_ext.sampling import SamplerConfig
     ],
 )
 def test_mistakes_are_one_line_and_status_2(arguments, message, capsys):
-    if arguments[0] == "demo" and "--tokens" in arguments:
-        _needs_base()
     assert cli.main(arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("mage: error: ") and error.count("\n") == 1 and message in error

@@ -1,8 +1,8 @@
 """The one decoder of all families. It knows weights, norms, rotary and the MLP; it does not know how attention is done.
 
 Attention is a function given to every call: attend(layer, q, k, v) -> out. The denoising loop passes one that writes
-K/V to the paged cache and calls mage ops; the plain loop, the trainer and the tests pass theirs. Names of parameters are
-those of Hugging Face Qwen2 / Qwen3 / Llama checkpoints without the prefix "model.".
+K/V to the paged cache and calls mage ops; the plain loop, the trainer and the tests pass theirs. Names of parameters
+are those of Hugging Face Qwen2 / Qwen3 / Llama checkpoints without the prefix "model.".
 """
 
 from collections.abc import Callable
