@@ -24,6 +24,11 @@ def _check_positive(name: str, value: object) -> None:
         raise ValueError(f"PagedCache: {name} must be an integer >= 1, got {value!r}")
 
 
+def _check_count(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"{name} must be an integer >= 0, got {value!r}")
+
+
 class PagedCache:
     """K and V pools of all layers and the allocator of their pages.
 
@@ -128,8 +133,9 @@ class PagedCache:
         """`count` pages with one user each, lowest free numbers of a fresh cache first.
 
         Raises:
-            OutOfPages: fewer are free and the cache is not growable; none is taken.
+            OutOfPages: fewer are free and the cache is not growable; none is taken. ValueError: count is negative.
         """
+        _check_count("PagedCache: count", count)
         if count > self.num_free:
             if not self.growable:
                 raise OutOfPages(f"PagedCache: num_pages must leave {count} pages free, got {self.num_free}")
@@ -141,6 +147,7 @@ class PagedCache:
 
     def retain(self, pages: Sequence[int]) -> None:
         """One more user for each of `pages`, all of them in use."""
+        self._check_pages(pages)
         for page in pages:
             if not self._users[page]:
                 raise ValueError(f"PagedCache: pages must be in use, got free page {page}")
@@ -148,6 +155,7 @@ class PagedCache:
 
     def release(self, pages: Sequence[int]) -> None:
         """One user less for each of `pages`; pages without users are free again."""
+        self._check_pages(pages)
         for page in reversed(pages):
             if not self._users[page]:
                 raise ValueError(f"PagedCache: pages must be in use, got free page {page}")
@@ -160,6 +168,11 @@ class PagedCache:
         if sources:
             source = torch.tensor(sources, device=self.device)
             self._pools[:, :, torch.tensor(targets, device=self.device)] = self._pools[:, :, source]
+
+    def _check_pages(self, pages: Sequence[int]) -> None:
+        for page in pages:
+            if not isinstance(page, int) or isinstance(page, bool) or not 0 <= page < self.num_pages:
+                raise ValueError(f"PagedCache: pages must be integers in [0, {self.num_pages}), got {page!r}")
 
     def _grow(self, count: int) -> None:
         old, num_pages = self._pools, self.num_pages
@@ -186,6 +199,7 @@ class RaggedBatch:
 
     def pages(self, request: int) -> list[int]:
         """Page numbers of a request, in the order of its tokens."""
+        self._check_request(request)
         return list(self._pages[request])
 
     def reserve(self, request: int, num_tokens: int) -> None:
@@ -194,6 +208,8 @@ class RaggedBatch:
         Raises:
             OutOfPages: naming the request; it and all others keep what they had.
         """
+        self._check_request(request)
+        _check_count("RaggedBatch: num_tokens", num_tokens)
         owned = self._pages[request]
         missing = self.cache.pages_for(num_tokens) - len(owned)
         if missing <= 0:
@@ -209,6 +225,7 @@ class RaggedBatch:
 
     def release(self, request: int) -> None:
         """Returns all pages of a request; its row becomes -1."""
+        self._check_request(request)
         self.cache.release(self._pages[request])
         self._pages[request] = []
         self.block_table[request] = -1
@@ -226,11 +243,14 @@ class RaggedBatch:
         Args:
             lengths: one per request, committed tokens; neither batch may write below them afterwards.
         Raises:
-            OutOfPages: for the copies; nothing is changed.
+            OutOfPages: for the copies; nothing is changed. ValueError: naming the length.
         """
         size = self.cache.page_size
+        if len(lengths) != len(self):
+            raise ValueError(f"RaggedBatch: lengths must have one entry per request, {len(self)}, got {len(lengths)}")
         for request, length in enumerate(lengths):
-            if not 0 <= length <= len(self._pages[request]) * size:
+            _check_count(f"RaggedBatch: lengths[{request}]", length)
+            if length > len(self._pages[request]) * size:
                 raise ValueError(
                     f"RaggedBatch: lengths[{request}] must be in [0, {len(self._pages[request]) * size}], got {length}"
                 )
@@ -247,6 +267,10 @@ class RaggedBatch:
         for request in range(len(twin)):
             twin._write_row(request)
         return twin
+
+    def _check_request(self, request: int) -> None:
+        if not isinstance(request, int) or isinstance(request, bool) or not 0 <= request < len(self):
+            raise ValueError(f"RaggedBatch: request must be an integer in [0, {len(self)}), got {request!r}")
 
     def _write_row(self, request: int) -> None:
         pages = self._pages[request]

@@ -68,17 +68,27 @@ class CarriedLists:
             requests: A batch indices. plan: their plans. prefix_lens: [A], int32.
             mass: [L, A, Hkv, n], float32. votes: for rule "layer", as `selection.select` takes them.
         Raises:
-            ValueError: select_override returned lists of another shape or granularity.
+            TypeError: select_override returned no BlockSelection.
+            ValueError: it returned lists of another shape, granularity or device, or (read on the CPU alone, where
+                nothing waits) lists or tails that don't hold.
         """
         config = self._config.selection
         chosen = torch.tensor([way == "select" for way in plan], device=mass.device)
         selection = self._select(mass, torch.where(chosen, prefix_lens, 0), config, votes=votes)
+        if not isinstance(selection, BlockSelection):
+            raise TypeError(f"generate: select_override must return a BlockSelection, got {type(selection).__name__}")
         shape = selection.indices.shape[:3]
         if shape != mass.shape[:3] or selection.g != config.g:
             raise ValueError(
                 f"generate: select_override must return lists [L, A, Hkv] = {list(mass.shape[:3])} with g = {config.g}"
                 f", got {list(shape)} with g = {selection.g}"
             )
+        if selection.indices.device != mass.device:
+            raise ValueError(
+                f"generate: select_override must return lists on {mass.device}, got {selection.indices.device}"
+            )
+        if self._config.select_override is not None and mass.device.type == "cpu":
+            _check_override(selection, requests, plan, prefix_lens.tolist())
         if "carry" in plan:
             carried = torch.tensor([way == "carry" for way in plan], device=mass.device)
             selection = _merge(selection, self.rows(requests), carried)
@@ -104,6 +114,21 @@ class CarriedLists:
         for request in requests:
             if request in self._ages:
                 self._ages[request] += 1
+
+
+def _check_override(selection: BlockSelection, requests: list[int], plan: list[str], prefix_lens: list[int]) -> None:
+    """Reads what select_override returned; rows that carry are replaced anyway, so their tails may be anything."""
+    try:
+        selection.validate()
+    except ValueError as error:
+        raise ValueError(f"generate: select_override must return lists that hold, got: {error}") from None
+    tails = selection.tail_start.tolist()
+    for request, way, prefix_len, tail in zip(requests, plan, prefix_lens, tails, strict=True):
+        expected = prefix_len // selection.g * selection.g if way == "select" else 0
+        if way != "carry" and tail != expected:
+            raise ValueError(
+                f"generate: select_override must return tail_start {expected} for request {request}, got {tail}"
+            )
 
 
 def _rows(selection: BlockSelection, rows: Tensor) -> BlockSelection:

@@ -15,6 +15,7 @@ Test: pytest tests/python/test_denoise.py
 
 import dataclasses
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -40,6 +41,8 @@ class BlockStream:
         self._blocks = blocks
         self._finish = finish
         self._results: list[Result] | None = None
+        # A generator that never started runs no `finally` when it is dropped, so its pages go back here.
+        weakref.finalize(self, state.batch.release_all).atexit = False
 
     def __iter__(self) -> "BlockStream":
         return self

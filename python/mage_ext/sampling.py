@@ -23,6 +23,9 @@ SAMPLERS = ("sequential", "low_confidence_static", "low_confidence_dynamic", "en
 # 2^40 resolves a uniform distribution over 262144 tokens with 22 bits each; a token below 2^-40 is never drawn.
 _FIXED_POINT = 2.0**40
 
+# Far beyond these a temperature rounds to 0 or infinity in float32, where the draw would silently be one fixed token.
+_MIN_TEMPERATURE, _MAX_TEMPERATURE = 1e-4, 1e4
+
 
 def _check_int(owner: str, name: str, value: object, minimum: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
@@ -39,7 +42,12 @@ def _check_real(owner: str, name: str, value: object, low: float, high: float, o
 
 
 def _check_draw(owner: str, temperature: float, top_k: int, top_p: float) -> None:
-    _check_real(owner, "temperature", temperature, 0.0, math.inf)
+    is_real = isinstance(temperature, (int, float)) and not isinstance(temperature, bool)
+    if not is_real or not (temperature == 0 or _MIN_TEMPERATURE <= temperature <= _MAX_TEMPERATURE):
+        raise ValueError(
+            f"{owner}: temperature must be a number, 0 or in [{_MIN_TEMPERATURE:g}, {_MAX_TEMPERATURE:g}], "
+            f"got {temperature!r}"
+        )
     _check_int(owner, "top_k", top_k, 0)
     _check_real(owner, "top_p", top_p, 0.0, 1.0, open_low=True)
 
@@ -56,7 +64,7 @@ class SamplerConfig:
             step.
         entropy_bound: gamma of entropy_bounded, nats, >= 0; 0 decides one position (more only where entropy is exactly
             0).
-        temperature: >= 0; 0 takes the most probable token.
+        temperature: 0, which takes the most probable token, or in [1e-4, 1e4].
         top_k: 0 is off.
         top_p: in (0, 1]; 1 is off.
 

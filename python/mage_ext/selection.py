@@ -9,6 +9,7 @@ Test: pytest tests/python/test_selection.py
 
 import dataclasses
 import math
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -165,10 +166,13 @@ class BlockSelection:
             device: of the tensors.
 
         Raises:
-            ValueError: a list of another length, a duplicate, a unit outside [0, tail_start / g), a list longer than
-                capacity.
+            ValueError: no integer, a list of another length, a duplicate, a unit outside [0, tail_start / g), a list
+                longer than capacity.
         """
-        lists = [[[sorted(int(unit) for unit in head) for head in request] for request in layer] for layer in units]
+        lists = [
+            [[sorted(_integer("units", unit) for unit in head) for head in request] for request in layer]
+            for layer in units
+        ]
         shape = (len(lists), len(lists[0]) if lists else 0, len(lists[0][0]) if lists and lists[0] else 0)
         if not all(shape):
             raise ValueError(f"BlockSelection: units must have a layer, a request and a head, got shape {list(shape)}")
@@ -189,7 +193,7 @@ class BlockSelection:
             indices=indices,
             counts=(indices >= 0).sum(-1, dtype=torch.int32),
             kept_mass=torch.full(shape, math.nan),
-            tail_start=torch.tensor(list(tail_start), dtype=torch.int32),
+            tail_start=torch.tensor([_integer("tail_start", start) for start in tail_start], dtype=torch.int32),
             g=g,
             overflow=torch.zeros(shape, dtype=torch.bool),
         )
@@ -224,9 +228,9 @@ class BlockSelection:
         """A copy in which one list is replaced; its kept_mass becomes NaN, its overflow False. Waits for the device.
 
         Raises:
-            ValueError: a duplicate, a unit outside [0, tail_start / g), more units than the capacity.
+            ValueError: no integer, a duplicate, a unit outside [0, tail_start / g), more units than the capacity.
         """
-        units = sorted(int(unit) for unit in units)
+        units = sorted(_integer("units", unit) for unit in units)
         _check_units("units", units, int(self.tail_start[request]), self.g)
         if len(units) > self.capacity:
             raise ValueError(
@@ -333,6 +337,16 @@ def _check_tensor(name: str, tensor: object, dtype: torch.dtype, shape: tuple[in
         raise ValueError(f"BlockSelection: {name} must have shape {list(shape)}, got {list(tensor.shape)}")
 
 
+def _integer(name: str, value: object) -> int:
+    """An integer of any kind (Python's, NumPy's, of a tensor), never a rounded number."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"BlockSelection: {name} must be integers, got {value!r}") from None
+
+
 def _check_units(name: str, ascending: list[int], tail_start: int, g: int) -> None:
     for i, unit in enumerate(ascending):
         if not 0 <= unit < tail_start // g:
@@ -422,7 +436,16 @@ def random_selection(
 
     Returns:
         BlockSelection on mass's device.
+
+    Raises:
+        TypeError: seed is neither an integer nor an int64 tensor. ValueError: it does not fit 64 bits.
     """
+    if isinstance(seed, bool) or not isinstance(seed, (int, Tensor)):
+        raise TypeError(f"random_selection: seed must be an integer or an int64 tensor, got {seed!r}")
+    if isinstance(seed, Tensor) and seed.dtype != torch.int64:
+        raise TypeError(f"random_selection: seed must be an integer or an int64 tensor, got {seed.dtype}")
+    if isinstance(seed, int) and not -(1 << 63) <= seed < 1 << 63:
+        raise ValueError(f"random_selection: seed must fit 64 bits, got {seed}")
     num_layers, num_requests, num_heads, num_units = mass.shape
     device = mass.device
     seed = torch.as_tensor(seed, dtype=torch.int64, device=device).expand(num_requests).view(1, -1, 1, 1)

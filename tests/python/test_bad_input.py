@@ -84,6 +84,27 @@ def test_sampler_and_selection_config(case):
     _raises(match, call)
 
 
+_MODELS = {
+    "rope_theta_0": (dict(rope_theta=0.0), "rope_theta must be a positive finite number, got 0.0"),
+    "rope_theta_inf": (dict(rope_theta=float("inf")), "rope_theta must be a positive finite number, got inf"),
+    "rope_theta_text": (dict(rope_theta="1e4"), "rope_theta must be a positive finite number, got '1e4'"),
+    "rms_eps_nan": (dict(rms_eps=NAN), "rms_eps must be a positive finite number, got nan"),
+    "rms_eps_negative": (dict(rms_eps=-1e-6), "rms_eps must be a positive finite number, got -1e-06"),
+    "rms_eps_true": (dict(rms_eps=True), "rms_eps must be a positive finite number, got True"),
+    "eos_past_vocabulary": (dict(eos_ids=(1, 97)), r"eos_ids must be ids in \[0, vocab_size = 97\), got 97"),
+    "eos_negative": (dict(eos_ids=(-1,)), "eos_ids must be ids in .* got -1"),
+    "layers_true": (dict(num_layers=True), "num_layers must be a positive integer, got True"),
+    "sub_block_true": (dict(sub_block_size=True), "sub_block_size must divide block_size .* got True"),
+    "mask_true": (dict(mask_id=True), "mask_id must be in .* got True"),
+}
+
+
+@pytest.mark.parametrize("case", _MODELS)
+def test_model_config(case):
+    fields, match = _MODELS[case]
+    _raises(f"ModelConfig: {match}", lambda: tiny_config("llama_shift", **fields))
+
+
 # --------------------------------------------------------------------------- generate
 
 _GENERATE = {

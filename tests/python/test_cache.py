@@ -145,6 +145,36 @@ def test_release_and_retain_of_a_free_page_are_errors():
         cache.retain([3])
 
 
+@pytest.mark.parametrize(
+    ("match", "call"),
+    [
+        (r"RaggedBatch: lengths must have one entry per request, 2, got 1", lambda b: b.fork([16])),
+        (r"RaggedBatch: lengths must have one entry per request, 2, got 3", lambda b: b.fork([16, 16, 0])),
+        (r"RaggedBatch: lengths\[1\] must be an integer >= 0, got -1", lambda b: b.fork([16, -1])),
+        (r"RaggedBatch: lengths\[0\] must be an integer >= 0, got 1.5", lambda b: b.fork([1.5, 0])),
+        (r"RaggedBatch: request must be an integer in \[0, 2\), got -1", lambda b: b.reserve(-1, 16)),
+        (r"RaggedBatch: request must be an integer in \[0, 2\), got 2", lambda b: b.reserve(2, 16)),
+        (r"RaggedBatch: request must .* got -2", lambda b: b.release(-2)),
+        (r"RaggedBatch: request must .* got '0'", lambda b: b.release("0")),
+        (r"RaggedBatch: request must .* got -1", lambda b: b.pages(-1)),
+        (r"RaggedBatch: num_tokens must be an integer >= 0, got -5", lambda b: b.reserve(0, -5)),
+        (r"PagedCache: count must be an integer >= 0, got -1", lambda b: b.cache.allocate(-1)),
+        (r"PagedCache: pages must be integers in \[0, 8\), got -8", lambda b: b.cache.release([-8])),
+        (r"PagedCache: pages must be integers in \[0, 8\), got 0.0", lambda b: b.cache.release([1, 0.0])),
+        (r"PagedCache: pages must be integers in \[0, 8\), got 8", lambda b: b.cache.retain([0, 8])),
+    ],
+)
+def test_a_bad_argument_is_named_and_changes_nothing(match, call):
+    batch = RaggedBatch(_cache(), 2)
+    batch.reserve(0, 17)
+    batch.reserve(1, 16)
+    before = (batch.block_table.clone(), list(batch.cache._users), list(batch.cache._free))
+    with pytest.raises(ValueError, match=match):
+        call(batch)
+    assert torch.equal(batch.block_table, before[0])
+    assert (batch.cache._users, batch.cache._free) == before[1:]
+
+
 class _Allocator(stateful.RuleBasedStateMachine):
     """Any sequence of reserve, fork and release keeps the books: a page has as many users as tables name it."""
 

@@ -17,7 +17,7 @@ from mage_ext.cache import PagedCache
 from mage_ext.denoise import DenoiseConfig, generate, prefill
 from mage_ext.results import Progress
 from mage_ext.sampling import SAMPLERS, SamplerConfig
-from mage_ext.selection import SelectionConfig, random_selection, recency_selection
+from mage_ext.selection import SelectionConfig, random_selection, recency_selection, select
 from mage_ext.testing.margins import CLOSE, Margins
 from mage_ext.testing.plain_loop import plain_generate
 from mage_ext.testing.reference_ops import use_reference
@@ -450,6 +450,52 @@ def test_select_override():
         generate(model, prompts, wrong)
 
 
+def _past_the_tail(chosen):
+    chosen.indices[1, 1, 0, 0] = 10_000
+    return chosen
+
+
+def _moved_tail(chosen):
+    return dataclasses.replace(chosen, tail_start=chosen.tail_start + 16)
+
+
+@pytest.mark.parametrize(
+    ("error", "match", "change"),
+    [
+        (TypeError, "select_override must return a BlockSelection, got NoneType", lambda chosen: None),
+        (TypeError, "select_override must return a BlockSelection, got tuple", lambda chosen: (chosen.indices,)),
+        (ValueError, r"select_override must .*indices\[1, 1, 0, 0\] must be in .* got 10000", _past_the_tail),
+        (ValueError, "select_override must return tail_start 64 for request 0, got 80", _moved_tail),
+        (
+            ValueError,
+            "select_override must return lists on cpu, got meta",
+            lambda chosen: chosen.to("meta"),
+        ),
+    ],
+)
+def test_what_select_override_returns_is_checked(error, match, change):
+    model = _model("llama")
+    config = _mage("llama", SelectionConfig(k=32, g=16, sinks=4))
+    config = dataclasses.replace(config, select_override=lambda *a, **k: change(recency_selection(*a, **k)))
+    with pytest.raises(error, match=f"generate: {match}"):
+        generate(model, _prompts(model.config, (64, 100)), config)
+
+
+@pytest.mark.parametrize("refresh", ["blocks", "kept_mass"])
+def test_an_override_that_selects_as_usual_changes_nothing(refresh):
+    # Short requests are exact and longer ones carry: their rows pass the checks, too.
+    model = _model("llama")
+    config = dataclasses.replace(
+        _mage("llama", SelectionConfig(k=32, g=16, sinks=4), max_new_tokens=24), refresh=refresh
+    )
+    prompts = _prompts(model.config, (20, 44, 100))
+    kinds = set()
+    expected = [r.tokens for r in generate(model, prompts, config, callback=lambda info: kinds.add(info.kind))]
+    assert "mixed" in kinds
+    config = dataclasses.replace(config, select_override=select)
+    assert [r.tokens for r in generate(model, prompts, config)] == expected
+
+
 # --------------------------------------------------------------------------- sampling
 
 
@@ -618,6 +664,21 @@ def test_stream_yields_blocks_as_they_end():
     assert cache.num_free < 12
     stream._blocks.close()
     assert cache.num_free == 12
+    for started in (False, True):
+        stream = generate(model, prompts, config, stream=True, cache=cache)
+        if started:
+            next(stream)
+        assert cache.num_free < 12
+        del stream
+        assert cache.num_free == 12
+    # A stream that ended gives nothing back twice, and not what others hold since.
+    stream = generate(model, prompts, config, stream=True, cache=cache)
+    list(stream)
+    other = prefill(model, prompts, config, cache=cache)
+    free = cache.num_free
+    del stream
+    assert cache.num_free == free < 12
+    other.release()
 
 
 def test_callback_sees_every_forward():

@@ -1,6 +1,7 @@
 """Samplers and random draws. Run: pytest tests/python/test_sampling.py"""
 
 import math
+import re
 
 import pytest
 import torch
@@ -207,8 +208,19 @@ def test_draws_have_the_probabilities_of_the_model():
 
 def test_a_low_temperature_approaches_the_argmax_without_overflow():
     logits = torch.randn(50, 30, generator=generator(2)) * 1e4
-    cold = draw_tokens(logits, mask_id=None, temperature=1e-30, seeds=torch.tensor(0), positions=torch.arange(50))
+    cold = draw_tokens(logits, mask_id=None, temperature=1e-4, seeds=torch.tensor(0), positions=torch.arange(50))
     assert torch.equal(cold.token, logits.argmax(-1))
+
+
+@pytest.mark.parametrize("temperature", [1e-4, 1e4])
+def test_the_extreme_temperatures_draw_from_the_tempered_distribution(temperature):
+    n = 4000
+    logits = (torch.tensor([0.1, 0.2, 0.3, 0.4]).log() * temperature).expand(n, 4)
+    drawn = draw_tokens(
+        logits, mask_id=None, temperature=temperature, seeds=torch.tensor(5), positions=torch.arange(n)
+    ).token
+    shares = torch.bincount(drawn, minlength=4) / n
+    assert (shares - torch.tensor([0.1, 0.2, 0.3, 0.4])).abs().max() < 5 * (0.25 / n) ** 0.5
 
 
 # --- samplers --------------------------------------------------------------------------------------------------------
@@ -350,6 +362,12 @@ def test_cuda_draws_and_decides_as_the_cpu_does():
         ("temperature", math.nan),
         ("temperature", -1.0),
         ("temperature", math.inf),
+        ("temperature", True),
+        ("temperature", 1e-300),
+        ("temperature", 1e-45),
+        ("temperature", 9.9e-5),
+        ("temperature", 10001),
+        ("temperature", 1e39),
         ("top_k", -1),
         ("top_k", 2.0),
         ("top_p", 0.0),
@@ -358,7 +376,7 @@ def test_cuda_draws_and_decides_as_the_cpu_does():
     ],
 )
 def test_config_names_the_bad_field(field, value):
-    with pytest.raises(ValueError, match=rf"SamplerConfig: {field} must be .*, got {value!r}"):
+    with pytest.raises(ValueError, match=rf"SamplerConfig: {field} must be .*, got {re.escape(repr(value))}"):
         SamplerConfig(**{field: value})
 
 
@@ -370,6 +388,13 @@ def test_config_names_the_bad_field(field, value):
         (ValueError, r"mask_id must be in \[0, V = 5\), got 5", torch.zeros(2, 5), {"mask_id": 5}),
         (ValueError, "mask_id must be in .*, got -1", torch.zeros(2, 5), {"mask_id": -1}),
         (ValueError, "temperature must be a number", torch.zeros(2, 5), {"temperature": math.nan}),
+        (
+            ValueError,
+            r"temperature must be .* 0 or in \[0.0001, 10000\], got 1e-45",
+            torch.zeros(2, 5),
+            {"temperature": 1e-45},
+        ),
+        (ValueError, r"temperature must be .*, got 1e\+39", torch.zeros(2, 5), {"temperature": 1e39}),
         (ValueError, "top_k must be an integer", torch.zeros(2, 5), {"top_k": -2}),
         (ValueError, "top_p must be a number", torch.zeros(2, 5), {"top_p": 0.0}),
         (

@@ -275,6 +275,10 @@ def test_construction_names_the_bad_field(error, message, change):
         ("units must have at most capacity = 1 entries, got 2", [[[[0, 1]]]], [32], {"capacity": 1}),
         (r"tail_start must have shape \[1\], got \[2\]", [[[[0]]]], [32, 32], {}),
         (r"tail_start\[0\] must be a multiple of g = 16 >= 0, got 33", [[[[0]]]], [33], {}),
+        ("units must be integers, got 1.7", [[[[1.7]]]], [32], {}),
+        ("units must be integers, got True", [[[[True]]]], [32], {}),
+        ("units must be integers, got '1'", [[[["1"]]]], [32], {}),
+        ("tail_start must be integers, got 32.5", [[[[1]]]], [32.5], {}),
     ],
 )
 def test_from_units_names_what_is_wrong(message, units, tail_start, kwargs):
@@ -290,6 +294,25 @@ def test_with_units_names_what_is_wrong():
         selection.with_units(0, 0, 0, [2, 3, 2])
     with pytest.raises(ValueError, match="units must have at most capacity = 6 entries, got 7"):
         selection.with_units(0, 0, 0, range(7))
+    with pytest.raises(ValueError, match=r"units must be integers, got 1\.0"):
+        selection.with_units(0, 0, 0, [1.0])
+    assert selection.with_units(0, 0, 0, torch.tensor([3, 1])).units(0, 0, 0) == [1, 3]
+
+
+@pytest.mark.parametrize(
+    ("error", "got", "seed"),
+    [
+        (TypeError, "1.5", 1.5),
+        (TypeError, "True", True),
+        (TypeError, "None", None),
+        (TypeError, "torch.float32", torch.tensor([1.0, 2.0])),
+        (ValueError, "9223372036854775808", 1 << 63),
+    ],
+)
+def test_random_selection_names_a_bad_seed(error, got, seed):
+    config = SelectionConfig(k=32, g=16)
+    with pytest.raises(error, match=f"random_selection: seed must .* got {got}"):
+        random_selection(torch.rand(1, 2, 1, 6), torch.tensor([96, 64], dtype=torch.int32), config, seed)
 
 
 def test_load_names_what_is_wrong(tmp_path):

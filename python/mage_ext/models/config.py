@@ -1,6 +1,11 @@
 """What the project knows about a model: the one description that every family is read into."""
 
+import math
 from dataclasses import dataclass, field
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ class ModelConfig:
             "max_positions block_size"
         ).split():
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if not _is_int(value) or value < 1:
                 raise ValueError(f"ModelConfig: {name} must be a positive integer, got {value!r}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
@@ -53,9 +58,17 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"ModelConfig: head_dim must be even (rotary pairs), got {self.head_dim}")
-        if not 0 <= self.mask_id < self.vocab_size:
+        for name in ("rope_theta", "rms_eps"):
+            value = getattr(self, name)
+            if not (_is_int(value) or isinstance(value, float)) or not 0 < value < math.inf:
+                raise ValueError(f"ModelConfig: {name} must be a positive finite number, got {value!r}")
+        for token in self.eos_ids:
+            if not _is_int(token) or not 0 <= token < self.vocab_size:
+                raise ValueError(
+                    f"ModelConfig: eos_ids must be ids in [0, vocab_size = {self.vocab_size}), got {token!r}"
+                )
+        if not _is_int(self.mask_id) or not 0 <= self.mask_id < self.vocab_size:
             raise ValueError(f"ModelConfig: mask_id must be in [0, vocab_size = {self.vocab_size}), got {self.mask_id}")
-        if self.sub_block_size is not None and (self.sub_block_size < 1 or self.block_size % self.sub_block_size):
-            raise ValueError(
-                f"ModelConfig: sub_block_size must divide block_size ({self.block_size}), got {self.sub_block_size}"
-            )
+        sub = self.sub_block_size
+        if sub is not None and (not _is_int(sub) or sub < 1 or self.block_size % sub):
+            raise ValueError(f"ModelConfig: sub_block_size must divide block_size ({self.block_size}), got {sub!r}")
