@@ -2,7 +2,8 @@
 
 A function checks what Python can see cheaply (values of plain arguments; ValueError or TypeError), then calls
 `torch.ops.mage.<op>`, which checks every tensor (RuntimeError). Nothing here chooses hardware or falls back: the device
-of the tensors decides, and an op without a kernel for it raises. The slow twin of each is in `mage_ext.reference`.
+of the tensors decides, and an op without a kernel for it raises; meta tensors give meta tensors, and one among others
+is a ValueError. The slow twin of each is in `mage_ext.reference`.
 
     B requests            Q query rows per request      S cached tokens of a request, its block included
     H, Hkv, G = H / Hkv   D head dim                    P prefix tokens before the current block
@@ -13,8 +14,47 @@ Pools are [pages, page, Hkv, D] with page in 1, 16, 32, 64, 128, 256; NHD, HND a
 views of it. Test: pytest tests/python -k "append or attention or mass or select or votes or confidence or merge"
 """
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+
+def _fake(name: str) -> Callable[[Callable], Callable]:
+    """Registers the decorated function as fake kernel of torch.ops.mage.<name>, behind a check of the devices.
+
+    A fake kernel is also what runs when a single argument of a real call is a meta tensor, and would then return memory
+    that nobody writes. So all tensors must be on one device; none may stay on the CPU, since no op takes a scalar one.
+    """
+    schema = getattr(torch.ops.mage, name).default._schema
+    arguments = [argument.name for argument in schema.arguments]
+    op = name.removesuffix("_out")
+
+    def register(kernel: Callable) -> Callable:
+        @functools.wraps(kernel)
+        def checked(*args, **options):
+            given = dict(zip(arguments, args, strict=False)) | options
+            _check_one_device(op, {argument: given[argument] for argument in arguments if argument in given})
+            return kernel(*args, **options)
+
+        torch.library.register_fake(f"mage::{name}", checked)
+        return checked
+
+    return register
+
+
+def _check_one_device(op: str, arguments: dict[str, object]) -> None:
+    tensors = []
+    for name, value in arguments.items():
+        parts = enumerate(value) if isinstance(value, (list, tuple)) else ()
+        tensors += [(name, value), *((f"{name}[{i}]", part) for i, part in parts)]
+    first = None
+    for name, tensor in tensors:
+        if isinstance(tensor, Tensor):
+            first = tensor.device if first is None else first
+            if tensor.device != first:
+                raise ValueError(f"{op}: {name} must be on {first}, got {tensor.device}")
 
 
 def append_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, start: Tensor) -> None:
@@ -39,7 +79,7 @@ def append_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, block_tabl
     torch.ops.mage.append_kv(k, v, k_cache, v_cache, block_table, start)
 
 
-@torch.library.register_fake("mage::append_kv")
+@_fake("append_kv")
 def _(k, v, k_cache, v_cache, block_table, start):
     return None
 
@@ -134,7 +174,7 @@ def block_attention(
     )
 
 
-@torch.library.register_fake("mage::block_attention")
+@_fake("block_attention")
 def _(q, k_cache, v_cache, block_table, seq_lens, **options):
     return _new_out_and_lse(q)
 
@@ -172,7 +212,7 @@ def block_attention_out(
     )
 
 
-@torch.library.register_fake("mage::block_attention_out")
+@_fake("block_attention_out")
 def _(q, k_cache, v_cache, block_table, seq_lens, out, lse, workspace, **options):
     return None
 
@@ -259,7 +299,7 @@ def block_attention_mass(
     )
 
 
-@torch.library.register_fake("mage::block_attention_mass")
+@_fake("block_attention_mass")
 def _(q, k_cache, v_cache, block_table, seq_lens, *, max_seq_len, g=64, **options):
     shape = (q.shape[0], k_cache.shape[2], _num_units(max_seq_len, g))
     return *_new_out_and_lse(q), q.new_empty(shape, dtype=torch.float32)
@@ -312,7 +352,7 @@ def block_attention_mass_out(
     )
 
 
-@torch.library.register_fake("mage::block_attention_mass_out")
+@_fake("block_attention_mass_out")
 def _(q, k_cache, v_cache, block_table, seq_lens, out, lse, mass, workspace, **options):
     return None
 
@@ -388,7 +428,7 @@ def block_attention_rows(
     )
 
 
-@torch.library.register_fake("mage::block_attention_rows")
+@_fake("block_attention_rows")
 def _(q, k_cache, v_cache, block_table, seq_lens, *, max_seq_len, g=64, **options):
     rows = q.shape[1] * (q.shape[2] // k_cache.shape[2])
     shape = (q.shape[0], k_cache.shape[2], _num_units(max_seq_len, g), rows)
@@ -433,7 +473,7 @@ def block_attention_rows_out(
     )
 
 
-@torch.library.register_fake("mage::block_attention_rows_out")
+@_fake("block_attention_rows_out")
 def _(q, k_cache, v_cache, block_table, seq_lens, out, lse, row_mass, workspace, **options):
     return None
 
@@ -531,7 +571,7 @@ def _check_token_mass(
         raise ValueError(f"token_mass: g must be 1 without units, got {g}")
 
 
-@torch.library.register_fake("mage::token_mass")
+@_fake("token_mass")
 def _(q, k_cache, block_table, seq_lens, lse, *, max_seq_len, score="mean", units=None, g=1, **options):
     tokens = max_seq_len if units is None else units.shape[2] * g
     shape = (q.shape[0], k_cache.shape[2], tokens)
@@ -581,7 +621,7 @@ def token_mass_out(
     )
 
 
-@torch.library.register_fake("mage::token_mass_out")
+@_fake("token_mass_out")
 def _(q, k_cache, block_table, seq_lens, lse, mass, workspace, **options):
     return None
 
@@ -658,7 +698,7 @@ def sparse_block_attention(
     )
 
 
-@torch.library.register_fake("mage::sparse_block_attention")
+@_fake("sparse_block_attention")
 def _(q, k_cache, v_cache, block_table, seq_lens, indices, counts, tail_start, **options):
     return _new_out_and_lse(q)
 
@@ -705,7 +745,7 @@ def sparse_block_attention_out(
     )
 
 
-@torch.library.register_fake("mage::sparse_block_attention_out")
+@_fake("sparse_block_attention_out")
 def _(q, k_cache, v_cache, block_table, seq_lens, indices, counts, tail_start, out, lse, workspace, **options):
     return None
 
@@ -760,7 +800,7 @@ def _check_parts(outs: list[Tensor], lses: list[Tensor]) -> None:
         raise ValueError(f"merge_attention: lses must be as many as outs ({len(outs)}), got {len(lses)}")
 
 
-@torch.library.register_fake("mage::merge_attention")
+@_fake("merge_attention")
 def _(outs, lses, **options):
     return _new_out_and_lse(outs[0])
 
@@ -780,7 +820,7 @@ def merge_attention_out(
     torch.ops.mage.merge_attention_out(outs, lses, out, lse, workspace, log2_in=log2_in, log2_out=log2_out)
 
 
-@torch.library.register_fake("mage::merge_attention_out")
+@_fake("merge_attention_out")
 def _(outs, lses, out, lse, workspace, **options):
     return None
 
@@ -855,7 +895,7 @@ def row_votes(
     return torch.ops.mage.row_votes(row_mass, prefix_lens, k=k, g=g, row_mask=row_mask)
 
 
-@torch.library.register_fake("mage::row_votes")
+@_fake("row_votes")
 def _(row_mass, prefix_lens, *, k, g, row_mask=None):
     requests, heads, units, _ = row_mass.shape
     votes = row_mass.new_empty((requests, heads, units), dtype=torch.int32)
@@ -884,7 +924,7 @@ def row_votes_out(
     )
 
 
-@torch.library.register_fake("mage::row_votes_out")
+@_fake("row_votes_out")
 def _(row_mass, prefix_lens, votes, union_size, coverage, workspace, *, k, g, row_mask=None):
     return None
 
@@ -988,7 +1028,7 @@ def select_kv(
     )
 
 
-@torch.library.register_fake("mage::select_kv")
+@_fake("select_kv")
 def _(mass, prefix_lens, *, g, capacity, **budgets):
     heads = mass.shape[:3]
     return (
@@ -1048,7 +1088,7 @@ def select_kv_out(
     )
 
 
-@torch.library.register_fake("mage::select_kv_out")
+@_fake("select_kv_out")
 def _(mass, prefix_lens, indices, counts, kept_mass, tail_start, overflow, workspace, *, g, capacity, **budgets):
     return None
 
@@ -1080,7 +1120,7 @@ def token_confidence(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.ops.mage.token_confidence(logits)
 
 
-@torch.library.register_fake("mage::token_confidence")
+@_fake("token_confidence")
 def _(logits):
     rows = logits.shape[:1]
     token = logits.new_empty(rows, dtype=torch.int64)
@@ -1092,7 +1132,7 @@ def token_confidence_out(logits: Tensor, token: Tensor, prob: Tensor, entropy: T
     torch.ops.mage.token_confidence_out(logits, token, prob, entropy, workspace)
 
 
-@torch.library.register_fake("mage::token_confidence_out")
+@_fake("token_confidence_out")
 def _(logits, token, prob, entropy, workspace):
     return None
 

@@ -280,3 +280,78 @@ def test_schemas_are_the_golden_ones():
     if os.environ.get("MAGE_WRITE_GOLDEN") == "1":
         GOLDEN.write_text(schemas)
     assert schemas == GOLDEN.read_text()
+
+
+# --- one tensor on another device -----------------------------------------------------------------------------------
+
+
+def _on_meta(value, is_one):
+    """A copy of (args, kwargs) with the tensors on meta for which is_one(number) holds, numbered in their order."""
+    leaves, spec = torch.utils._pytree.tree_flatten(value)
+    numbers = iter(range(len(leaves)))
+    moved = [x.to("meta") if isinstance(x, torch.Tensor) and is_one(next(numbers)) else x for x in leaves]
+    return torch.utils._pytree.tree_unflatten(moved, spec)
+
+
+def tensor_names(name, args, kwargs):
+    """Names of the tensors of a call, list[i] in lists, in the order of the schema."""
+    order = [argument.name for argument in overload(name)._schema.arguments]
+    given = dict(zip(order, args, strict=False)) | kwargs
+    names = []
+    for key in (key for key in order if key in given):
+        parts = given[key] if isinstance(given[key], list) else None
+        if parts is not None:
+            names += [f"{key}[{i}]" for i in range(len(parts))]
+        elif isinstance(given[key], torch.Tensor):
+            names.append(key)
+    return names
+
+
+WITH_TENSORS = [name for name in registered() if tensor_names(name, *samples(name)[-1])]
+
+
+def test_every_operator_with_tensors_is_tried_on_meta():
+    assert len(WITH_TENSORS) == 19
+    assert sum(name.endswith("_out") for name in WITH_TENSORS) == 9
+
+
+def mixed_calls(name):
+    """Calls of an operator with one tensor on meta: args, kwargs and how the message ends."""
+    order = [argument.name for argument in overload(name)._schema.arguments]
+    for args, kwargs in samples(name):
+        kwargs = {key: kwargs[key] for key in order if key in kwargs}
+        names = tensor_names(name, args, kwargs)
+        for number in range(len(names) if len(names) > 1 else 0):
+            ending = f"{names[number]} must be on cpu, got meta" if number else f"{names[1]} must be on meta, got cpu"
+            yield *_on_meta((list(args), kwargs), lambda i, number=number: i == number), ending
+
+
+@pytest.mark.parametrize("name", [name for name in WITH_TENSORS if name != "token_confidence"])
+def test_one_meta_tensor_is_refused(name):
+    """The dispatcher takes such a call to the fake kernel; its result would be memory that nobody wrote."""
+    calls = list(mixed_calls(name))
+    assert len(calls) > 1
+    for args, kwargs, ending in calls:
+        with pytest.raises(ValueError) as error:
+            overload(name)(*args, **kwargs)
+        assert str(error.value) == f"{name.removesuffix('_out')}: {ending}"
+
+
+@pytest.mark.parametrize("name", WITH_TENSORS)
+def test_all_on_meta_gives_meta(name):
+    for args, kwargs in samples(name):
+        args, kwargs = _on_meta((list(args), kwargs), lambda i: True)
+        results = overload(name)(*args, **kwargs)
+        results = results if isinstance(results, (tuple, list)) else (results,)
+        assert all(result is None or result.is_meta for result in results)
+
+
+def test_fake_tensors_of_two_devices_are_refused():
+    mode = torch._subclasses.FakeTensorMode()
+    cuda = torch.device("cuda", 0)
+    args = [torch._subclasses.FakeTensor(mode, t.to("meta"), cuda) for t in attention_args(tensors())]
+    with mode:
+        out, lse = overload("block_attention")(*args, max_seq_len=SEQ)
+        assert out.device == lse.device == cuda
+        with pytest.raises(ValueError, match="block_attention: seq_lens must be on cuda:0, got cpu"):
+            overload("block_attention")(*args[:4], torch.zeros(B, dtype=torch.int32), max_seq_len=SEQ)
