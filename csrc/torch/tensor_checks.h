@@ -71,6 +71,7 @@ inline const char* dtype_text(ScalarType type) {
 }
 
 inline void check_device(const char* op, const char* name, const Tensor& t, const Tensor& first) {
+    MAGE_CHECK(t.defined(), op, ": ", name, " must be a tensor, got None");
     MAGE_CHECK(t.device() == first.device(), op, ": ", name, " must be on ", device_text(first),
                " like the first argument, got ", device_text(t));
 }

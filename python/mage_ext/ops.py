@@ -1,9 +1,9 @@
 """The operators: one typed function per op, its fake kernel right below it.
 
-A function checks what Python can see cheaply (values of plain arguments; ValueError or TypeError), then calls
-`torch.ops.mage.<op>`, which checks every tensor (RuntimeError). Nothing here chooses hardware or falls back: the device
-of the tensors decides, and an op without a kernel for it raises; meta tensors give meta tensors, and one among others
-is a ValueError. The slow twin of each is in `mage_ext.reference`.
+A function checks what Python can see cheaply (types of all arguments: TypeError; values of plain ones: ValueError) and
+calls `torch.ops.mage.<op>`, which checks every tensor (RuntimeError). Nothing here chooses hardware or falls back: the
+device of the tensors decides, and an op without a kernel for it raises; meta tensors give meta tensors, and one among
+others is a ValueError. The slow twin of each is in `mage_ext.reference`.
 
     B requests            Q query rows per request      S cached tokens of a request, its block included
     H, Hkv, G = H / Hkv   D head dim                    P prefix tokens before the current block
@@ -15,10 +15,70 @@ views of it. Test: pytest tests/python -k "append or attention or mass or select
 """
 
 import functools
+import numbers
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+_NONE = type(None)
+_TYPES = {  # of the schemas: types that Python may pass, and how a message says it; bool is no number here
+    "Tensor": ((Tensor,), "a tensor"),
+    "Optional[Tensor]": ((Tensor, _NONE), "a tensor or None"),
+    "List[Tensor]": ((list, tuple), "a list of tensors"),
+    "int": ((int, torch.SymInt, numbers.Integral), "an integer"),
+    "float": ((float, int, torch.SymFloat, torch.SymInt, numbers.Real), "a number"),
+    "Optional[float]": ((float, int, torch.SymFloat, torch.SymInt, numbers.Real, _NONE), "a number or None"),
+    "bool": ((bool,), "a bool"),
+    "str": ((str,), "a string"),
+}
+
+_UNLIMITED = ("split_tokens", "capacity")  # integers whose range no function here checks
+
+
+def _typed(function: Callable) -> Callable:
+    """`function` behind a check of its arguments' types against the schema of the operator of its name.
+
+    torch.ops would refuse the same values, but in words of its own and only after this module has computed with them.
+    It takes 1 to 2 microseconds.
+    """
+    op = function.__name__.removesuffix("_out").removesuffix("_workspace")
+    schema = getattr(torch.ops.mage, function.__name__).default._schema
+    kinds = {argument.name: str(argument.type) for argument in schema.arguments}
+    names = tuple(kinds)
+    # What needs no second look is found by its exact type: isinstance for every argument would take twice as long.
+    usual = {name: frozenset(_TYPES[kind][0]) for name, kind in kinds.items()}
+    for name, kind in kinds.items():
+        if kind == "int" and (name in _UNLIMITED or function.__name__.endswith("_workspace")):
+            usual[name] = frozenset()
+
+    def check(name: str, value: object) -> None:
+        types, expected = _TYPES[kinds[name]]
+        if isinstance(value, types) and not isinstance(value, bool):
+            if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
+                raise ValueError(f"{op}: {name} must fit 64 bits, got {value}")
+            return
+        # A torch.fx.Proxy may stand for anything.
+        if isinstance(value, Tensor) or not hasattr(value, "__torch_function__"):
+            raise TypeError(f"{op}: {name} must be {expected}, got {_got(value)}")
+
+    @functools.wraps(function)
+    def checked(*args, **options):
+        for name, value in zip(names, args, strict=False):
+            if type(value) not in usual[name]:
+                check(name, value)
+        for name, value in options.items():
+            if name in usual and type(value) not in usual[name]:
+                check(name, value)
+        return function(*args, **options)
+
+    return checked
+
+
+def _got(value: object) -> str:
+    """What came, for a message: plain values as they are, of anything else its type."""
+    plain = value is None or isinstance(value, (bool, numbers.Number, str))
+    return repr(value) if plain else type(value).__name__
 
 
 def _fake(name: str) -> Callable[[Callable], Callable]:
@@ -57,6 +117,7 @@ def _check_one_device(op: str, arguments: dict[str, object]) -> None:
                 raise ValueError(f"{op}: {name} must be on {first}, got {tensor.device}")
 
 
+@_typed
 def append_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, start: Tensor) -> None:
     """Writes a block's K and V into the pool, token i of request b at position start[b] + i.
 
@@ -69,7 +130,8 @@ def append_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, block_tabl
         start: [B], int32, position of each request's first row.
 
     Raises:
-        RuntimeError: a tensor's device, dtype, rank, shape, stride or alignment is not as above.
+        TypeError: an argument is of another type. RuntimeError: a tensor's device, dtype, rank, shape, stride or
+            alignment is not as above.
 
     Notes:
         A token is dropped if its position is negative or past max_pages * page, or its page is not in the pool: nothing
@@ -117,6 +179,7 @@ def _num_units(max_seq_len: int, g: int) -> int:
     return -(-max_seq_len // g)
 
 
+@_typed
 def block_attention(
     q: Tensor,
     k_cache: Tensor,
@@ -149,7 +212,8 @@ def block_attention(
         lse: [B, H, Q], float32. Natural log of the sum of exponentials.
 
     Raises:
-        ValueError: max_seq_len or split_tokens is not as above. RuntimeError: a tensor is not.
+        TypeError: an argument is of another type. ValueError: max_seq_len or split_tokens is not as above.
+        RuntimeError: a tensor or softmax_scale is not.
 
     Notes:
         A row without tokens gets out 0 and lse -inf. K and V of [0, S) must be finite. Bitwise repeatable, for any
@@ -179,6 +243,7 @@ def _(q, k_cache, v_cache, block_table, seq_lens, **options):
     return _new_out_and_lse(q)
 
 
+@_typed
 def block_attention_out(
     q: Tensor,
     k_cache: Tensor,
@@ -217,6 +282,7 @@ def _(q, k_cache, v_cache, block_table, seq_lens, out, lse, workspace, **options
     return None
 
 
+@_typed
 def block_attention_workspace(
     batch: int, q_len: int, num_heads: int, num_kv_heads: int, head_dim: int, max_seq_len: int, split_tokens: int = 0
 ) -> int:
@@ -226,6 +292,7 @@ def block_attention_workspace(
     )
 
 
+@_typed
 def block_attention_mass(
     q: Tensor,
     k_cache: Tensor,
@@ -270,7 +337,8 @@ def block_attention_mass(
         mass: [B, Hkv, n], float32. 0 past S, in an empty slot and where no row is kept; with score "mean" it sums to 1.
 
     Raises:
-        ValueError: a plain argument is not as above. RuntimeError: a tensor is not.
+        TypeError: an argument is of another type. ValueError: a plain one is not as above. RuntimeError: a tensor or
+            softmax_scale is not.
 
     Notes:
         Exact: shares use the final lse, whatever the splits. A row that sees no token, or whose share of [0, P) is
@@ -305,6 +373,7 @@ def _(q, k_cache, v_cache, block_table, seq_lens, *, max_seq_len, g=64, **option
     return *_new_out_and_lse(q), q.new_empty(shape, dtype=torch.float32)
 
 
+@_typed
 def block_attention_mass_out(
     q: Tensor,
     k_cache: Tensor,
@@ -357,6 +426,7 @@ def _(q, k_cache, v_cache, block_table, seq_lens, out, lse, mass, workspace, **o
     return None
 
 
+@_typed
 def block_attention_mass_workspace(
     batch: int,
     q_len: int,
@@ -373,6 +443,7 @@ def block_attention_mass_workspace(
     )
 
 
+@_typed
 def block_attention_rows(
     q: Tensor,
     k_cache: Tensor,
@@ -407,7 +478,8 @@ def block_attention_rows(
             head within the group; -inf past the row's last token and where the share is below about 2^-126.
 
     Raises:
-        ValueError: a plain argument is not as above. RuntimeError: a tensor is not.
+        TypeError: an argument is of another type. ValueError: a plain one is not as above. RuntimeError: a tensor or
+            softmax_scale is not.
 
     Notes:
         Input of row_votes. Reference: mage_ext.reference.block_attention_rows.
@@ -435,6 +507,7 @@ def _(q, k_cache, v_cache, block_table, seq_lens, *, max_seq_len, g=64, **option
     return *_new_out_and_lse(q), q.new_empty(shape, dtype=torch.float32)
 
 
+@_typed
 def block_attention_rows_out(
     q: Tensor,
     k_cache: Tensor,
@@ -478,6 +551,7 @@ def _(q, k_cache, v_cache, block_table, seq_lens, out, lse, row_mass, workspace,
     return None
 
 
+@_typed
 def block_attention_rows_workspace(
     batch: int,
     q_len: int,
@@ -494,6 +568,7 @@ def block_attention_rows_workspace(
     )
 
 
+@_typed
 def token_mass(
     q: Tensor,
     k_cache: Tensor,
@@ -536,7 +611,8 @@ def token_mass(
             candidates. 0 (score "rows": -inf) past S, for unused candidates and where no row is kept.
 
     Raises:
-        ValueError: a plain argument is not as above. RuntimeError: a tensor is not.
+        TypeError: an argument is of another type. ValueError: a plain one is not as above. RuntimeError: a tensor or
+            softmax_scale is not.
 
     Notes:
         With units and norm "prefix" the rows' sums still run over the whole prefix, which costs a pass over K below P.
@@ -580,6 +656,7 @@ def _(q, k_cache, block_table, seq_lens, lse, *, max_seq_len, score="mean", unit
     return q.new_empty(shape, dtype=torch.float32)
 
 
+@_typed
 def token_mass_out(
     q: Tensor,
     k_cache: Tensor,
@@ -626,6 +703,7 @@ def _(q, k_cache, block_table, seq_lens, lse, mass, workspace, **options):
     return None
 
 
+@_typed
 def token_mass_workspace(
     batch: int, q_len: int, num_heads: int, num_kv_heads: int, head_dim: int, max_seq_len: int
 ) -> int:
@@ -633,6 +711,7 @@ def token_mass_workspace(
     return torch.ops.mage.token_mass_workspace(batch, q_len, num_heads, num_kv_heads, head_dim, max_seq_len)
 
 
+@_typed
 def sparse_block_attention(
     q: Tensor,
     k_cache: Tensor,
@@ -671,7 +750,8 @@ def sparse_block_attention(
         lse: [B, H, Q], float32, natural log, over the attended tokens.
 
     Raises:
-        ValueError: a plain argument is not as above. RuntimeError: a tensor is not.
+        TypeError: an argument is of another type. ValueError: a plain one is not as above. RuntimeError: a tensor or
+            softmax_scale is not.
 
     Notes:
         An entry that is negative, not larger than one before it, or whose unit starts at or past tail_start or S is
@@ -703,6 +783,7 @@ def _(q, k_cache, v_cache, block_table, seq_lens, indices, counts, tail_start, *
     return _new_out_and_lse(q)
 
 
+@_typed
 def sparse_block_attention_out(
     q: Tensor,
     k_cache: Tensor,
@@ -750,6 +831,7 @@ def _(q, k_cache, v_cache, block_table, seq_lens, indices, counts, tail_start, o
     return None
 
 
+@_typed
 def sparse_block_attention_workspace(
     batch: int,
     q_len: int,
@@ -767,6 +849,7 @@ def sparse_block_attention_workspace(
     )
 
 
+@_typed
 def merge_attention(
     outs: list[Tensor], lses: list[Tensor], *, log2_in: bool = False, log2_out: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -783,7 +866,8 @@ def merge_attention(
         lse: [B, H, Q], float32.
 
     Raises:
-        ValueError: outs is empty, or lses is not of its length. RuntimeError: a tensor is not as above.
+        TypeError: an argument is of another type. ValueError: outs is empty, or lses is not of its length.
+        RuntimeError: a tensor is not as above.
 
     Notes:
         A part with lse -inf has no say, whatever its out holds; if all are -inf, out is 0 and lse -inf. Summed in
@@ -794,6 +878,10 @@ def merge_attention(
 
 
 def _check_parts(outs: list[Tensor], lses: list[Tensor]) -> None:
+    for name, parts in (("outs", outs), ("lses", lses)):
+        for i, part in enumerate(parts):
+            if not isinstance(part, Tensor) and not hasattr(part, "__torch_function__"):
+                raise TypeError(f"merge_attention: {name}[{i}] must be a tensor, got {_got(part)}")
     if len(outs) == 0:
         raise ValueError("merge_attention: outs must hold at least one tensor, got none")
     if len(lses) != len(outs):
@@ -805,6 +893,7 @@ def _(outs, lses, **options):
     return _new_out_and_lse(outs[0])
 
 
+@_typed
 def merge_attention_out(
     outs: list[Tensor],
     lses: list[Tensor],
@@ -825,6 +914,7 @@ def _(outs, lses, out, lse, workspace, **options):
     return None
 
 
+@_typed
 def merge_attention_workspace(num_parts: int, batch: int, q_len: int, num_heads: int, head_dim: int) -> int:
     """Bytes of workspace of merge_attention_out."""
     return torch.ops.mage.merge_attention_workspace(num_parts, batch, q_len, num_heads, head_dim)
@@ -846,7 +936,7 @@ def set_debug(on: bool) -> bool:
     waits for the device at every op, so it cannot be on during CUDA graph capture.
     """
     if not isinstance(on, bool):
-        raise TypeError(f"set_debug: on must be a bool, got {on!r}")
+        raise TypeError(f"set_debug: on must be a bool, got {_got(on)}")
     return torch.ops.mage.set_debug(on)
 
 
@@ -862,6 +952,7 @@ def _check_granularity(op: str, g: int) -> None:
         raise ValueError(f"{op}: g must be one of {', '.join(map(str, GRANULARITIES))}, got {g}")
 
 
+@_typed
 def row_votes(
     row_mass: Tensor, prefix_lens: Tensor, *, k: int, g: int, row_mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -885,7 +976,7 @@ def row_votes(
             vote; 0 if no row is kept.
 
     Raises:
-        ValueError: g or k is not as above. RuntimeError: a tensor is not.
+        TypeError: an argument is of another type. ValueError: g or k is not as above. RuntimeError: a tensor is not.
 
     Notes:
         NaN shares count as 0. Bit-reproducible. Reference: mage_ext.reference.row_votes.
@@ -903,6 +994,7 @@ def _(row_mass, prefix_lens, *, k, g, row_mask=None):
     return votes, union_size, row_mass.new_empty((requests, heads))
 
 
+@_typed
 def row_votes_out(
     row_mass: Tensor,
     prefix_lens: Tensor,
@@ -929,6 +1021,7 @@ def _(row_mass, prefix_lens, votes, union_size, coverage, workspace, *, k, g, ro
     return None
 
 
+@_typed
 def row_votes_workspace(batch: int, num_kv_heads: int, num_units: int, num_rows: int) -> int:
     """Bytes of workspace of row_votes_out."""
     return torch.ops.mage.row_votes_workspace(batch, num_kv_heads, num_units, num_rows)
@@ -948,6 +1041,7 @@ def _check_select(g: int, capacity: int, rule: str, k: int, k_min: int, p: float
         raise ValueError(f'select_kv: p must be in (0, 1] with rule "mass", got {p}')
 
 
+@_typed
 def select_kv(
     mass: Tensor,
     prefix_lens: Tensor,
@@ -1003,8 +1097,8 @@ def select_kv(
         overflow: [L, B, Hkv], bool.
 
     Raises:
-        ValueError: a plain argument is not as above. RuntimeError: a tensor is not, or one of the three of rule "layer"
-            is missing.
+        TypeError: an argument is of another type. ValueError: a plain one is not as above. RuntimeError: a tensor is
+            not, or one of the three of rule "layer" is missing.
 
     Notes:
         Masses are summed as integers (clamped to [0, 1], times 2^40, rounded down; NaN: 0), so results are the same
@@ -1040,6 +1134,7 @@ def _(mass, prefix_lens, *, g, capacity, **budgets):
     )
 
 
+@_typed
 def select_kv_out(
     mass: Tensor,
     prefix_lens: Tensor,
@@ -1093,11 +1188,13 @@ def _(mass, prefix_lens, indices, counts, kept_mass, tail_start, overflow, works
     return None
 
 
+@_typed
 def select_kv_workspace(num_layers: int, batch: int, num_kv_heads: int, num_units: int, capacity: int) -> int:
     """Bytes of workspace of select_kv_out."""
     return torch.ops.mage.select_kv_workspace(num_layers, batch, num_kv_heads, num_units, capacity)
 
 
+@_typed
 def token_confidence(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The most probable token of each row, its probability and the row's entropy, in one pass.
 
@@ -1111,7 +1208,7 @@ def token_confidence(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         entropy: [N], float32, nats; 0 for such a row.
 
     Raises:
-        RuntimeError: logits is not as above.
+        TypeError: logits is no tensor. RuntimeError: it is not as above.
 
     Notes:
         Bit-reproducible for any number of threads and rows on one instruction set. Reference:
@@ -1127,6 +1224,7 @@ def _(logits):
     return token, logits.new_empty(rows, dtype=torch.float32), logits.new_empty(rows, dtype=torch.float32)
 
 
+@_typed
 def token_confidence_out(logits: Tensor, token: Tensor, prob: Tensor, entropy: Tensor, workspace: Tensor) -> None:
     """token_confidence into given contiguous tensors; workspace: uint8, token_confidence_workspace bytes."""
     torch.ops.mage.token_confidence_out(logits, token, prob, entropy, workspace)
@@ -1137,6 +1235,7 @@ def _(logits, token, prob, entropy, workspace):
     return None
 
 
+@_typed
 def token_confidence_workspace(num_rows: int, vocab_size: int) -> int:
     """Bytes of workspace of token_confidence_out."""
     return torch.ops.mage.token_confidence_workspace(num_rows, vocab_size)

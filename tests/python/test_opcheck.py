@@ -7,6 +7,7 @@ A schema that changes on purpose: MAGE_WRITE_GOLDEN=1 pytest tests/python/test_o
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -355,3 +356,133 @@ def test_fake_tensors_of_two_devices_are_refused():
         assert out.device == lse.device == cuda
         with pytest.raises(ValueError, match="block_attention: seq_lens must be on cuda:0, got cpu"):
             overload("block_attention")(*args[:4], torch.zeros(B, dtype=torch.int32), max_seq_len=SEQ)
+
+
+# --- arguments of another type --------------------------------------------------------------------------------------
+
+VALUES = {  # what is tried, and how a message says it
+    "None": None,
+    "'q'": "q",
+    "3": 3,
+    "0.5": 0.5,
+    "nan": float("nan"),
+    "1j": 1j,
+    "True": True,
+    "list": [0.5],
+    "ndarray": np.zeros((2, 3), np.float32),
+    "Tensor": torch.zeros(()),
+}
+WANTED = {  # by the type that a schema states: how a message says it, and which of VALUES are of it
+    "Tensor": ("a tensor", ["Tensor"]),
+    "Optional[Tensor]": ("a tensor or None", ["None", "Tensor"]),
+    "List[Tensor]": ("a list of tensors", ["list"]),
+    "int": ("an integer", ["3"]),
+    "float": ("a number", ["3", "0.5", "nan"]),
+    "Optional[float]": ("a number or None", ["None", "3", "0.5", "nan"]),
+    "bool": ("a bool", ["True"]),
+    "str": ("a string", ["'q'"]),
+}
+FUNCTIONS = [name for name in registered() if hasattr(ops, name)]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_every_argument_of_another_type_is_named(name):
+    """TypeError with the argument's name, what it must be and what came, whether given by position or by name."""
+    op = name.removesuffix("_out").removesuffix("_workspace")
+    arguments = overload(name)._schema.arguments
+    args, kwargs = samples(name)[-1]
+    by_name = dict(zip((argument.name for argument in arguments), args, strict=False)) | kwargs
+    for number, argument in enumerate(arguments):
+        wanted, fitting = WANTED[str(argument.type)]
+        for got in VALUES.keys() - fitting:
+            calls = [([], {**by_name, argument.name: VALUES[got]})]
+            if number < len(args):
+                calls.append(([*args[:number], VALUES[got], *args[number + 1 :]], kwargs))
+            for call_args, call_kwargs in calls:
+                with pytest.raises(TypeError) as error:
+                    getattr(ops, name)(*call_args, **call_kwargs)
+                assert str(error.value) == f"{op}: {argument.name} must be {wanted}, got {got}"
+
+
+@pytest.mark.parametrize("name", [name for name in WITH_TENSORS if name != "token_confidence"])
+def test_operators_refuse_none_for_a_tensor(name):
+    """torch.ops takes None for a tensor that has to be given; an error of the op's must come of it, never a crash."""
+    op = name.removesuffix("_out")
+    args, kwargs = samples(name)[-1]
+    for number, argument in enumerate(overload(name)._schema.arguments[: len(args)]):
+        if str(argument.type) == "Tensor":
+            with pytest.raises(RuntimeError, match=f"^{op}: {argument.name} must be .*, got"):
+                overload(name)(*args[:number], None, *args[number + 1 :], **kwargs)
+
+
+def test_parts_of_a_list_are_named():
+    outs, lses = samples("merge_attention")[0][0]
+    for bad, got in ((None, "None"), ([1], "list"), (np.zeros(2), "ndarray")):
+        with pytest.raises(TypeError, match=rf"^merge_attention: outs\[1\] must be a tensor, got {got}$"):
+            ops.merge_attention([outs[0], bad, outs[2]], lses)
+        with pytest.raises(TypeError, match=rf"^merge_attention: lses\[2\] must be a tensor, got {got}$"):
+            ops.merge_attention(outs, [*lses[:2], bad])
+
+
+@pytest.mark.parametrize("name", [name for name in FUNCTIONS if name.endswith("_workspace")])
+def test_integers_of_more_than_64_bits_are_refused(name):
+    op = name.removesuffix("_workspace")
+    sizes = samples(name)[0][0]
+    for number, argument in enumerate(overload(name)._schema.arguments[: len(sizes)]):
+        for value in (1 << 63, -(1 << 63) - 1):
+            with pytest.raises(ValueError, match=f"^{op}: {argument.name} must fit 64 bits, got {value}$"):
+                getattr(ops, name)(*sizes[:number], value, *sizes[number + 1 :])
+    args, kwargs = samples("select_kv")[0]
+    with pytest.raises(ValueError, match=f"^select_kv: capacity must fit 64 bits, got {1 << 70}$"):
+        ops.select_kv(*args, **{**kwargs, "capacity": 1 << 70})
+    with pytest.raises(ValueError, match=f"^block_attention: split_tokens must fit 64 bits, got {1 << 70}$"):
+        ops.block_attention(*attention_args(tensors()), max_seq_len=SEQ, split_tokens=1 << 70)
+
+
+def test_numbers_of_numpy_are_taken():
+    args = attention_args(tensors())
+    expected = ops.block_attention(*args, max_seq_len=SEQ, softmax_scale=0.5, split_tokens=64)
+    actual = ops.block_attention(
+        *args, max_seq_len=np.int64(SEQ), softmax_scale=np.float32(0.5), split_tokens=np.int32(64)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("name", [name for name in WITH_TENSORS if not name.endswith("_out")])
+def test_functions_compile_without_a_break(name):
+    """Checks of types and values are traced away: one graph, the same results."""
+    for args, kwargs in samples(name):
+        torch._dynamo.reset()
+        compiled = torch.compile(getattr(ops, name), fullgraph=True, backend="aot_eager")
+        expected = getattr(ops, name)(*args, **kwargs)
+        actual = compiled(*args, **kwargs)
+        assert type(actual) is type(expected)
+        leaves = (torch.utils._pytree.tree_leaves(results) for results in (actual, expected))
+        for a, b in zip(*leaves, strict=True):
+            assert a is b is None or torch.equal(a, b)
+
+
+def test_out_functions_compile_without_a_break():
+    args, kwargs = samples("block_attention_out")[0]
+    expected = ops.block_attention(*args[:5], **kwargs)
+    torch._dynamo.reset()
+    torch.compile(ops.block_attention_out, fullgraph=True, backend="aot_eager")(*args, **kwargs)
+    assert torch.equal(args[5], expected[0]) and torch.equal(args[6], expected[1])
+
+
+class Attention(torch.nn.Module):
+    def forward(self, q, k_cache, v_cache, block_table, seq_lens):
+        return ops.block_attention(q, k_cache, v_cache, block_table, seq_lens, max_seq_len=SEQ)
+
+
+@pytest.mark.parametrize("trace", ["export", "symbolic_trace"])
+def test_functions_can_be_traced(trace):
+    args = tuple(attention_args(tensors()))
+    if trace == "export":
+        batch = torch.export.Dim("batch", min=1, max=9)
+        dims = ({0: batch}, None, None, {0: batch}, {0: batch})
+        traced = torch.export.export(Attention(), args, dynamic_shapes=dims).module()
+    else:
+        traced = torch.fx.symbolic_trace(Attention())
+    expected = Attention()(*args)
+    assert all(torch.equal(a, b) for a, b in zip(traced(*args), expected, strict=True))
