@@ -78,8 +78,16 @@ inline const int32_t* check_prefix_lens(const char* op, const std::optional<Tens
     return check_int32_vector(op, "prefix_lens", *prefix_lens, q, q.size(0));
 }
 
-inline double scale_of(std::optional<double> softmax_scale, int64_t head_dim) {
-    return softmax_scale.value_or(1.0 / std::sqrt(static_cast<double>(head_dim)));
+// Scores are float32, and from about 2^31 on their rounding alone carries exp past its range, which gives NaN. This
+// bound leaves 2^15 to q . k.
+constexpr int64_t kMaxSoftmaxScale = 65536;
+
+inline double scale_of(const char* op, std::optional<double> softmax_scale, int64_t head_dim) {
+    if (!softmax_scale.has_value()) return 1.0 / std::sqrt(static_cast<double>(head_dim));
+    MAGE_CHECK(std::isfinite(*softmax_scale), op, ": softmax_scale must be finite, got ", *softmax_scale);
+    MAGE_CHECK(std::abs(*softmax_scale) <= static_cast<double>(kMaxSoftmaxScale), op, ": softmax_scale must be in [",
+               -kMaxSoftmaxScale, ", ", kMaxSoftmaxScale, "], got ", *softmax_scale);
+    return *softmax_scale;
 }
 
 // Device values, if the debug switch is on.
@@ -108,7 +116,7 @@ inline BlockAttentionParams check_attention(const char* op, const Tensor& q, con
     params.seq_lens = check_int32_vector(op, "seq_lens", seq_lens, q, q.size(0));
     params.kv_lens = check_kv_lens(op, kv_lens, q);
     params.max_seq_len = max_seq_len;
-    params.softmax_scale = scale_of(softmax_scale, q.size(3));
+    params.softmax_scale = scale_of(op, softmax_scale, q.size(3));
     params.split_tokens = split_tokens;
     check_block_attention(params, op);
     debug_check_attention(op, params.pages, block_table, seq_lens, max_seq_len, kv_lens);

@@ -23,7 +23,7 @@ TokenMassParams check_inputs(const Tensor& q, const Tensor& k_cache, const Tenso
     check_output(kOp, "lse", lse, q, ScalarType::Float, "[B, H, Q]", {q.size(0), q.size(2), q.size(1)});
     params.lse = static_cast<const float*>(lse.const_data_ptr());
     params.max_seq_len = max_seq_len;
-    params.softmax_scale = scale_of(softmax_scale, q.size(3));
+    params.softmax_scale = scale_of(kOp, softmax_scale, q.size(3));
     params.score = score_of(kOp, score, true);
     params.norm = norm_of(kOp, norm);
     params.row_mask = check_row_mask(kOp, row_mask, q);

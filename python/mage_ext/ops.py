@@ -202,7 +202,7 @@ def block_attention(
         block_table: [B, max_pages], int32, page ids. A token of a page outside the pool weighs 0.
         seq_lens: [B], int32. S, clamped to [0, max_seq_len].
         max_seq_len: tokens that a request can have at most; block_table must span them.
-        softmax_scale: factor of the scores; None: D^-0.5.
+        softmax_scale: factor of the scores, in [-65536, 65536]; None: D^-0.5.
         kv_lens: [B, Q], int32, nondecreasing. Row q sees [0, min(S, kv_lens[b, q])); None: [0, S). It gives the
             staircase of a chunked prefill and causal masks.
         split_tokens: 0 cuts the KV stream as the shapes suggest; a multiple of 64 cuts it at its multiples.

@@ -486,3 +486,36 @@ def test_functions_can_be_traced(trace):
         traced = torch.fx.symbolic_trace(Attention())
     expected = Attention()(*args)
     assert all(torch.equal(a, b) for a, b in zip(traced(*args), expected, strict=True))
+
+
+# --- the factor of the scores ---------------------------------------------------------------------------------------
+
+SCALED = [name for name in WITH_TENSORS if "softmax_scale" in {a.name for a in overload(name)._schema.arguments}]
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_softmax_scale_that_overflows_is_refused(name):
+    """By the function and by the operator below it, before a kernel makes NaN of it."""
+    op = name.removesuffix("_out")
+    args, kwargs = samples(name)[-1]
+    interval = r"in \[-65536, 65536\]"
+    refused = {1e300: interval, -1e300: interval, 1e39: interval, 65537.0: interval, -65536.5: interval}
+    refused |= {float("nan"): "finite", float("inf"): "finite", -float("inf"): "finite"}
+    for call in (getattr(ops, name), overload(name)):
+        for scale, wanted in refused.items():
+            with pytest.raises(RuntimeError, match=f"^{op}: softmax_scale must be {wanted}, got -?[0-9ni]"):
+                call(*args, **{**kwargs, "softmax_scale": scale})
+
+
+@pytest.mark.parametrize("scale", [65536.0, -65536.0, 0.0, 1e-300])
+def test_extreme_softmax_scales_give_no_nan(scale):
+    t = tensors()
+    t["q"] *= 30
+    args = attention_args(t)
+    out, lse = ops.block_attention(*args, max_seq_len=SEQ, softmax_scale=scale)
+    mass = ops.token_mass(
+        t["q"], t["k_cache"], t["block_table"], t["seq_lens"], lse, max_seq_len=SEQ, softmax_scale=scale
+    )
+    assert out.isfinite().all() and lse.isfinite().all() and mass.isfinite().all()
+    if abs(scale) < 1:
+        assert torch.allclose(lse, t["seq_lens"].float().log()[:, None, None].expand_as(lse))
