@@ -123,6 +123,43 @@ inline BlockAttentionParams check_attention(const char* op, const Tensor& q, con
     return params;
 }
 
+// What emits one number per unit of g tokens: Params has `attention` and `granularity`.
+template <typename Params>
+Params check_unit_attention(const char* op, const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                            const Tensor& block_table, const Tensor& seq_lens, int64_t max_seq_len, int64_t g,
+                            std::optional<double> softmax_scale, const std::optional<Tensor>& kv_lens,
+                            int64_t split_tokens) {
+    Params params;
+    params.attention = check_attention(op, q, k_cache, v_cache, block_table, seq_lens, max_seq_len, softmax_scale,
+                                       kv_lens, split_tokens);
+    params.granularity = g;
+    return params;
+}
+
+template <typename Params>
+int64_t num_units(const Params& params) {
+    return (params.attention.max_seq_len + params.granularity - 1) / params.granularity;
+}
+
+// `workspace` is the op's own query.
+template <typename Params, typename Workspace>
+int64_t unit_workspace(const Params& params, Workspace workspace) {
+    const BlockAttentionParams& p = params.attention;
+    return workspace(p.num_requests, p.num_queries, p.num_heads, p.num_kv_heads, p.head_dim, p.max_seq_len,
+                     params.granularity, p.split_tokens);
+}
+
+// How the rows of a KV head become mass: score, row_mask, norm and prefix_lens, into any of the params structs.
+template <typename Params>
+void check_mass_options(const char* op, const std::string& score, bool rows_too, const std::optional<Tensor>& row_mask,
+                        const std::string& norm, const std::optional<Tensor>& prefix_lens, const Tensor& q,
+                        Params* params) {
+    params->score = score_of(op, score, rows_too);
+    params->norm = norm_of(op, norm);
+    params->row_mask = check_row_mask(op, row_mask, q);
+    params->prefix_lens = check_prefix_lens(op, prefix_lens, params->norm, q);
+}
+
 // A contiguous output of an _out twin.
 inline void check_output(const char* op, const char* name, const Tensor& t, const Tensor& q, ScalarType dtype,
                          const char* dims, std::initializer_list<int64_t> shape) {
@@ -142,6 +179,15 @@ inline void check_attention_workspace(const char* op, const Tensor& workspace, c
     const auto address = reinterpret_cast<uintptr_t>(workspace.const_data_ptr());
     MAGE_CHECK(address % 16 == 0, op, ": workspace must be aligned to 16 bytes, got a base ", address % 16,
                " bytes past it");
+}
+
+// out, lse and the third output of an op with units, and its workspace.
+inline void check_unit_outputs(const char* op, const Tensor& out, const Tensor& lse, const char* name,
+                               const Tensor& shares, const char* dims, std::initializer_list<int64_t> shape,
+                               const Tensor& workspace, const Tensor& q, int64_t bytes) {
+    check_out_and_lse(op, out, lse, q);
+    check_output(op, name, shares, q, ScalarType::Float, dims, shape);
+    check_attention_workspace(op, workspace, q, bytes);
 }
 
 inline Tensor new_out(const Tensor& q) {

@@ -16,27 +16,16 @@ BlockAttentionMassParams check_inputs(const Tensor& q, const Tensor& k_cache, co
                                       const std::string& norm, const std::optional<Tensor>& prefix_lens,
                                       std::optional<double> softmax_scale, const std::optional<Tensor>& kv_lens,
                                       int64_t split_tokens) {
-    BlockAttentionMassParams params;
-    params.attention = check_attention(kOp, q, k_cache, v_cache, block_table, seq_lens, max_seq_len, softmax_scale,
-                                       kv_lens, split_tokens);
-    params.granularity = g;
-    params.score = score_of(kOp, score, false);
-    params.norm = norm_of(kOp, norm);
-    params.row_mask = check_row_mask(kOp, row_mask, q);
-    params.prefix_lens = check_prefix_lens(kOp, prefix_lens, params.norm, q);
+    auto params = check_unit_attention<BlockAttentionMassParams>(kOp, q, k_cache, v_cache, block_table, seq_lens,
+                                                                 max_seq_len, g, softmax_scale, kv_lens, split_tokens);
+    check_mass_options(kOp, score, false, row_mask, norm, prefix_lens, q, &params);
     check_block_attention_mass(params);
     if (debug_enabled() && prefix_lens.has_value()) debug_check_lengths(kOp, "prefix_lens", *prefix_lens, max_seq_len);
     return params;
 }
 
 int64_t workspace_of(const BlockAttentionMassParams& params) {
-    const BlockAttentionParams& p = params.attention;
-    return block_attention_mass_workspace(p.num_requests, p.num_queries, p.num_heads, p.num_kv_heads, p.head_dim,
-                                          p.max_seq_len, params.granularity, p.split_tokens);
-}
-
-int64_t num_units(const BlockAttentionMassParams& params) {
-    return (params.attention.max_seq_len + params.granularity - 1) / params.granularity;
+    return unit_workspace(params, mage::block_attention_mass_workspace);
 }
 
 void call(BlockAttentionMassParams& params, const Tensor& out, const Tensor& lse, const Tensor& mass,
@@ -71,10 +60,8 @@ void block_attention_mass_out(const Tensor& q, const Tensor& k_cache, const Tens
                               const std::optional<Tensor>& kv_lens, int64_t split_tokens) {
     BlockAttentionMassParams params = check_inputs(q, k_cache, v_cache, block_table, seq_lens, max_seq_len, g, score,
                                                    row_mask, norm, prefix_lens, softmax_scale, kv_lens, split_tokens);
-    check_out_and_lse(kOp, out, lse, q);
-    check_output(kOp, "mass", mass, q, ScalarType::Float, "[B, Hkv, n]",
-                 {q.size(0), k_cache.size(2), num_units(params)});
-    check_attention_workspace(kOp, workspace, q, workspace_of(params));
+    check_unit_outputs(kOp, out, lse, "mass", mass, "[B, Hkv, n]", {q.size(0), k_cache.size(2), num_units(params)},
+                       workspace, q, workspace_of(params));
     call(params, out, lse, mass, workspace);
 }
 

@@ -14,22 +14,14 @@ BlockAttentionRowsParams check_inputs(const Tensor& q, const Tensor& k_cache, co
                                       const Tensor& block_table, const Tensor& seq_lens, int64_t max_seq_len, int64_t g,
                                       std::optional<double> softmax_scale, const std::optional<Tensor>& kv_lens,
                                       int64_t split_tokens) {
-    BlockAttentionRowsParams params;
-    params.attention = check_attention(kOp, q, k_cache, v_cache, block_table, seq_lens, max_seq_len, softmax_scale,
-                                       kv_lens, split_tokens);
-    params.granularity = g;
+    auto params = check_unit_attention<BlockAttentionRowsParams>(kOp, q, k_cache, v_cache, block_table, seq_lens,
+                                                                 max_seq_len, g, softmax_scale, kv_lens, split_tokens);
     check_block_attention_rows(params);
     return params;
 }
 
 int64_t workspace_of(const BlockAttentionRowsParams& params) {
-    const BlockAttentionParams& p = params.attention;
-    return block_attention_rows_workspace(p.num_requests, p.num_queries, p.num_heads, p.num_kv_heads, p.head_dim,
-                                          p.max_seq_len, params.granularity, p.split_tokens);
-}
-
-int64_t num_units(const BlockAttentionRowsParams& params) {
-    return (params.attention.max_seq_len + params.granularity - 1) / params.granularity;
+    return unit_workspace(params, mage::block_attention_rows_workspace);
 }
 
 int64_t num_rows(const Tensor& q, const Tensor& k_cache) { return q.size(1) * (q.size(2) / k_cache.size(2)); }
@@ -64,10 +56,9 @@ void block_attention_rows_out(const Tensor& q, const Tensor& k_cache, const Tens
                               int64_t split_tokens) {
     BlockAttentionRowsParams params =
         check_inputs(q, k_cache, v_cache, block_table, seq_lens, max_seq_len, g, softmax_scale, kv_lens, split_tokens);
-    check_out_and_lse(kOp, out, lse, q);
-    check_output(kOp, "row_mass", row_mass, q, ScalarType::Float, "[B, Hkv, n, R]",
-                 {q.size(0), k_cache.size(2), num_units(params), num_rows(q, k_cache)});
-    check_attention_workspace(kOp, workspace, q, workspace_of(params));
+    check_unit_outputs(kOp, out, lse, "row_mass", row_mass, "[B, Hkv, n, R]",
+                       {q.size(0), k_cache.size(2), num_units(params), num_rows(q, k_cache)}, workspace, q,
+                       workspace_of(params));
     call(params, out, lse, row_mass, workspace);
 }
 

@@ -24,10 +24,7 @@ TokenMassParams check_inputs(const Tensor& q, const Tensor& k_cache, const Tenso
     params.lse = static_cast<const float*>(lse.const_data_ptr());
     params.max_seq_len = max_seq_len;
     params.softmax_scale = scale_of(kOp, softmax_scale, q.size(3));
-    params.score = score_of(kOp, score, true);
-    params.norm = norm_of(kOp, norm);
-    params.row_mask = check_row_mask(kOp, row_mask, q);
-    params.prefix_lens = check_prefix_lens(kOp, prefix_lens, params.norm, q);
+    check_mass_options(kOp, score, true, row_mask, norm, prefix_lens, q, &params);
     params.granularity = g;
     if (units.has_value()) {
         check_device(kOp, "units", *units, q);
