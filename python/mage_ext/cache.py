@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mage_ext._arguments import check_device, check_index, check_list, check_type, got
+
 PAGE_SIZES = (1, 16, 32, 64, 128, 256)
 
 
@@ -21,12 +23,12 @@ class OutOfPages(RuntimeError):
 
 def _check_positive(name: str, value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"PagedCache: {name} must be an integer >= 1, got {value!r}")
+        raise ValueError(f"PagedCache: {name} must be an integer >= 1, got {got(value)}")
 
 
 def _check_count(name: str, value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError(f"{name} must be an integer >= 0, got {value!r}")
+        raise ValueError(f"{name} must be an integer >= 0, got {got(value)}")
 
 
 class PagedCache:
@@ -44,7 +46,7 @@ class PagedCache:
             OutOfPages.
 
     Raises:
-        ValueError: naming the argument.
+        ValueError, TypeError: naming the argument.
     """
 
     def __init__(
@@ -66,10 +68,13 @@ class PagedCache:
             ("num_pages", num_pages),
         ):
             _check_positive(name, value)
-        if isinstance(page_size, bool) or page_size not in PAGE_SIZES:
-            raise ValueError(f"PagedCache: page_size must be one of {PAGE_SIZES}, got {page_size!r}")
-        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise ValueError(f"PagedCache: dtype must be float32, bfloat16 or float16, got {dtype}")
+        if not isinstance(page_size, int) or isinstance(page_size, bool) or page_size not in PAGE_SIZES:
+            raise ValueError(f"PagedCache: page_size must be one of {PAGE_SIZES}, got {got(page_size)}")
+        if not isinstance(dtype, torch.dtype) or dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            actual = dtype if isinstance(dtype, torch.dtype) else got(dtype)
+            raise ValueError(f"PagedCache: dtype must be float32, bfloat16 or float16, got {actual}")
+        device = check_device("PagedCache", device)
+        check_type("PagedCache", "growable", growable, bool, "a bool")
         self.page_size = page_size
         self.growable = growable
         self._pools = torch.empty(
@@ -81,7 +86,9 @@ class PagedCache:
     @classmethod
     def for_model(cls, model: torch.nn.Module, **arguments) -> "PagedCache":
         """A cache with the layers, KV heads, head_dim, dtype and device of a `Transformer`; the other arguments are the
-        class's."""
+        class's. Raises TypeError if model is no such model."""
+        if not isinstance(model, torch.nn.Module) or not all(hasattr(model, x) for x in ("embed_tokens", "config")):
+            raise TypeError(f"PagedCache: model must be a Transformer, got {got(model)}")
         weight = model.embed_tokens.weight
         arguments = {"dtype": weight.dtype, "device": weight.device, **arguments}
         config = model.config
@@ -121,12 +128,14 @@ class PagedCache:
         return 2 * self.head_dim * self._pools.element_size()
 
     def pages_for(self, num_tokens: int) -> int:
-        """Pages that hold num_tokens tokens of one request."""
+        """Pages that hold num_tokens tokens of one request. Raises ValueError if that is no integer >= 0."""
+        _check_count("PagedCache: num_tokens", num_tokens)
         return -(-num_tokens // self.page_size)
 
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
         """(k_cache, v_cache) of a layer, each [pages, page, Hkv, D]. Fetch them anew for every forward: growing
-        replaces them."""
+        replaces them. Raises ValueError if layer is not in [0, num_layers)."""
+        check_index("PagedCache", "layer", layer, self.num_layers)
         return self._pools[layer, 0], self._pools[layer, 1]
 
     def allocate(self, count: int) -> list[int]:
@@ -146,17 +155,15 @@ class PagedCache:
         return pages
 
     def retain(self, pages: Sequence[int]) -> None:
-        """One more user for each of `pages`, all of them in use."""
-        self._check_pages(pages)
-        for page in pages:
+        """One more user for each of `pages`, all of them in use; else ValueError, or TypeError if it is no list."""
+        for page in self._checked(pages):
             if not self._users[page]:
                 raise ValueError(f"PagedCache: pages must be in use, got free page {page}")
             self._users[page] += 1
 
     def release(self, pages: Sequence[int]) -> None:
-        """One user less for each of `pages`; pages without users are free again."""
-        self._check_pages(pages)
-        for page in reversed(pages):
+        """One user less for each of `pages`; pages without users are free again. Raises as retain does."""
+        for page in reversed(self._checked(pages)):
             if not self._users[page]:
                 raise ValueError(f"PagedCache: pages must be in use, got free page {page}")
             self._users[page] -= 1
@@ -164,15 +171,24 @@ class PagedCache:
                 self._free.append(page)
 
     def copy_pages(self, sources: Sequence[int], targets: Sequence[int]) -> None:
-        """Copies pages in all layers."""
+        """Copies pages in all layers.
+
+        Raises:
+            TypeError: sources or targets is no list. ValueError: a page does not exist, or they are not equally long.
+        """
+        sources, targets = self._checked(sources, "sources"), self._checked(targets, "targets")
+        if len(sources) != len(targets):
+            raise ValueError(f"PagedCache: targets must be as many as sources, {len(sources)}, got {len(targets)}")
         if sources:
             source = torch.tensor(sources, device=self.device)
             self._pools[:, :, torch.tensor(targets, device=self.device)] = self._pools[:, :, source]
 
-    def _check_pages(self, pages: Sequence[int]) -> None:
+    def _checked(self, pages: Sequence[int], name: str = "pages") -> list[int]:
+        pages = check_list("PagedCache", name, pages, "a list of page numbers")
         for page in pages:
             if not isinstance(page, int) or isinstance(page, bool) or not 0 <= page < self.num_pages:
-                raise ValueError(f"PagedCache: pages must be integers in [0, {self.num_pages}), got {page!r}")
+                raise ValueError(f"PagedCache: {name} must be integers in [0, {self.num_pages}), got {got(page)}")
+        return pages
 
     def _grow(self, count: int) -> None:
         old, num_pages = self._pools, self.num_pages
@@ -187,9 +203,14 @@ class RaggedBatch:
 
     Fields:
         cache: the pages. block_table: [B, max_pages], int32, on the cache's device; -1 where a request has no page.
+
+    Raises:
+        TypeError: cache is no PagedCache. ValueError: num_requests is no integer >= 0.
     """
 
     def __init__(self, cache: PagedCache, num_requests: int):
+        check_type("RaggedBatch", "cache", cache, PagedCache, "a PagedCache")
+        _check_count("RaggedBatch: num_requests", num_requests)
         self.cache = cache
         self._pages: list[list[int]] = [[] for _ in range(num_requests)]
         self.block_table = torch.full((num_requests, 1), -1, dtype=torch.int32, device=cache.device)
@@ -244,8 +265,10 @@ class RaggedBatch:
             lengths: one per request, committed tokens; neither batch may write below them afterwards.
         Raises:
             OutOfPages: for the copies; nothing is changed. ValueError: naming the length.
+            TypeError: lengths is no list.
         """
         size = self.cache.page_size
+        lengths = check_list("RaggedBatch", "lengths", lengths, "a list of integers")
         if len(lengths) != len(self):
             raise ValueError(f"RaggedBatch: lengths must have one entry per request, {len(self)}, got {len(lengths)}")
         for request, length in enumerate(lengths):
@@ -269,8 +292,7 @@ class RaggedBatch:
         return twin
 
     def _check_request(self, request: int) -> None:
-        if not isinstance(request, int) or isinstance(request, bool) or not 0 <= request < len(self):
-            raise ValueError(f"RaggedBatch: request must be an integer in [0, {len(self)}), got {request!r}")
+        check_index("RaggedBatch", "request", request, len(self))
 
     def _write_row(self, request: int) -> None:
         pages = self._pages[request]

@@ -21,6 +21,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from mage_ext._arguments import got
+
 _NONE = type(None)
 _TYPES = {  # of the schemas: types that Python may pass, and how a message says it; bool is no number here
     "Tensor": ((Tensor,), "a tensor"),
@@ -60,7 +62,7 @@ def _typed(function: Callable) -> Callable:
             return
         # A torch.fx.Proxy may stand for anything.
         if isinstance(value, Tensor) or not hasattr(value, "__torch_function__"):
-            raise TypeError(f"{op}: {name} must be {expected}, got {_got(value)}")
+            raise TypeError(f"{op}: {name} must be {expected}, got {got(value)}")
 
     @functools.wraps(function)
     def checked(*args, **options):
@@ -73,12 +75,6 @@ def _typed(function: Callable) -> Callable:
         return function(*args, **options)
 
     return checked
-
-
-def _got(value: object) -> str:
-    """What came, for a message: plain values as they are, of anything else its type."""
-    plain = value is None or isinstance(value, (bool, numbers.Number, str))
-    return repr(value) if plain else type(value).__name__
 
 
 def _fake(name: str) -> Callable[[Callable], Callable]:
@@ -881,7 +877,7 @@ def _check_parts(outs: list[Tensor], lses: list[Tensor]) -> None:
     for name, parts in (("outs", outs), ("lses", lses)):
         for i, part in enumerate(parts):
             if not isinstance(part, Tensor) and not hasattr(part, "__torch_function__"):
-                raise TypeError(f"merge_attention: {name}[{i}] must be a tensor, got {_got(part)}")
+                raise TypeError(f"merge_attention: {name}[{i}] must be a tensor, got {got(part)}")
     if len(outs) == 0:
         raise ValueError("merge_attention: outs must hold at least one tensor, got none")
     if len(lses) != len(outs):
@@ -936,7 +932,7 @@ def set_debug(on: bool) -> bool:
     waits for the device at every op, so it cannot be on during CUDA graph capture.
     """
     if not isinstance(on, bool):
-        raise TypeError(f"set_debug: on must be a bool, got {_got(on)}")
+        raise TypeError(f"set_debug: on must be a bool, got {got(on)}")
     return torch.ops.mage.set_debug(on)
 
 

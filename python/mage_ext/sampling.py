@@ -8,6 +8,7 @@ Test: pytest tests/python/test_sampling.py
 """
 
 import math
+import numbers
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mage_ext import ops
+from mage_ext._arguments import check_tensor, check_type, got
 from mage_ext.counter_random import random_uniform
 
 SAMPLERS = ("sequential", "low_confidence_static", "low_confidence_dynamic", "entropy_bounded")
@@ -29,14 +31,14 @@ _MIN_TEMPERATURE, _MAX_TEMPERATURE = 1e-4, 1e4
 
 def _check_int(owner: str, name: str, value: object, minimum: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-        raise ValueError(f"{owner}: {name} must be an integer >= {minimum}, got {value!r}")
+        raise ValueError(f"{owner}: {name} must be an integer >= {minimum}, got {got(value)}")
 
 
 def _check_real(owner: str, name: str, value: object, low: float, high: float, open_low: bool = False) -> None:
     is_real = isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
     if not is_real or not low <= value <= high or (open_low and value == low):
         interval = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if math.isinf(high) else ']'}"
-        raise ValueError(f"{owner}: {name} must be a number in {interval}, got {value!r}")
+        raise ValueError(f"{owner}: {name} must be a number in {interval}, got {got(value)}")
     if math.isinf(value):
         raise ValueError(f"{owner}: {name} must be finite, got {value!r}")
 
@@ -46,7 +48,7 @@ def _check_draw(owner: str, temperature: float, top_k: int, top_p: float) -> Non
     if not is_real or not (temperature == 0 or _MIN_TEMPERATURE <= temperature <= _MAX_TEMPERATURE):
         raise ValueError(
             f"{owner}: temperature must be a number, 0 or in [{_MIN_TEMPERATURE:g}, {_MAX_TEMPERATURE:g}], "
-            f"got {temperature!r}"
+            f"got {got(temperature)}"
         )
     _check_int(owner, "top_k", top_k, 0)
     _check_real(owner, "top_p", top_p, 0.0, 1.0, open_low=True)
@@ -81,15 +83,20 @@ class SamplerConfig:
     top_p: float = 1.0
 
     def __post_init__(self):
-        if self.name not in SAMPLERS:
-            raise ValueError(f"SamplerConfig: name must be one of {', '.join(SAMPLERS)}, got {self.name!r}")
+        if not isinstance(self.name, str) or self.name not in SAMPLERS:
+            raise ValueError(f"SamplerConfig: name must be one of {', '.join(SAMPLERS)}, got {got(self.name)}")
         _check_int("SamplerConfig", "tokens_per_step", self.tokens_per_step, 1)
         _check_real("SamplerConfig", "threshold", self.threshold, 0.0, 1.0)
         _check_real("SamplerConfig", "entropy_bound", self.entropy_bound, 0.0, math.inf)
         _check_draw("SamplerConfig", self.temperature, self.top_k, self.top_p)
 
     def max_forwards(self, num_open: int) -> int:
-        """Steps after which `num_open` positions are decided for certain; exact for the two static samplers."""
+        """Steps after which `num_open` positions are decided for certain; exact for the two static samplers.
+
+        Raises:
+            ValueError: num_open is no integer >= 0.
+        """
+        _check_int("SamplerConfig", "num_open", num_open, 0)
         static = self.name in ("sequential", "low_confidence_static")
         return -(-num_open // self.tokens_per_step) if static else num_open
 
@@ -146,18 +153,18 @@ def draw_tokens(
         ValueError, TypeError: naming the argument.
     """
     _check_draw("draw_tokens", temperature, top_k, top_p)
+    check_tensor("draw_tokens", "logits", logits)
     if logits.dim() < 1 or not logits.is_floating_point():
         raise TypeError(f"draw_tokens: logits must be floating point [..., V], got {logits.dtype} {list(logits.shape)}")
     vocab_size = logits.shape[-1]
     if vocab_size < (1 if mask_id is None else 2):
         raise ValueError(f"draw_tokens: logits must have an id that may be emitted, got V = {vocab_size}")
-    if mask_id is not None and not 0 <= mask_id < vocab_size:
-        raise ValueError(f"draw_tokens: mask_id must be in [0, V = {vocab_size}), got {mask_id}")
+    if mask_id is not None:
+        check_type("draw_tokens", "mask_id", mask_id, numbers.Integral, "an integer or None")
+        if not 0 <= mask_id < vocab_size:
+            raise ValueError(f"draw_tokens: mask_id must be in [0, V = {vocab_size}), got {mask_id}")
     if temperature > 0:
-        for name, value in (("seeds", seeds), ("positions", positions)):
-            if value is None or value.dtype != torch.int64:
-                got = "None" if value is None else value.dtype
-                raise ValueError(f"draw_tokens: {name} must be an int64 tensor at temperature > 0, got {got}")
+        _check_key(seeds, positions, step, logits.shape[:-1])
 
     if mask_id is not None:
         logits = logits.clone()
@@ -181,6 +188,34 @@ def draw_tokens(
         # Reached by rows without a finite logit only.
         token = torch.where(token == mask_id, 1 if mask_id == 0 else 0, token)
     return Draws(token, confidence, entropy)
+
+
+def _check_key(seeds: object, positions: object, step: object, rows: torch.Size) -> None:
+    """seeds, positions and step of a draw for rows [...]."""
+    for name, value in (("seeds", seeds), ("positions", positions)):
+        if not isinstance(value, Tensor) or value.dtype != torch.int64:
+            actual = value.dtype if isinstance(value, Tensor) else got(value)
+            raise ValueError(f"draw_tokens: {name} must be an int64 tensor at temperature > 0, got {actual}")
+    check_type("draw_tokens", "step", step, (int, Tensor), "an integer or an int64 tensor")
+    if isinstance(step, Tensor) and step.dtype != torch.int64:
+        raise TypeError(f"draw_tokens: step must be an integer or an int64 tensor, got {step.dtype}")
+    if isinstance(step, int) and not -(1 << 63) <= step < 1 << 63:
+        raise ValueError(f"draw_tokens: step must fit 64 bits, got {step}")
+    for name, value in (("seeds", seeds), ("positions", positions), ("step", step)):
+        sizes = list(value.shape) if isinstance(value, Tensor) else []
+        padded = [1] * (len(rows) - len(sizes)) + sizes
+        if len(padded) != len(rows) or any(size not in (1, row) for size, row in zip(padded, rows, strict=True)):
+            raise ValueError(f"draw_tokens: {name} must broadcast with {list(rows)}, got {sizes}")
+
+
+def _check_rows(owner: str, name: str, value: object, open: object) -> None:
+    """A float tensor [B, Q] with what is open."""
+    check_tensor(owner, "open", open, dtype=torch.bool)
+    if open.dim() != 2:
+        raise ValueError(f"{owner}: open must be [B, Q], got {list(open.shape)}")
+    check_tensor(owner, name, value, open.shape)
+    if not value.is_floating_point():
+        raise TypeError(f"{owner}: {name} must be floating point, got {value.dtype}")
 
 
 def _most_probable(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -250,7 +285,14 @@ def decide(config: SamplerConfig, draws: Draws, open: Tensor) -> Tensor:
 
     Returns:
         [B, Q], bool.
+
+    Raises:
+        ValueError, TypeError: naming the argument.
     """
+    check_type("decide", "config", config, SamplerConfig, "a SamplerConfig")
+    check_type("decide", "draws", draws, Draws, "Draws")
+    check_tensor("decide", "draws.token", draws.token)
+    check_tensor("decide", "open", open)
     if open.dtype != torch.bool or open.shape != draws.token.shape:
         raise ValueError(f"decide: open must be bool {list(draws.token.shape)}, got {open.dtype} {list(open.shape)}")
     if config.name == "sequential":
@@ -263,7 +305,15 @@ def decide(config: SamplerConfig, draws: Draws, open: Tensor) -> Tensor:
 
 
 def sequential(open: Tensor, tokens_per_step: int) -> Tensor:
-    """The leftmost min(tokens_per_step, open) open positions. open: [B, Q], bool. Returns [B, Q], bool."""
+    """The leftmost min(tokens_per_step, open) open positions. open: [B, Q], bool. Returns [B, Q], bool.
+
+    Raises:
+        ValueError, TypeError: naming the argument; so do the three below.
+    """
+    check_tensor("sequential", "open", open, dtype=torch.bool)
+    if open.dim() != 2:
+        raise ValueError(f"sequential: open must be [B, Q], got {list(open.shape)}")
+    _check_int("sequential", "tokens_per_step", tokens_per_step, 1)
     return open & (open.cumsum(-1) <= tokens_per_step)
 
 
@@ -278,6 +328,8 @@ def low_confidence_static(confidence: Tensor, open: Tensor, tokens_per_step: int
     Returns:
         [B, Q], bool.
     """
+    _check_rows("low_confidence_static", "confidence", confidence, open)
+    _check_int("low_confidence_static", "tokens_per_step", tokens_per_step, 1)
     return open & (_rank(-_confidence_key(confidence), open) < tokens_per_step)
 
 
@@ -292,6 +344,8 @@ def low_confidence_dynamic(confidence: Tensor, open: Tensor, threshold: float) -
     Returns:
         [B, Q], bool.
     """
+    _check_rows("low_confidence_dynamic", "confidence", confidence, open)
+    _check_real("low_confidence_dynamic", "threshold", threshold, -math.inf, math.inf)
     first = _rank(-_confidence_key(confidence), open) == 0
     return open & ((confidence > threshold) | first)
 
@@ -312,6 +366,8 @@ def entropy_bounded(entropy: Tensor, open: Tensor, entropy_bound: float) -> Tens
     Returns:
         [B, Q], bool.
     """
+    _check_rows("entropy_bounded", "entropy", entropy, open)
+    _check_real("entropy_bounded", "entropy_bound", entropy_bound, 0.0, math.inf)
     key = torch.where(open, entropy.double().nan_to_num(nan=math.inf), math.inf)
     rank = _rank(key, open)
     ascending = torch.empty_like(key).scatter_(-1, rank, key)

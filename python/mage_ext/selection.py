@@ -13,6 +13,7 @@ import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from os import PathLike
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,12 +21,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mage_ext import ops
+from mage_ext._arguments import check_device, check_index, check_list, check_path, check_tensor, check_type, got
 from mage_ext.counter_random import random_bits
 
 RULES = ("fixed", "layer", "mass", "joint")
 GRANULARITIES = (1, 16, 32, 64)
 
 _FILE_FORMAT = "mage_ext.BlockSelection/1"
+_OWNER = "BlockSelection"
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ class SelectionConfig:
             _check_count("capacity", self.capacity, 1)
         is_real = isinstance(self.p, (int, float)) and not isinstance(self.p, bool) and not math.isnan(self.p)
         if not is_real or not 0 < self.p <= 1:
-            raise ValueError(f"SelectionConfig: p must be a number in (0, 1], got {self.p!r}")
+            raise ValueError(f"SelectionConfig: p must be a number in (0, 1], got {got(self.p)}")
 
     def capacity_units(self, num_units: int, num_layers: int, num_kv_heads: int) -> int:
         """Width of the index lists: `capacity`, or the most units that the rule can list, at least 1.
@@ -90,7 +93,12 @@ class SelectionConfig:
             num_units: n, the units of the mass buffer.
             num_layers: L, layers that select.
             num_kv_heads: Hkv.
+
+        Raises:
+            ValueError: one of them is no integer >= 0.
         """
+        for name, value in (("num_units", num_units), ("num_layers", num_layers), ("num_kv_heads", num_kv_heads)):
+            _check_count(name, value, 0)
         if self.capacity is not None:
             return self.capacity
         share = {"fixed": 1, "layer": num_layers, "joint": num_kv_heads, "mass": num_units}[self.rule]
@@ -99,15 +107,15 @@ class SelectionConfig:
 
 
 def _check_choice(name: str, value: object, choices: Sequence) -> None:
-    if isinstance(value, bool) or value not in choices:
+    if isinstance(value, bool) or not isinstance(value, type(choices[0])) or value not in choices:
         raise ValueError(
-            f"SelectionConfig: {name} must be one of {', '.join(str(choice) for choice in choices)}, got {value!r}"
+            f"SelectionConfig: {name} must be one of {', '.join(str(choice) for choice in choices)}, got {got(value)}"
         )
 
 
-def _check_count(name: str, value: object, minimum: int) -> None:
+def _check_count(name: str, value: object, minimum: int, owner: str = "SelectionConfig") -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-        raise ValueError(f"SelectionConfig: {name} must be an integer >= {minimum}, got {value!r}")
+        raise ValueError(f"{owner}: {name} must be an integer >= {minimum}, got {got(value)}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,8 +142,7 @@ class BlockSelection:
     overflow: Tensor
 
     def __post_init__(self):
-        if self.g not in GRANULARITIES:
-            raise ValueError(f"BlockSelection: g must be one of {GRANULARITIES}, got {self.g!r}")
+        _check_g(self.g)
         _check_tensor("indices", self.indices, torch.int32, None)
         heads = tuple(self.indices.shape[:3])
         _check_tensor("counts", self.counts, torch.int32, heads)
@@ -166,13 +173,18 @@ class BlockSelection:
             device: of the tensors.
 
         Raises:
-            ValueError: no integer, a list of another length, a duplicate, a unit outside [0, tail_start / g), a list
-                longer than capacity.
+            TypeError: units or tail_start is no list. ValueError: no integer, a list of another length, a duplicate, a
+                unit outside [0, tail_start / g), a list longer than capacity.
         """
         lists = [
-            [[sorted(_integer("units", unit) for unit in head) for head in request] for request in layer]
-            for layer in units
+            [[_units("units", head) for head in _list("units", request)] for request in _list("units", layer)]
+            for layer in _list("units", units)
         ]
+        starts = [_integer("tail_start", start) for start in check_list(_OWNER, "tail_start", tail_start, "a list")]
+        device = check_device(_OWNER, device)
+        _check_g(g)
+        if capacity is not None:
+            _check_count("capacity", capacity, 1, _OWNER)
         shape = (len(lists), len(lists[0]) if lists else 0, len(lists[0][0]) if lists and lists[0] else 0)
         if not all(shape):
             raise ValueError(f"BlockSelection: units must have a layer, a request and a head, got shape {list(shape)}")
@@ -193,7 +205,7 @@ class BlockSelection:
             indices=indices,
             counts=(indices >= 0).sum(-1, dtype=torch.int32),
             kept_mass=torch.full(shape, math.nan),
-            tail_start=torch.tensor([_integer("tail_start", start) for start in tail_start], dtype=torch.int32),
+            tail_start=torch.tensor(starts, dtype=torch.int32),
             g=g,
             overflow=torch.zeros(shape, dtype=torch.bool),
         )
@@ -213,24 +225,40 @@ class BlockSelection:
         return self.indices.shape[3]
 
     def layer(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-        """What sparse_block_attention takes of one layer: indices [B, Hkv, Kmax], counts [B, Hkv], tail_start [B]."""
+        """What sparse_block_attention takes of one layer: indices [B, Hkv, Kmax], counts [B, Hkv], tail_start [B].
+
+        Raises:
+            ValueError: layer is not in [0, L).
+        """
+        check_index(_OWNER, "layer", layer, self.num_layers)
         return self.indices[layer], self.counts[layer], self.tail_start
 
     def units(self, request: int, layer: int, head: int) -> list[int]:
-        """Listed unit numbers, ascending. Waits for the device."""
+        """Listed unit numbers, ascending. Waits for the device.
+
+        Raises:
+            ValueError: request, layer or head is out of range.
+        """
+        self._check_list(request, layer, head)
         return self.indices[layer, request, head, : int(self.counts[layer, request, head])].tolist()
 
     def tokens(self, request: int, layer: int, head: int) -> list[int]:
-        """Positions of the listed tokens, ascending; those from tail_start on are not listed. Waits for the device."""
+        """Positions of the listed tokens, ascending; those from tail_start on are not listed. Waits for the device.
+
+        Raises:
+            ValueError: request, layer or head is out of range.
+        """
         return [unit * self.g + i for unit in self.units(request, layer, head) for i in range(self.g)]
 
     def with_units(self, request: int, layer: int, head: int, units: Iterable[int]) -> "BlockSelection":
         """A copy in which one list is replaced; its kept_mass becomes NaN, its overflow False. Waits for the device.
 
         Raises:
-            ValueError: no integer, a duplicate, a unit outside [0, tail_start / g), more units than the capacity.
+            TypeError: units is no list. ValueError: request, layer or head is out of range; no integer, a duplicate, a
+                unit outside [0, tail_start / g), more units than the capacity.
         """
-        units = sorted(_integer("units", unit) for unit in units)
+        self._check_list(request, layer, head)
+        units = _units("units", units)
         _check_units("units", units, int(self.tail_start[request]), self.g)
         if len(units) > self.capacity:
             raise ValueError(
@@ -250,6 +278,11 @@ class BlockSelection:
         changed.kept_mass[layer, request, head] = math.nan
         changed.overflow[layer, request, head] = False
         return changed
+
+    def _check_list(self, request: int, layer: int, head: int) -> None:
+        sizes = self.indices.shape
+        for name, value, size in (("request", request, sizes[1]), ("layer", layer, sizes[0]), ("head", head, sizes[2])):
+            check_index(_OWNER, name, value, size)
 
     def validate(self) -> "BlockSelection":
         """Reads every value and returns self if all hold; waits for the device.
@@ -288,21 +321,38 @@ class BlockSelection:
         return self
 
     def to(self, device: torch.device | str) -> "BlockSelection":
-        """The same selection on `device`."""
+        """The same selection on `device`. Raises TypeError or ValueError if that is no device."""
+        device = check_device(_OWNER, device)
         return dataclasses.replace(self, **{name: getattr(self, name).to(device) for name in _TENSORS})
 
     def save(self, path: str | PathLike) -> None:
-        """Writes one safetensors file with the five tensors; g is in its metadata."""
+        """Writes one safetensors file with the five tensors; g is in its metadata.
+
+        Raises:
+            TypeError: path is none. ValueError: it can't be written.
+            FileNotFoundError: its folder does not exist.
+        """
+        check_path(_OWNER, path)
+        if not Path(path).parent.is_dir():
+            raise FileNotFoundError(f"BlockSelection: path must be in a folder that exists, got {path}")
         tensors = {name: getattr(self, name).cpu().contiguous() for name in _TENSORS}
-        save_file(tensors, path, metadata={"format": _FILE_FORMAT, "g": str(self.g)})
+        try:
+            save_file(tensors, path, metadata={"format": _FILE_FORMAT, "g": str(self.g)})
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"BlockSelection: path must be a file that can be written, got {path}: {error}") from None
 
     @classmethod
     def load(cls, path: str | PathLike, device: torch.device | str = "cpu") -> "BlockSelection":
         """Reads what `save` wrote and validates it.
 
         Raises:
+            TypeError: path is none. FileNotFoundError: there is no file.
             ValueError: not such a file, keys missing or unknown, or values that don't hold.
         """
+        check_path(_OWNER, path)
+        device = check_device(_OWNER, device)
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"BlockSelection: path must be a file that exists, got {path}")
         try:
             with safe_open(path, framework="pt", device="cpu") as file:
                 metadata = file.metadata() or {}
@@ -337,14 +387,30 @@ def _check_tensor(name: str, tensor: object, dtype: torch.dtype, shape: tuple[in
         raise ValueError(f"BlockSelection: {name} must have shape {list(shape)}, got {list(tensor.shape)}")
 
 
+def _check_g(g: object) -> None:
+    if not isinstance(g, int) or isinstance(g, bool) or g not in GRANULARITIES:
+        raise ValueError(f"BlockSelection: g must be one of {GRANULARITIES}, got {got(g)}")
+
+
 def _integer(name: str, value: object) -> int:
     """An integer of any kind (Python's, NumPy's, of a tensor), never a rounded number."""
     try:
         if isinstance(value, bool):
             raise TypeError
-        return operator.index(value)
+        integer = operator.index(value)
     except TypeError:
-        raise ValueError(f"BlockSelection: {name} must be integers, got {value!r}") from None
+        raise ValueError(f"BlockSelection: {name} must be integers, got {got(value)}") from None
+    if not -(1 << 31) <= integer < 1 << 31:
+        raise ValueError(f"BlockSelection: {name} must be integers of 32 bits, got {integer}")
+    return integer
+
+
+def _list(name: str, values: object) -> list:
+    return check_list(_OWNER, name, values, "lists of unit numbers")
+
+
+def _units(name: str, values: object) -> list[int]:
+    return sorted(_integer(name, unit) for unit in _list(name, values))
 
 
 def _check_units(name: str, ascending: list[int], tail_start: int, g: int) -> None:
@@ -353,6 +419,24 @@ def _check_units(name: str, ascending: list[int], tail_start: int, g: int) -> No
             raise ValueError(f"BlockSelection: {name} must be in [0, {tail_start // g}) (tail_start / g), got {unit}")
         if i and unit == ascending[i - 1]:
             raise ValueError(f"BlockSelection: {name} must not repeat a unit, got {unit} twice")
+
+
+def _check_select(owner: str, mass: object, prefix_lens: object, config: object, votes: object) -> None:
+    """What `select` and its baselines check before they look into their arguments."""
+    check_type(owner, "config", config, SelectionConfig, "a SelectionConfig")
+    check_tensor(owner, "mass", mass)
+    check_tensor(owner, "prefix_lens", prefix_lens)
+    if mass.dim() != 4:
+        raise ValueError(f"{owner}: mass must be [L, B, Hkv, n], got {list(mass.shape)}")
+    if config.rule != "layer":
+        return
+    if votes is None:
+        raise ValueError(f'{owner}: votes must be given with rule "layer", got None')
+    if not isinstance(votes, (tuple, list)) or len(votes) != 3:
+        size = f" of {len(votes)}" if isinstance(votes, (tuple, list)) else ""
+        raise TypeError(f"{owner}: votes must be the three tensors of row_votes, got {got(votes)}{size}")
+    for i, tensor in enumerate(votes):
+        check_tensor(owner, f"votes[{i}]", tensor)
 
 
 def select(
@@ -377,10 +461,7 @@ def select(
     Raises:
         ValueError, TypeError: naming the argument.
     """
-    if config.rule == "layer" and votes is None:
-        raise ValueError('select: votes must be given with rule "layer", got None')
-    if mass.dim() != 4:
-        raise ValueError(f"select: mass must be [L, B, Hkv, n], got {list(mass.shape)}")
+    _check_select("select", mass, prefix_lens, config, votes)
     num_layers, _, num_kv_heads, num_units = mass.shape
     row_votes, union_size, coverage = votes if config.rule == "layer" else (None, None, None)
     indices, counts, kept_mass, tail_start, overflow = ops.select_kv(
@@ -412,6 +493,7 @@ def recency_selection(
 
     kept_mass is what these lists keep of `mass`. Arguments, returns and errors are those of `select`.
     """
+    _check_select("recency_selection", mass, prefix_lens, config, votes)
     number = torch.arange(mass.shape[-1], device=mass.device)
     return _select_by(number.expand(mass.shape), mass, prefix_lens, config, votes)
 
@@ -438,15 +520,20 @@ def random_selection(
         BlockSelection on mass's device.
 
     Raises:
-        TypeError: seed is neither an integer nor an int64 tensor. ValueError: it does not fit 64 bits.
+        TypeError: seed is neither an integer nor an int64 tensor. ValueError: it does not fit 64 bits or is a tensor of
+            another shape. Both of the other arguments as in `select`.
     """
-    if isinstance(seed, bool) or not isinstance(seed, (int, Tensor)):
-        raise TypeError(f"random_selection: seed must be an integer or an int64 tensor, got {seed!r}")
+    _check_select("random_selection", mass, prefix_lens, config, votes)
+    check_type("random_selection", "seed", seed, (int, Tensor), "an integer or an int64 tensor")
     if isinstance(seed, Tensor) and seed.dtype != torch.int64:
         raise TypeError(f"random_selection: seed must be an integer or an int64 tensor, got {seed.dtype}")
     if isinstance(seed, int) and not -(1 << 63) <= seed < 1 << 63:
         raise ValueError(f"random_selection: seed must fit 64 bits, got {seed}")
     num_layers, num_requests, num_heads, num_units = mass.shape
+    if isinstance(seed, Tensor) and seed.shape not in ((), (1,), (num_requests,)):
+        raise ValueError(
+            f"random_selection: seed must be one integer or [B] = [{num_requests}], got {list(seed.shape)}"
+        )
     device = mass.device
     seed = torch.as_tensor(seed, dtype=torch.int64, device=device).expand(num_requests).view(1, -1, 1, 1)
     layer = torch.arange(num_layers, device=device).view(-1, 1, 1, 1)

@@ -95,6 +95,11 @@ _MODELS = {
     "eos_negative": (dict(eos_ids=(-1,)), "eos_ids must be ids in .* got -1"),
     "layers_true": (dict(num_layers=True), "num_layers must be a positive integer, got True"),
     "sub_block_true": (dict(sub_block_size=True), "sub_block_size must divide block_size .* got True"),
+    "token_shift_text": (dict(token_shift="a"), "token_shift must be a bool, got 'a'"),
+    "qk_norm_number": (dict(qk_norm=1), "qk_norm must be a bool, got 1"),
+    "tie_embeddings_none": (dict(tie_embeddings=None), "tie_embeddings must be a bool, got None"),
+    "eos_none": (dict(eos_ids=None), "eos_ids must be a tuple of ids, got None"),
+    "eos_text": (dict(eos_ids="1"), "eos_ids must be a tuple of ids, got '1'"),
     "mask_true": (dict(mask_id=True), "mask_id must be in .* got True"),
 }
 
@@ -300,6 +305,16 @@ def test_models_load_takes_names_and_folders(tmp_path):
     _raises("overrides must not be given for", lambda: models.load(builtin.NAME, block_size=4))
     _raises("path must be a folder", lambda: models.load("no-such-model"), FileNotFoundError)
     assert models.load(_folder(tmp_path), "bfloat16").model.norm.weight.dtype == torch.bfloat16
+
+
+def test_values_of_another_type(tmp_path):
+    folder = _folder(tmp_path)
+    _raises("^ModelConfig: token_shift must be a bool, got 'a'$", lambda: load(folder, token_shift="a"))
+    _raises("^ModelConfig: block_size must be a positive integer, got 'a'$", lambda: load(folder, block_size="a"))
+    _raises("^load: path must be a path, got None$", lambda: models.load(None), TypeError)
+    _raises("^load: path must be a path, got 3$", lambda: read_config(3), TypeError)
+    _raises("^load: device must be a torch.device or its name, got 'tpux'$", lambda: load(folder, device="tpux"))
+    _raises("^load: device must be .* got list$", lambda: load(folder, device=["cpu"]), TypeError)
 
 
 def test_unknown_override(tmp_path):

@@ -226,3 +226,52 @@ class _Allocator(stateful.RuleBasedStateMachine):
 
 _Allocator.TestCase.settings = settings(max_examples=30, stateful_step_count=25, deadline=None)
 test_allocator = _Allocator.TestCase
+
+
+_WRONG = {
+    "page_size_tensor": (
+        lambda c: _cache(page_size=torch.ones(2)),
+        "PagedCache: page_size must be one of .* got Tensor",
+    ),
+    "page_size_float": (lambda c: _cache(page_size=16.0), "PagedCache: page_size must be one of .* got 16.0"),
+    "dtype": (lambda c: _cache(dtype="float32"), "PagedCache: dtype must be float32, .* got 'float32'"),
+    "device": (lambda c: _cache(device="tpux"), "PagedCache: device must be a torch.device or its name, got 'tpux'"),
+    "device_none": (lambda c: _cache(device=None), "PagedCache: device must be a torch.device or its name, got None"),
+    "growable": (lambda c: _cache(growable="no"), "PagedCache: growable must be a bool, got 'no'"),
+    "model": (lambda c: PagedCache.for_model(None, num_pages=1), "PagedCache: model must be a Transformer, got None"),
+    "module": (
+        lambda c: PagedCache.for_model(torch.nn.ReLU(), num_pages=1),
+        "PagedCache: model must be a Transformer, got ReLU",
+    ),
+    "pages_for_none": (lambda c: c.pages_for(None), "PagedCache: num_tokens must be an integer >= 0, got None"),
+    "pages_for_negative": (lambda c: c.pages_for(-1), "PagedCache: num_tokens must be an integer >= 0, got -1"),
+    "layer": (lambda c: c.layer(2), r"PagedCache: layer must be an integer in \[0, 2\), got 2"),
+    "layer_negative": (lambda c: c.layer(-1), r"PagedCache: layer must be an integer in \[0, 2\), got -1"),
+    "layer_text": (lambda c: c.layer("a"), r"PagedCache: layer must be an integer in \[0, 2\), got 'a'"),
+    "allocate": (lambda c: c.allocate(1.0), "PagedCache: count must be an integer >= 0, got 1.0"),
+    "retain": (lambda c: c.retain(None), "PagedCache: pages must be a list of page numbers, got None"),
+    "release": (lambda c: c.release(0), "PagedCache: pages must be a list of page numbers, got 0"),
+    "release_text": (lambda c: c.release("0"), "PagedCache: pages must be a list of page numbers, got '0'"),
+    "copy_sources": (lambda c: c.copy_pages([8], [0]), r"PagedCache: sources must be integers in \[0, 8\), got 8"),
+    "copy_targets": (lambda c: c.copy_pages([0], [-1]), r"PagedCache: targets must be integers in \[0, 8\), got -1"),
+    "copy_lengths": (lambda c: c.copy_pages([0, 1], [2]), "PagedCache: targets must be as many as sources, 2, got 1"),
+    "batch_cache": (lambda c: RaggedBatch(None, 1), "RaggedBatch: cache must be a PagedCache, got None"),
+    "batch_tensor": (lambda c: RaggedBatch(torch.ones(2), 1), "RaggedBatch: cache must be a PagedCache, got Tensor"),
+    "batch_size": (lambda c: RaggedBatch(c, -1), "RaggedBatch: num_requests must be an integer >= 0, got -1"),
+    "batch_size_none": (lambda c: RaggedBatch(c, None), "RaggedBatch: num_requests must be an integer >= 0, got None"),
+    "pages": (lambda c: RaggedBatch(c, 2).pages("a"), r"RaggedBatch: request must be an integer in \[0, 2\), got 'a'"),
+    "fork": (lambda c: RaggedBatch(c, 2).fork(None), "RaggedBatch: lengths must be a list of integers, got None"),
+    "fork_entry": (
+        lambda c: RaggedBatch(c, 2).fork([0, "a"]),
+        r"RaggedBatch: lengths\[1\] must be an integer >= 0, got 'a'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", _WRONG)
+def test_names_what_is_of_another_type(case):
+    call, message = _WRONG[case]
+    cache = _cache()
+    with pytest.raises((ValueError, TypeError), match=f"^{message}"):
+        call(cache)
+    assert cache.num_free == 8

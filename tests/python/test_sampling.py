@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 
 from mage_ext import reference, sampling
 from mage_ext.counter_random import random_bits, random_uniform
-from mage_ext.sampling import Draws, SamplerConfig, decide, draw_tokens
+from mage_ext.sampling import (
+    Draws,
+    SamplerConfig,
+    decide,
+    draw_tokens,
+    entropy_bounded,
+    low_confidence_dynamic,
+    low_confidence_static,
+    sequential,
+)
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -428,3 +437,81 @@ def test_draw_tokens_names_the_bad_argument(error, message, logits, kwargs):
 def test_decide_names_open(open):
     with pytest.raises(ValueError, match=r"decide: open must be bool \[2, 3\]"):
         decide(SamplerConfig(), draws_of(torch.zeros(2, 3)), open)
+
+
+# --- arguments of another type ---------------------------------------------------------------------------------------
+
+_LOGITS, _OPEN = torch.randn(2, 3, 9), torch.ones(2, 3, dtype=torch.bool)
+_KEY = {"temperature": 0.5, "seeds": torch.zeros(2, 1).long(), "positions": torch.zeros(2, 3).long(), "mask_id": None}
+_FLOAT = torch.rand(2, 3)
+
+
+def _draw(**changes):
+    return lambda: draw_tokens(**{"logits": _LOGITS, **_KEY, **changes})
+
+
+_CALLS = {
+    "name": (lambda: SamplerConfig(name=["sequential"]), "SamplerConfig: name must be one of .* got list"),
+    "num_open": (
+        lambda: SamplerConfig().max_forwards(None),
+        "SamplerConfig: num_open must be an integer >= 0, got None",
+    ),
+    "logits": (_draw(logits=None), "draw_tokens: logits must be a tensor, got None"),
+    "logits_list": (_draw(logits=[1.0]), "draw_tokens: logits must be a tensor, got list"),
+    "mask_id": (_draw(mask_id="a"), "draw_tokens: mask_id must be an integer or None, got 'a'"),
+    "mask_id_float": (_draw(mask_id=1.0), "draw_tokens: mask_id must be an integer or None, got 1.0"),
+    "seeds": (_draw(seeds=3), "draw_tokens: seeds must be an int64 tensor at temperature > 0, got 3"),
+    "positions": (_draw(positions=_FLOAT), "draw_tokens: positions must be an int64 tensor .* got torch.float32"),
+    "seeds_shape": (
+        _draw(seeds=torch.zeros(3, 1).long()),
+        r"draw_tokens: seeds must broadcast with \[2, 3\], got \[3, 1\]",
+    ),
+    "positions_shape": (
+        _draw(positions=torch.zeros(4).long()),
+        r"draw_tokens: positions must broadcast with \[2, 3\], got \[4\]",
+    ),
+    "positions_rank": (
+        _draw(positions=torch.zeros(1, 2, 3).long()),
+        r"draw_tokens: positions must broadcast with \[2, 3\], got \[1, 2, 3\]",
+    ),
+    "step": (_draw(step="a"), "draw_tokens: step must be an integer or an int64 tensor, got 'a'"),
+    "step_true": (_draw(step=True), "draw_tokens: step must be an integer or an int64 tensor, got True"),
+    "step_dtype": (_draw(step=torch.zeros(())), "draw_tokens: step must be .* int64 tensor, got torch.float32"),
+    "step_large": (_draw(step=1 << 63), "draw_tokens: step must fit 64 bits, got 9223372036854775808"),
+    "temperature": (_draw(temperature=None), "draw_tokens: temperature must be a number, .* got None"),
+    "decide_config": (lambda: decide(None, None, _OPEN), "decide: config must be a SamplerConfig, got None"),
+    "decide_draws": (lambda: decide(SamplerConfig(), 3, _OPEN), "decide: draws must be Draws, got 3"),
+    "decide_open": (lambda: decide(SamplerConfig(), _draw()(), None), "decide: open must be a tensor"),
+    "open": (lambda: sequential(None, 1), "sequential: open must be a tensor, got None"),
+    "open_dtype": (lambda: sequential(_FLOAT, 1), "sequential: open must be bool, got torch.float32"),
+    "open_rank": (lambda: sequential(_OPEN[0], 1), r"sequential: open must be \[B, Q\], got \[3\]"),
+    "per_step": (lambda: sequential(_OPEN, 0), "sequential: tokens_per_step must be an integer >= 1, got 0"),
+    "confidence": (
+        lambda: low_confidence_static(None, _OPEN, 1),
+        "low_confidence_static: confidence must be a tensor, got None",
+    ),
+    "confidence_shape": (
+        lambda: low_confidence_static(_FLOAT[:1], _OPEN, 1),
+        r"low_confidence_static: confidence must have shape \[2, 3\], got \[1, 3\]",
+    ),
+    "confidence_dtype": (
+        lambda: low_confidence_dynamic(_OPEN, _OPEN, 0.5),
+        "low_confidence_dynamic: confidence must be floating point, got torch.bool",
+    ),
+    "threshold": (
+        lambda: low_confidence_dynamic(_FLOAT, _OPEN, float("nan")),
+        "low_confidence_dynamic: threshold must be a number in .* got nan",
+    ),
+    "entropy": (lambda: entropy_bounded("a", _OPEN, 0.5), "entropy_bounded: entropy must be a tensor, got 'a'"),
+    "bound": (
+        lambda: entropy_bounded(_FLOAT, _OPEN, -1.0),
+        "entropy_bounded: entropy_bound must be a number in .* got -1.0",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", _CALLS)
+def test_names_what_is_of_another_type(case):
+    call, message = _CALLS[case]
+    with pytest.raises((ValueError, TypeError), match=f"^{message}"):
+        call()

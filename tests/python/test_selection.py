@@ -381,3 +381,142 @@ def test_select_names_the_bad_argument():
         select(mass, lengths, SelectionConfig(rule="layer"))
     with pytest.raises(ValueError, match=r"select: mass must be \[L, B, Hkv, n\], got \[3, 2, 20\]"):
         select(mass[0], lengths, SelectionConfig())
+
+
+# --- arguments of another type ---------------------------------------------------------------------------------------
+
+_MASS, _LENGTHS = torch.rand(2, 3, 2, 20), torch.tensor([320, 100, 0], dtype=torch.int32)
+_LAYER = SelectionConfig(rule="layer", k=96, g=16)
+_CALLS = {
+    "config_g_float": (lambda s: SelectionConfig(g=16.0), "SelectionConfig: g must be one of .* got 16.0"),
+    "config_g_tensor": (lambda s: SelectionConfig(g=torch.ones(2)), "SelectionConfig: g must be one of .* got Tensor"),
+    "config_score": (lambda s: SelectionConfig(score=["mean"]), "SelectionConfig: score must be one of .* got list"),
+    "capacity_units": (
+        lambda s: SelectionConfig().capacity_units(None, 1, 1),
+        "SelectionConfig: num_units must be an integer >= 0, got None",
+    ),
+    "capacity_layers": (
+        lambda s: SelectionConfig().capacity_units(4, -1, 1),
+        "SelectionConfig: num_layers must be an integer >= 0, got -1",
+    ),
+    "capacity_heads": (
+        lambda s: SelectionConfig().capacity_units(4, 1, 1.5),
+        "SelectionConfig: num_kv_heads must be an integer >= 0, got 1.5",
+    ),
+    "indices_list": (
+        lambda s: dataclasses.replace(s, indices=[1]),
+        "BlockSelection: indices must be a tensor, got list",
+    ),
+    "g_true": (lambda s: dataclasses.replace(s, g=True), "BlockSelection: g must be one of .* got True"),
+    "units_none": (
+        lambda s: BlockSelection.from_units(None, [64], 16),
+        "BlockSelection: units must be lists of unit numbers, got None",
+    ),
+    "units_flat": (
+        lambda s: BlockSelection.from_units([1, 2], [64], 16),
+        "BlockSelection: units must be lists of unit numbers, got 1",
+    ),
+    "units_text": (
+        lambda s: BlockSelection.from_units("ab", [64], 16),
+        "BlockSelection: units must be lists of unit numbers, got 'ab'",
+    ),
+    "units_too_large": (
+        lambda s: BlockSelection.from_units([[[[1 << 31]]]], [64], 16),
+        "BlockSelection: units must be integers of 32 bits, got 2147483648",
+    ),
+    "tail_start": (
+        lambda s: BlockSelection.from_units([[[[1]]]], 64, 16),
+        "BlockSelection: tail_start must be a list, got 64",
+    ),
+    "tail_start_too_large": (
+        lambda s: BlockSelection.from_units([[[[1]]]], [1 << 40], 16),
+        "BlockSelection: tail_start must be integers of 32 bits, got",
+    ),
+    "from_units_g": (
+        lambda s: BlockSelection.from_units([[[[1]]]], [64], torch.ones(2)),
+        "BlockSelection: g must be one of .* got Tensor",
+    ),
+    "capacity_text": (
+        lambda s: BlockSelection.from_units([[[[1]]]], [64], 16, capacity="4"),
+        "BlockSelection: capacity must be an integer >= 1, got '4'",
+    ),
+    "device_unknown": (
+        lambda s: BlockSelection.from_units([[[[1]]]], [64], 16, device="tpux"),
+        "BlockSelection: device must be a torch.device or its name, got 'tpux'",
+    ),
+    "to_none": (lambda s: s.to(None), "BlockSelection: device must be a torch.device or its name, got None"),
+    "to_list": (lambda s: s.to(["cpu"]), "BlockSelection: device must be a torch.device or its name, got list"),
+    "layer": (lambda s: s.layer(2), r"BlockSelection: layer must be an integer in \[0, 2\), got 2"),
+    "layer_none": (lambda s: s.layer(None), r"BlockSelection: layer must be an integer in \[0, 2\), got None"),
+    "request": (lambda s: s.units(-1, 0, 0), r"BlockSelection: request must be an integer in \[0, 3\), got -1"),
+    "head": (lambda s: s.tokens(0, 0, 1.5), r"BlockSelection: head must be an integer in \[0, 2\), got 1.5"),
+    "with_units_layer": (
+        lambda s: s.with_units(0, True, 0, []),
+        r"BlockSelection: layer must be an integer in \[0, 2\), got True",
+    ),
+    "with_units_none": (
+        lambda s: s.with_units(0, 0, 0, None),
+        "BlockSelection: units must be lists of unit numbers, got None",
+    ),
+    "save_none": (lambda s: s.save(None), "BlockSelection: path must be a path, got None"),
+    "save_number": (lambda s: s.save(3), "BlockSelection: path must be a path, got 3"),
+    "load_none": (lambda s: BlockSelection.load(None), "BlockSelection: path must be a path, got None"),
+    "votes_of_two": (
+        lambda s: select(_MASS, _LENGTHS, _LAYER, votes=(_MASS, _MASS)),
+        "select: votes must be the three tensors of row_votes, got tuple of 2",
+    ),
+    "votes_number": (
+        lambda s: select(_MASS, _LENGTHS, _LAYER, votes=3),
+        "select: votes must be the three tensors of row_votes, got 3",
+    ),
+    "votes_none": (
+        lambda s: select(_MASS, _LENGTHS, _LAYER, votes=(_MASS, None, _MASS)),
+        r"select: votes\[1\] must be a tensor, got None",
+    ),
+    "seed_float": (
+        lambda s: random_selection(_MASS, _LENGTHS, SelectionConfig(), 1.5),
+        "random_selection: seed must be an integer or an int64 tensor, got 1.5",
+    ),
+    "seed_shape": (
+        lambda s: random_selection(_MASS, _LENGTHS, SelectionConfig(), torch.zeros(2, dtype=torch.int64)),
+        r"random_selection: seed must be one integer or \[B\] = \[3\], got \[2\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", _CALLS)
+def test_names_what_is_of_another_type(case):
+    call, message = _CALLS[case]
+    selection, _ = make_selection()
+    with pytest.raises((ValueError, TypeError), match=f"^{message}"):
+        call(selection)
+
+
+@pytest.mark.parametrize("name", ["select", "recency_selection", "random_selection"])
+def test_selections_name_what_is_of_another_type(name):
+    function = {"select": select, "recency_selection": recency_selection}.get(
+        name, lambda *args: random_selection(*args, 1)
+    )
+    good = [_MASS, _LENGTHS, SelectionConfig()]
+    expected = ["mass must be a tensor", "prefix_lens must be a tensor", "config must be a SelectionConfig"]
+    for number, wanted in enumerate(expected):
+        for bad, got in ((None, "None"), ("a", "'a'"), ([1.0], "list"), (3, "3")):
+            with pytest.raises(TypeError, match=f"^{name}: {wanted}, got {got}$"):
+                function(*good[:number], bad, *good[number + 1 :])
+    with pytest.raises(ValueError, match=rf"^{name}: mass must be \[L, B, Hkv, n\], got \[3, 2, 20\]$"):
+        function(_MASS[0], *good[1:])
+    assert function(*good).counts.shape == (2, 3, 2)
+
+
+def test_files_in_folders_that_are_missing(tmp_path):
+    selection, _ = make_selection()
+    with pytest.raises(
+        FileNotFoundError, match=r"^BlockSelection: path must be in a folder that exists, got .*missing"
+    ):
+        selection.save(tmp_path / "missing" / "lists.safetensors")
+    with pytest.raises(ValueError, match=r"^BlockSelection: path must be a file that can be written, got "):
+        selection.save(tmp_path)
+    for path in (tmp_path / "missing", tmp_path):
+        with pytest.raises(FileNotFoundError, match=r"^BlockSelection: path must be a file that exists, got "):
+            BlockSelection.load(path)
+    assert list(tmp_path.iterdir()) == []

@@ -2,7 +2,9 @@
 
 import json
 
+import numpy as np
 import pytest
+import torch
 
 from mage_ext.models.tokenizer import Tokenizer, byte_level_bpe
 
@@ -178,3 +180,78 @@ def test_nfc():
     assert composed.encode("e\u0301") == composed.encode("\u00e9")
     plain = Tokenizer(byte_level_bpe(vocab, merges))
     assert plain.encode("e\u0301") != plain.encode("\u00e9")
+
+
+_BPE = byte_level_bpe({"a": 0, "b": 1}, [])
+_WRONG = {
+    "backend": (lambda t: Tokenizer(None), "Tokenizer: backend must be a tokenizers.Tokenizer, got None"),
+    "eos_ids_none": (
+        lambda t: Tokenizer(_BPE, eos_ids=None),
+        "Tokenizer: eos_ids must be a list of token ids, got None",
+    ),
+    "eos_ids_text": (lambda t: Tokenizer(_BPE, eos_ids="a"), "Tokenizer: eos_ids must be a list of token ids, got 'a'"),
+    "eos_ids_negative": (lambda t: Tokenizer(_BPE, eos_ids=[-1]), "Tokenizer: eos_ids must be an integer in .* got -1"),
+    "mask_id": (lambda t: Tokenizer(_BPE, mask_id="a"), "Tokenizer: mask_id must be an integer in .* got 'a'"),
+    "template": (
+        lambda t: Tokenizer(_BPE, chat_template=3),
+        "Tokenizer: chat_template must be a string or None, got 3",
+    ),
+    "special_tokens": (
+        lambda t: Tokenizer(_BPE, special_tokens=["a"]),
+        "Tokenizer: special_tokens must be a mapping of names to texts, got list",
+    ),
+    "folder": (lambda t: Tokenizer.from_folder(None), "Tokenizer: folder must be a path, got None"),
+    "encode_none": (lambda t: t.encode(None), "Tokenizer: text must be a string, got None"),
+    "encode_list": (lambda t: t.encode(["a"]), "Tokenizer: text must be a string, got list"),
+    "encode_flag": (lambda t: t.encode("a", 1), "Tokenizer: add_special_tokens must be a bool, got 1"),
+    "encode_surrogate": (lambda t: t.encode("a\ud800"), r"Tokenizer: text must be valid Unicode, got '\\ud800'"),
+    "decode_none": (lambda t: t.decode(None), "Tokenizer: ids must be a list of token ids, got None"),
+    "decode_text": (lambda t: t.decode("a"), "Tokenizer: ids must be a list of token ids, got 'a'"),
+    "decode_number": (lambda t: t.decode(3), "Tokenizer: ids must be a list of token ids, got 3"),
+    "decode_negative": (lambda t: t.decode([0, -1]), r"Tokenizer: ids must be an integer in \[0, 2\^32\), got -1"),
+    "decode_large": (lambda t: t.decode([1 << 32]), "Tokenizer: ids must be an integer in .* got 4294967296"),
+    "decode_float": (lambda t: t.decode([1.0]), "Tokenizer: ids must be an integer in .* got 1.0"),
+    "decode_true": (lambda t: t.decode([True]), "Tokenizer: ids must be an integer in .* got True"),
+    "decode_nested": (lambda t: t.decode(torch.zeros(1, 2, dtype=torch.int64)), "Tokenizer: ids must be .* got list"),
+    "decode_flag": (lambda t: t.decode([0], None), "Tokenizer: skip_special_tokens must be a bool, got None"),
+    "messages": (lambda t: t.chat(3), "Tokenizer: messages must be a list of messages, got 3"),
+    "messages_text": (lambda t: t.render_chat("hi"), "Tokenizer: messages must be a list of messages, got 'hi'"),
+    "prompt_flag": (
+        lambda t: t.render_chat([{"role": "user", "content": "a"}], "yes"),
+        "Tokenizer: add_generation_prompt must be a bool, got 'yes'",
+    ),
+    "vocab": (lambda t: byte_level_bpe(None, []), "byte_level_bpe: vocab must be a mapping of tokens to ids, got None"),
+    "vocab_id": (
+        lambda t: byte_level_bpe({"a": -1}, []),
+        r"byte_level_bpe: vocab\['a'\] must be an integer in .* got -1",
+    ),
+    "merges": (lambda t: byte_level_bpe({}, 3), "byte_level_bpe: merges must be a list of pairs of tokens, got 3"),
+    "merge": (lambda t: byte_level_bpe({}, ["ab"]), r"byte_level_bpe: merges\[0\] must be a pair of tokens, got 'ab'"),
+    "merge_unknown": (
+        lambda t: byte_level_bpe({"a": 0}, [("a", "z")]),
+        "byte_level_bpe: merges must be pairs of tokens whose union is in vocab, got: ",
+    ),
+    "split": (lambda t: byte_level_bpe({}, [], split=3), "byte_level_bpe: split must be a regular expression or None"),
+    "split_broken": (
+        lambda t: byte_level_bpe({}, [], split="("),
+        r"byte_level_bpe: split must be a regular expression, got '\(': ",
+    ),
+    "digits": (lambda t: byte_level_bpe({}, [], digits=1), "byte_level_bpe: digits must be a bool, got 1"),
+    "nfc": (lambda t: byte_level_bpe({}, [], nfc=None), "byte_level_bpe: nfc must be a bool, got None"),
+    "specials": (
+        lambda t: byte_level_bpe({}, [], special_tokens=[3]),
+        r"byte_level_bpe: special_tokens\[0\] must be a string, got 3",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", _WRONG)
+def test_names_what_is_of_another_type(case):
+    call, message = _WRONG[case]
+    with pytest.raises((ValueError, TypeError), match=f"^{message}"):
+        call(Tokenizer(_BPE, chat_template="x"))
+
+
+@pytest.mark.parametrize("kind", [list, tuple, iter, np.array, torch.tensor])
+def test_ids_of_any_kind_are_decoded(kind):
+    assert Tokenizer(_BPE).decode(kind([0, 1, 7])) == "ab"

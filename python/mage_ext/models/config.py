@@ -62,6 +62,11 @@ class ModelConfig:
             value = getattr(self, name)
             if not (_is_int(value) or isinstance(value, float)) or not 0 < value < math.inf:
                 raise ValueError(f"ModelConfig: {name} must be a positive finite number, got {value!r}")
+        for name in ("token_shift", "qkv_bias", "qk_norm", "tie_embeddings"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"ModelConfig: {name} must be a bool, got {getattr(self, name)!r}")
+        if not isinstance(self.eos_ids, (tuple, list)):
+            raise ValueError(f"ModelConfig: eos_ids must be a tuple of ids, got {self.eos_ids!r}")
         for token in self.eos_ids:
             if not _is_int(token) or not 0 <= token < self.vocab_size:
                 raise ValueError(

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from mage_ext._arguments import check_device, check_path
 from mage_ext.models.config import ModelConfig
 from mage_ext.models.tokenizer import Tokenizer, read_json
 from mage_ext.models.transformer import Transformer
@@ -126,7 +127,10 @@ def load(
         overrides: of ModelConfig fields, e.g. block_size=16, where the folder does not say or says something else.
     Raises:
         FileNotFoundError, ValueError: naming the file, the key or tensor, what it must be and what it is.
+        TypeError: path is no path, or device no device.
     """
+    check_path("load", path)
+    device = check_device("load", device)
     folder = Path(path)
     config = read_config(folder, **overrides)
     tokenizer = Tokenizer.from_folder(folder, eos_ids=config.eos_ids, mask_id=config.mask_id)
@@ -140,7 +144,9 @@ def read_config(path: str | Path, **overrides: Any) -> ModelConfig:
         path: the folder. overrides: fields of ModelConfig that replace or supply what is read.
     Raises:
         FileNotFoundError: no folder or no config.json. ValueError: as in `load`.
+        TypeError: path is no path.
     """
+    check_path("load", path)
     folder = Path(path)
     if not folder.is_dir():
         raise FileNotFoundError(f"load: path must be a folder with config.json, got {folder}")

@@ -7,6 +7,7 @@ Test: pytest tests/python/test_tokenizer.py
 """
 
 import json
+import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,14 @@ import jinja2.sandbox
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
+from mage_ext._arguments import check_list, check_path, check_type, got
+
 # How Qwen2 and Qwen3 split text before BPE; only for folders that bring vocab.json and merges.txt without
 # tokenizer.json.
 _QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_ID_LIMIT = 1 << 32  # ids of the tokenizers library are unsigned, of 32 bits
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 
@@ -33,6 +37,9 @@ class Tokenizer:
         eos_ids: ids that end a request. mask_id: id of an undecided position, None if the tokenizer does not say.
         chat_template: jinja2 source, None if there is none. special_tokens: names such as "bos_token" to their text,
             for the template.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
     """
 
     def __init__(
@@ -44,10 +51,15 @@ class Tokenizer:
         chat_template: str | None = None,
         special_tokens: Mapping[str, str] | None = None,
     ):
+        check_type("Tokenizer", "backend", backend, tokenizers.Tokenizer, "a tokenizers.Tokenizer")
         self.backend = backend
-        self.eos_ids = tuple(eos_ids)
-        self.mask_id = mask_id
+        self.eos_ids = tuple(_ids("eos_ids", eos_ids))
+        self.mask_id = None if mask_id is None else _ids("mask_id", [mask_id])[0]
+        if special_tokens is not None:
+            check_type("Tokenizer", "special_tokens", special_tokens, Mapping, "a mapping of names to texts")
         self.special_tokens = dict(special_tokens or {})
+        if chat_template is not None:
+            check_type("Tokenizer", "chat_template", chat_template, str, "a string or None")
         self.chat_template = chat_template
         self._template = None if chat_template is None else _compile(chat_template)
 
@@ -63,7 +75,9 @@ class Tokenizer:
                 mask_token of tokenizer_config.json.
         Raises:
             FileNotFoundError: no tokenizer in the folder. ValueError: a file that can't be read, naming it.
+            TypeError: folder is no path.
         """
+        check_path("Tokenizer", folder, "folder")
         folder = Path(folder)
         config = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
         backend = _read_backend(folder, config)
@@ -89,12 +103,28 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Ids of `text`; special tokens written out in it are recognised. add_special_tokens adds e.g. BOS where the
-        tokenizer has it."""
+        tokenizer has it.
+
+        Raises:
+            TypeError: text is no string or add_special_tokens no bool. ValueError: text holds a lone surrogate.
+        """
+        check_type("Tokenizer", "text", text, str, "a string")
+        check_type("Tokenizer", "add_special_tokens", add_special_tokens, bool, "a bool")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(f"Tokenizer: text must be valid Unicode, got {text[error.start]!r}") from None
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Text of `ids`."""
-        return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        """Text of `ids`; those that the vocabulary lacks give nothing.
+
+        Raises:
+            TypeError: ids is no list or skip_special_tokens no bool. ValueError: an id is no integer in [0, 2^32).
+        """
+        ids = _ids("ids", ids)
+        check_type("Tokenizer", "skip_special_tokens", skip_special_tokens, bool, "a bool")
+        return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def render_chat(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
         """The template's text for `messages`.
@@ -104,9 +134,12 @@ class Tokenizer:
                 answer starts.
         Raises:
             ValueError: there is no template, a message is not as above, or the template refuses or fails.
+            TypeError: messages is no list or add_generation_prompt no bool.
         """
+        check_type("Tokenizer", "add_generation_prompt", add_generation_prompt, bool, "a bool")
         if self._template is None:
             raise ValueError("Tokenizer: chat_template must be given to render a chat, got None")
+        messages = check_list("Tokenizer", "messages", messages, "a list of messages")
         if not messages:
             raise ValueError("Tokenizer: messages must hold at least one message, got none")
         for i, message in enumerate(messages):
@@ -144,18 +177,58 @@ def byte_level_bpe(
         split: regular expression that cuts words, matches are kept; None: the one of GPT-2.
         digits: every digit is a word of its own. nfc: text is brought to NFC first.
         special_tokens: texts that are one token wherever they occur; those outside vocab get the next free ids.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
     """
-    backend = tokenizers.Tokenizer(models.BPE(vocab=dict(vocab), merges=list(merges), fuse_unk=False))
+    owner = "byte_level_bpe"
+    check_type(owner, "vocab", vocab, Mapping, "a mapping of tokens to ids")
+    for token, number in vocab.items():
+        check_type(owner, "vocab", token, str, "a mapping of tokens to ids")
+        _check_id(owner, f"vocab[{token!r}]", number)
+    merges = check_list(owner, "merges", merges, "a list of pairs of tokens")
+    for i, pair in enumerate(merges):
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
+            raise TypeError(f"{owner}: merges[{i}] must be a pair of tokens, got {pair!r}")
+    special_tokens = check_list(owner, "special_tokens", special_tokens, "a list of texts")
+    for i, token in enumerate(special_tokens):
+        check_type(owner, f"special_tokens[{i}]", token, str, "a string")
+    if split is not None:
+        check_type(owner, "split", split, str, "a regular expression or None")
+    for name, value in (("digits", digits), ("nfc", nfc)):
+        check_type(owner, name, value, bool, "a bool")
+    try:
+        model = models.BPE(vocab=dict(vocab), merges=[tuple(pair) for pair in merges], fuse_unk=False)
+    except Exception as error:  # the library raises plain Exception
+        raise ValueError(f"{owner}: merges must be pairs of tokens whose union is in vocab, got: {error}") from None
+    try:
+        words = Regex(split) if split is not None else None
+    except Exception as error:
+        raise ValueError(f"{owner}: split must be a regular expression, got {split!r}: {error}") from None
+    backend = tokenizers.Tokenizer(model)
     if nfc:
         backend.normalizer = normalizers.NFC()
     steps = [pre_tokenizers.Digits(individual_digits=True)] if digits else []
-    if split is not None:
-        steps.append(pre_tokenizers.Split(Regex(split), behavior="isolated"))
+    if words is not None:
+        steps.append(pre_tokenizers.Split(words, behavior="isolated"))
     steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split is None))
     backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special_tokens])
     return backend
+
+
+def _check_id(owner: str, name: str, value: object) -> None:
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or not 0 <= value < _ID_LIMIT:
+        raise ValueError(f"{owner}: {name} must be an integer in [0, 2^32), got {got(value)}")
+
+
+def _ids(name: str, values: object) -> list[int]:
+    """Token ids as Python's integers; of a tensor or an array too."""
+    values = check_list("Tokenizer", name, getattr(values, "tolist", lambda: values)(), "a list of token ids")
+    for value in values:
+        _check_id("Tokenizer", name, value)
+    return values
 
 
 def read_json(path: Path) -> dict[str, Any]:
