@@ -160,27 +160,32 @@ def install_torch(reused: tuple[str, str] | None, gpus: list[str]) -> str:
     return installed[0]
 
 
-def choose_nvcc(hoppers: list[str], others: list[str]) -> None:
-    """Says which CUDA build this will be; with CUDA=pip, installs nvcc into the environment."""
+def choose_nvcc(hoppers: list[str], others: list[str]) -> dict[str, str]:
+    """Says which CUDA build this will be, and returns the variables that make setup.py build just that.
+
+    An nvcc in its usual place that is not on PATH is taken only where a GPU can run the kernels. With CUDA=pip, nvcc is
+    installed into the environment.
+    """
     cuda = os.environ.get("CUDA", "")
+    cpu_only = {"MAGE_CMAKE_ARGS": f"{os.environ.get('MAGE_CMAKE_ARGS', '')} -DMAGE_CUDA=OFF"}
     if cuda not in ("", "pip", "off"):
         fail(f"CUDA must be pip or off, got {cuda}")
     if cuda == "off":
-        os.environ["MAGE_CMAKE_ARGS"] = f"{os.environ.get('MAGE_CMAKE_ARGS', '')} -DMAGE_CUDA=OFF"
         say("CUDA=off: CPU-only build")
-        return
+        return cpu_only
     if others and not hoppers:
         say(f"{others[0]} is not a Hopper GPU, which the kernels are for: everything runs on the CPU")
-    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc") or shutil.which(f"{home}/bin/nvcc")
+    home, usual = os.environ.get("CUDA_HOME"), "/usr/local/cuda/bin"
     wheel = output(PYTHON, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])") + "/nvidia/cu13/bin/nvcc"
-    if nvcc or Path(wheel).exists():
-        say(f"nvcc found ({nvcc or wheel}): the CUDA library is built for sm_90a")
-        return
+    places = [os.environ.get("CUDACXX"), "nvcc", home and f"{home}/bin/nvcc", hoppers and f"{usual}/nvcc", wheel]
+    nvcc = next((found for place in places if place and (found := shutil.which(place))), None)
+    if nvcc:
+        say(f"nvcc found ({nvcc}): the CUDA library is built for sm_90a")
+        return {"CUDACXX": nvcc}
     version = output(PYTHON, "-c", "import torch; print(torch.version.cuda or '13.0')")
     if cuda != "pip" and not hoppers:
-        say("no nvcc: CPU-only build")
-        return
+        say("no nvcc: CPU-only build" + (f" ({usual} is not on PATH)" if shutil.which(f"{usual}/nvcc") else ""))
+        return cpu_only
     if not version.startswith("13."):
         fail(f"this torch has CUDA {version}: install the CUDA toolkit {version} and put its nvcc on PATH")
     names = ("nvidia-cuda-nvcc", "nvidia-cuda-runtime", "nvidia-cuda-crt", "nvidia-nvvm", "nvidia-cuda-cccl")
@@ -188,9 +193,10 @@ def choose_nvcc(hoppers: list[str], others: list[str]) -> None:
     if cuda == "pip":
         pip_install(*wheels)
         say("nvcc comes from pip: the CUDA library is built for sm_90a")
-        return
+        return {"CUDACXX": wheel}
     say(f"{hoppers[0]} found, but no nvcc: CPU-only build. For the CUDA kernels, `make demo CUDA=pip` or:")
     print(f"    {PYTHON} -m pip install " + " ".join(f"'{wheel}'" for wheel in wheels), flush=True)
+    return cpu_only
 
 
 def install_mage(goal: str) -> None:
@@ -218,7 +224,7 @@ def main() -> None:
         pip_install(*(name for name in listed("requires") if name.startswith(("cmake", "ninja"))))
         return
     install_torch(reused, hoppers + others)
-    choose_nvcc(hoppers, others)
+    os.environ.update(choose_nvcc(hoppers, others))
     install_mage(goal)
 
 
