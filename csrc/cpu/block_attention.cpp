@@ -1,5 +1,6 @@
 #include "mage/block_attention.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "core/check.h"
@@ -17,7 +18,7 @@ int64_t block_attention_workspace(int64_t num_requests, int64_t num_queries, int
                                   int64_t head_dim, int64_t max_seq_len, int64_t split_tokens) {
     const BlockAttentionParams dims = cpu::attention_dims(kOp, num_requests, num_queries, num_heads, num_kv_heads,
                                                           head_dim, max_seq_len, split_tokens);
-    return 4 * cpu::plan_attention(dims, max_seq_len).workspace_floats();
+    return std::max(cpu::block_attention_workspace(dims), cuda::block_attention_workspace(dims));
 }
 
 void check_block_attention(const BlockAttentionParams& p, const char* op) {
@@ -30,10 +31,14 @@ void check_block_attention(const BlockAttentionParams& p, const char* op) {
 
 namespace cpu {
 
+int64_t block_attention_workspace(const BlockAttentionParams& p) {
+    return 4 * plan_attention(p, p.max_seq_len).workspace_floats();
+}
+
 void block_attention(const BlockAttentionParams& p) {
     check_block_attention(p);
+    check_workspace(kOp, p.workspace_bytes, block_attention_workspace(p));
     const AttentionPlan plan = plan_attention(p, p.max_seq_len);
-    check_workspace(kOp, p.workspace_bytes, 4 * plan.workspace_floats());
     run_attention(p, plan, UnitBuffers(), RunsOf());
 }
 

@@ -41,16 +41,12 @@ int64_t row_weights(const bool* row_mask, int64_t num_queries, int64_t group, in
 int64_t block_attention_mass_workspace(int64_t num_requests, int64_t num_queries, int64_t num_heads,
                                        int64_t num_kv_heads, int64_t head_dim, int64_t max_seq_len, int64_t granularity,
                                        int64_t split_tokens) {
-    const BlockAttentionParams dims = cpu::attention_dims(kOp, num_requests, num_queries, num_heads, num_kv_heads,
-                                                          head_dim, max_seq_len, split_tokens);
+    BlockAttentionMassParams params;
+    params.attention = cpu::attention_dims(kOp, num_requests, num_queries, num_heads, num_kv_heads, head_dim,
+                                           max_seq_len, split_tokens);
+    params.granularity = granularity;
     cpu::check_granularity(kOp, granularity);
-    const cpu::AttentionPlan plan = cpu::plan_attention(dims, max_seq_len);
-    const int64_t partials = 4 * plan.workspace_floats();
-    if (granularity == 1) {
-        return std::max(
-            partials, token_mass_workspace(num_requests, num_queries, num_heads, num_kv_heads, head_dim, max_seq_len));
-    }
-    return partials + 4 * num_requests * num_kv_heads * make_layout(plan, max_seq_len, granularity).total();
+    return std::max(cpu::block_attention_mass_workspace(params), cuda::block_attention_mass_workspace(params));
 }
 
 void check_block_attention_mass(const BlockAttentionMassParams& params) {
@@ -63,13 +59,23 @@ void check_block_attention_mass(const BlockAttentionMassParams& params) {
 
 namespace cpu {
 
+int64_t block_attention_mass_workspace(const BlockAttentionMassParams& params) {
+    const BlockAttentionParams& p = params.attention;
+    const AttentionPlan plan = plan_attention(p, p.max_seq_len);
+    const int64_t partials = 4 * plan.workspace_floats();
+    if (params.granularity == 1) {
+        return std::max(partials, token_mass_workspace(p.num_requests, p.num_queries, p.num_heads, p.num_kv_heads,
+                                                       p.head_dim, p.max_seq_len));
+    }
+    return partials +
+           4 * p.num_requests * p.num_kv_heads * make_layout(plan, p.max_seq_len, params.granularity).total();
+}
+
 void block_attention_mass(const BlockAttentionMassParams& params) {
     check_block_attention_mass(params);
     const BlockAttentionParams& p = params.attention;
     const int64_t g = params.granularity;
-    check_workspace(kOp, p.workspace_bytes,
-                    block_attention_mass_workspace(p.num_requests, p.num_queries, p.num_heads, p.num_kv_heads,
-                                                   p.head_dim, p.max_seq_len, g, p.split_tokens));
+    check_workspace(kOp, p.workspace_bytes, block_attention_mass_workspace(params));
     const AttentionPlan plan = plan_attention(p, p.max_seq_len);
     if (g == 1) {
         // Keeping every row's every score would take as much memory as the scores; a second pass over K takes none.

@@ -18,17 +18,12 @@ constexpr char kOp[] = "block_attention_rows";
 int64_t block_attention_rows_workspace(int64_t num_requests, int64_t num_queries, int64_t num_heads,
                                        int64_t num_kv_heads, int64_t head_dim, int64_t max_seq_len, int64_t granularity,
                                        int64_t split_tokens) {
-    const BlockAttentionParams dims = cpu::attention_dims(kOp, num_requests, num_queries, num_heads, num_kv_heads,
-                                                          head_dim, max_seq_len, split_tokens);
+    BlockAttentionRowsParams params;
+    params.attention = cpu::attention_dims(kOp, num_requests, num_queries, num_heads, num_kv_heads, head_dim,
+                                           max_seq_len, split_tokens);
+    params.granularity = granularity;
     cpu::check_granularity(kOp, granularity);
-    const cpu::AttentionPlan plan = cpu::plan_attention(dims, max_seq_len);
-    const int64_t partials = 4 * plan.workspace_floats();
-    if (granularity == 1) {
-        return std::max(
-            partials, token_mass_workspace(num_requests, num_queries, num_heads, num_kv_heads, head_dim, max_seq_len));
-    }
-    return partials +
-           4 * num_requests * num_kv_heads * plan.padded_rows * (cpu::divide_up(max_seq_len, cpu::kTileTokens) + 1);
+    return std::max(cpu::block_attention_rows_workspace(params), cuda::block_attention_rows_workspace(params));
 }
 
 void check_block_attention_rows(const BlockAttentionRowsParams& params) {
@@ -38,13 +33,23 @@ void check_block_attention_rows(const BlockAttentionRowsParams& params) {
 
 namespace cpu {
 
+int64_t block_attention_rows_workspace(const BlockAttentionRowsParams& params) {
+    const BlockAttentionParams& p = params.attention;
+    const AttentionPlan plan = plan_attention(p, p.max_seq_len);
+    const int64_t partials = 4 * plan.workspace_floats();
+    if (params.granularity == 1) {
+        return std::max(partials, token_mass_workspace(p.num_requests, p.num_queries, p.num_heads, p.num_kv_heads,
+                                                       p.head_dim, p.max_seq_len));
+    }
+    return partials +
+           4 * p.num_requests * p.num_kv_heads * plan.padded_rows * (divide_up(p.max_seq_len, kTileTokens) + 1);
+}
+
 void block_attention_rows(const BlockAttentionRowsParams& params) {
     check_block_attention_rows(params);
     const BlockAttentionParams& p = params.attention;
     const int64_t g = params.granularity;
-    check_workspace(kOp, p.workspace_bytes,
-                    block_attention_rows_workspace(p.num_requests, p.num_queries, p.num_heads, p.num_kv_heads,
-                                                   p.head_dim, p.max_seq_len, g, p.split_tokens));
+    check_workspace(kOp, p.workspace_bytes, block_attention_rows_workspace(params));
     const AttentionPlan plan = plan_attention(p, p.max_seq_len);
     if (g == 1) {
         run_attention(p, plan, UnitBuffers(), RunsOf());

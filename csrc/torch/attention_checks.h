@@ -12,6 +12,13 @@
 // Checks and filling that the bindings of the attention ops share.
 namespace mage::binding {
 
+// Where the ops of this library run.
+#if defined(MAGE_BACKEND_CUDA)
+namespace backend = mage::cuda;
+#else
+namespace backend = mage::cpu;
+#endif
+
 // q [B, Q, H, D] and what goes with it, into any of the params structs.
 template <typename Params>
 void fill_query(const char* op, const Tensor& q, Params* params) {
@@ -139,14 +146,6 @@ Params check_unit_attention(const char* op, const Tensor& q, const Tensor& k_cac
 template <typename Params>
 int64_t num_units(const Params& params) {
     return (params.attention.max_seq_len + params.granularity - 1) / params.granularity;
-}
-
-// `workspace` is the op's own query.
-template <typename Params, typename Workspace>
-int64_t unit_workspace(const Params& params, Workspace workspace) {
-    const BlockAttentionParams& p = params.attention;
-    return workspace(p.num_requests, p.num_queries, p.num_heads, p.num_kv_heads, p.head_dim, p.max_seq_len,
-                     params.granularity, p.split_tokens);
 }
 
 // How the rows of a KV head become mass: score, row_mask, norm and prefix_lens, into any of the params structs.

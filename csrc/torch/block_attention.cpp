@@ -10,9 +10,14 @@ namespace {
 
 constexpr char kOp[] = "block_attention";
 
-int64_t workspace_of(const BlockAttentionParams& p) {
-    return block_attention_workspace(p.num_requests, p.num_queries, p.num_heads, p.num_kv_heads, p.head_dim,
-                                     p.max_seq_len, p.split_tokens);
+void run(const BlockAttentionParams& params, const Tensor& q) {
+#if defined(MAGE_BACKEND_CUDA)
+    const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
+    cuda::block_attention(params, current_stream(q));
+#else
+    static_cast<void>(q);
+    cpu::block_attention(params);
+#endif
 }
 
 std::tuple<Tensor, Tensor> block_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
@@ -23,9 +28,9 @@ std::tuple<Tensor, Tensor> block_attention(const Tensor& q, const Tensor& k_cach
                                                   softmax_scale, kv_lens, split_tokens);
     Tensor out = new_out(q);
     Tensor lse = new_lse(q);
-    Tensor workspace = new_workspace(q, workspace_of(params));
+    Tensor workspace = new_workspace(q, backend::block_attention_workspace(params));
     set_outputs(out, lse, workspace, &params);
-    cpu::block_attention(params);
+    run(params, q);
     return {out, lse};
 }
 
@@ -36,9 +41,9 @@ void block_attention_out(const Tensor& q, const Tensor& k_cache, const Tensor& v
     BlockAttentionParams params = check_attention(kOp, q, k_cache, v_cache, block_table, seq_lens, max_seq_len,
                                                   softmax_scale, kv_lens, split_tokens);
     check_out_and_lse(kOp, out, lse, q);
-    check_attention_workspace(kOp, workspace, q, workspace_of(params));
+    check_attention_workspace(kOp, workspace, q, backend::block_attention_workspace(params));
     set_outputs(out, lse, workspace, &params);
-    cpu::block_attention(params);
+    run(params, q);
 }
 
 }  // namespace

@@ -24,15 +24,16 @@ BlockAttentionMassParams check_inputs(const Tensor& q, const Tensor& k_cache, co
     return params;
 }
 
-int64_t workspace_of(const BlockAttentionMassParams& params) {
-    return unit_workspace(params, mage::block_attention_mass_workspace);
-}
-
 void call(BlockAttentionMassParams& params, const Tensor& out, const Tensor& lse, const Tensor& mass,
           const Tensor& workspace) {
     set_outputs(out, lse, workspace, &params.attention);
     params.mass = static_cast<float*>(mass.mutable_data_ptr());
+#if defined(MAGE_BACKEND_CUDA)
+    const torch::stable::accelerator::DeviceGuard guard(out.get_device_index());
+    cuda::block_attention_mass(params, current_stream(out));
+#else
     cpu::block_attention_mass(params);
+#endif
 }
 
 std::tuple<Tensor, Tensor, Tensor> block_attention_mass(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
@@ -47,7 +48,7 @@ std::tuple<Tensor, Tensor, Tensor> block_attention_mass(const Tensor& q, const T
     Tensor out = new_out(q);
     Tensor lse = new_lse(q);
     Tensor mass = torch::stable::new_empty(q, {q.size(0), k_cache.size(2), num_units(params)}, ScalarType::Float);
-    Tensor workspace = new_workspace(q, workspace_of(params));
+    Tensor workspace = new_workspace(q, backend::block_attention_mass_workspace(params));
     call(params, out, lse, mass, workspace);
     return {out, lse, mass};
 }
@@ -61,7 +62,7 @@ void block_attention_mass_out(const Tensor& q, const Tensor& k_cache, const Tens
     BlockAttentionMassParams params = check_inputs(q, k_cache, v_cache, block_table, seq_lens, max_seq_len, g, score,
                                                    row_mask, norm, prefix_lens, softmax_scale, kv_lens, split_tokens);
     check_unit_outputs(kOp, out, lse, "mass", mass, "[B, Hkv, n]", {q.size(0), k_cache.size(2), num_units(params)},
-                       workspace, q, workspace_of(params));
+                       workspace, q, backend::block_attention_mass_workspace(params));
     call(params, out, lse, mass, workspace);
 }
 

@@ -20,17 +20,18 @@ BlockAttentionRowsParams check_inputs(const Tensor& q, const Tensor& k_cache, co
     return params;
 }
 
-int64_t workspace_of(const BlockAttentionRowsParams& params) {
-    return unit_workspace(params, mage::block_attention_rows_workspace);
-}
-
 int64_t num_rows(const Tensor& q, const Tensor& k_cache) { return q.size(1) * (q.size(2) / k_cache.size(2)); }
 
 void call(BlockAttentionRowsParams& params, const Tensor& out, const Tensor& lse, const Tensor& row_mass,
           const Tensor& workspace) {
     set_outputs(out, lse, workspace, &params.attention);
     params.row_mass = static_cast<float*>(row_mass.mutable_data_ptr());
+#if defined(MAGE_BACKEND_CUDA)
+    const torch::stable::accelerator::DeviceGuard guard(out.get_device_index());
+    cuda::block_attention_rows(params, current_stream(out));
+#else
     cpu::block_attention_rows(params);
+#endif
 }
 
 std::tuple<Tensor, Tensor, Tensor> block_attention_rows(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
@@ -44,7 +45,7 @@ std::tuple<Tensor, Tensor, Tensor> block_attention_rows(const Tensor& q, const T
     Tensor lse = new_lse(q);
     Tensor row_mass = torch::stable::new_empty(q, {q.size(0), k_cache.size(2), num_units(params), num_rows(q, k_cache)},
                                                ScalarType::Float);
-    Tensor workspace = new_workspace(q, workspace_of(params));
+    Tensor workspace = new_workspace(q, backend::block_attention_rows_workspace(params));
     call(params, out, lse, row_mass, workspace);
     return {out, lse, row_mass};
 }
@@ -58,7 +59,7 @@ void block_attention_rows_out(const Tensor& q, const Tensor& k_cache, const Tens
         check_inputs(q, k_cache, v_cache, block_table, seq_lens, max_seq_len, g, softmax_scale, kv_lens, split_tokens);
     check_unit_outputs(kOp, out, lse, "row_mass", row_mass, "[B, Hkv, n, R]",
                        {q.size(0), k_cache.size(2), num_units(params), num_rows(q, k_cache)}, workspace, q,
-                       workspace_of(params));
+                       backend::block_attention_rows_workspace(params));
     call(params, out, lse, row_mass, workspace);
 }
 

@@ -1,5 +1,6 @@
 #pragma once
 
+#include "mage/stream.h"
 #include "mage/types.h"
 
 // block_attention: exact attention of each request's query rows over its cached tokens.
@@ -53,8 +54,11 @@ struct BlockAttentionParams {
     int64_t workspace_bytes = 0;
 };
 
-// Bytes of workspace, enough for every backend. With the R = G * Q rows in tiles of at most 240 and the splits that the
-// shapes give: B * Hkv * tiles * splits * tile rows * (D + 2) * 4.
+// Bytes of workspace, enough for every backend: the larger of
+//   CPU   B * Hkv * tiles * splits * tile rows * (D + 2) * 4, the R = G * Q rows in tiles of at most 240
+//   CUDA  slots * tile rows * (D + 3) * 4, the rows in tiles of 64, 128, 192 or 256; slots = B * Hkv * tiles * splits
+//   for
+//         fixed splits, and at most 264 (132 for tiles of 256) otherwise
 int64_t block_attention_workspace(int64_t num_requests, int64_t num_queries, int64_t num_heads, int64_t num_kv_heads,
                                   int64_t head_dim, int64_t max_seq_len, int64_t split_tokens);
 
@@ -67,5 +71,18 @@ namespace cpu {
 // Returns when the outputs are written. Throws as check_block_attention does, and if the workspace is too small.
 void block_attention(const BlockAttentionParams& params);
 
+// What this backend needs of workspace.
+int64_t block_attention_workspace(const BlockAttentionParams& params);
+
 }  // namespace cpu
+
+namespace cuda {
+
+// Asynchronous on `stream`; allocates nothing; can be captured in a graph, which then follows new lengths and tables.
+// Throws for what the kernels do not serve: dtypes other than bf16 and fp16, head dims other than 64 and 128.
+void block_attention(const BlockAttentionParams& params, CudaStream stream);
+
+int64_t block_attention_workspace(const BlockAttentionParams& params);
+
+}  // namespace cuda
 }  // namespace mage

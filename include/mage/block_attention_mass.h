@@ -35,8 +35,10 @@ struct BlockAttentionMassParams {
     float* mass = nullptr;                 // [B, Hkv, n]
 };
 
-// Bytes of workspace: that of block_attention, and per request and KV head, with Rp = R up to a multiple of 16:
-// 4 * Rp * (n + ceil(max_seq_len / 64) + 2); for g = 1 the larger one of block_attention's and token_mass's.
+// Bytes of workspace, enough for every backend: that of block_attention, and per request and KV head the larger of
+//   CPU   4 * Rp * (n + ceil(max_seq_len / 64) + 2), Rp = R up to a multiple of 16
+//   CUDA  4 * R * (n + 2)
+// For g = 1 the larger one of block_attention's and token_mass's.
 int64_t block_attention_mass_workspace(int64_t num_requests, int64_t num_queries, int64_t num_heads,
                                        int64_t num_kv_heads, int64_t head_dim, int64_t max_seq_len, int64_t granularity,
                                        int64_t split_tokens);
@@ -49,5 +51,16 @@ namespace cpu {
 // Returns when the outputs are written. Throws as check_block_attention_mass does, and if the workspace is too small.
 void block_attention_mass(const BlockAttentionMassParams& params);
 
+int64_t block_attention_mass_workspace(const BlockAttentionMassParams& params);
+
 }  // namespace cpu
+
+namespace cuda {
+
+// As block_attention; at most 4096 rows, g of 16, 32 or 64.
+void block_attention_mass(const BlockAttentionMassParams& params, CudaStream stream);
+
+int64_t block_attention_mass_workspace(const BlockAttentionMassParams& params);
+
+}  // namespace cuda
 }  // namespace mage

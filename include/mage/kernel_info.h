@@ -12,6 +12,10 @@ struct LaunchPlan {
     uint32_t grid[3] = {1, 1, 1};
     uint32_t block[3] = {1, 1, 1};
     uint32_t shared_bytes = 0;  // dynamic
+    uint32_t cluster = 1;       // CTAs of a cluster, along x
+    // The kernel may start while the one before it in the stream is running: it waits for it by itself (programmatic
+    // dependent launch).
+    bool overlap = false;
 };
 
 struct KernelInfo {

@@ -15,4 +15,16 @@ void require_hopper(const char* op) {
                minor);
 }
 
+int multiprocessors(const char* op) {
+    int device = 0;
+    int count = 0;
+    MAGE_CUDA_CHECK(op, cudaGetDevice(&device));
+    MAGE_CUDA_CHECK(op, cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+    return count;
+}
+
+void allow_shared_memory(const char* op, const void* kernel, int bytes) {
+    MAGE_CUDA_CHECK(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+}
+
 }  // namespace mage::core

@@ -6,4 +6,10 @@ namespace mage::core {
 // it a wrong GPU shows as "no kernel image" at the launch.
 void require_hopper(const char* op);
 
+// Multiprocessors of the current device.
+int multiprocessors(const char* op);
+
+// Lets a kernel have `bytes` of dynamic shared memory on the current device.
+void allow_shared_memory(const char* op, const void* kernel, int bytes);
+
 }  // namespace mage::core

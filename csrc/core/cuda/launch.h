@@ -1,5 +1,6 @@
 #pragma once
 
+#include <tuple>
 #include <utility>
 
 #include "core/cuda/cuda_check.h"
@@ -18,7 +19,23 @@ void launch(const char* op, void (*kernel)(ParamsT...), const LaunchPlan& plan, 
     config.blockDim = dim3(plan.block[0], plan.block[1], plan.block[2]);
     config.dynamicSmemBytes = plan.shared_bytes;
     config.stream = stream;
-    MAGE_CUDA_CHECK(op, cudaLaunchKernelEx(&config, kernel, std::forward<ArgsT>(args)...));
+    cudaLaunchAttribute attributes[2];
+    config.attrs = attributes;
+    if (plan.cluster > 1) {
+        attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+        attributes[config.numAttrs++].val.clusterDim = {plan.cluster, 1, 1};
+    }
+    if (plan.overlap) {
+        attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+    }
+    std::tuple<ParamsT...> values(std::forward<ArgsT>(args)...);
+    std::apply(
+        [&](auto&... value) {
+            void* addresses[] = {&value...};
+            MAGE_CUDA_CHECK(op, cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), addresses));
+        },
+        values);
 }
 
 }  // namespace mage::core

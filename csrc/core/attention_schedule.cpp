@@ -1,0 +1,77 @@
+#include "core/attention_schedule.h"
+
+#include <algorithm>
+
+#include "mage/block_attention_mass.h"
+#include "mage/block_attention_rows.h"
+
+namespace mage::core {
+
+namespace {
+
+constexpr int64_t kMinKeys = 128;  // tokens that a worker should have: below, its partial result costs more
+
+}  // namespace
+
+RowShape row_shape(int index) {
+    constexpr RowShape kShapes[kRowShapes] = {{64, 1, 64}, {128, 1, 128}, {192, 1, 64}, {256, 2, 128}};
+    return kShapes[index];
+}
+
+int choose_row_shape(int64_t rows) {
+    int best = 0;
+    int64_t best_rows = 0;
+    for (int i = 0; i < kRowShapes; ++i) {
+        const int64_t tile = row_shape(i).rows;
+        if (rows <= tile) return i;
+        const int64_t padded = (rows + tile - 1) / tile * tile;
+        // A tile of 64 rows would read K and V once more for every 64.
+        if (i > 0 && (best == 0 || padded <= best_rows)) {
+            best = i;
+            best_rows = padded;
+        }
+    }
+    return best;
+}
+
+AttentionPlan plan_attention(const BlockAttentionParams& p, int64_t sms) {
+    AttentionPlan plan;
+    plan.rows = p.num_queries * (p.num_heads / p.num_kv_heads);
+    plan.shape_index = choose_row_shape(plan.rows);
+    plan.shape = row_shape(plan.shape_index);
+    plan.row_tiles = (plan.rows + plan.shape.rows - 1) / plan.shape.rows;
+    Schedule& s = plan.schedule;
+    s.num_requests = static_cast<int32_t>(p.num_requests);
+    s.segments_per_request = static_cast<int32_t>(p.num_kv_heads * plan.row_tiles);
+    s.fixed = p.split_tokens > 0;
+    s.unit_tokens = s.fixed ? static_cast<int32_t>(p.split_tokens) : plan.shape.keys;
+    s.max_workers = static_cast<int32_t>(std::min(sms, kMaxSms) / plan.shape.ctas);
+    s.min_units = s.fixed ? 1 : static_cast<int32_t>((kMinKeys + plan.shape.keys - 1) / plan.shape.keys);
+    plan.slots = max_slots(s, p.max_seq_len);
+    return plan;
+}
+
+}  // namespace mage::core
+
+namespace mage::cuda {
+
+int64_t block_attention_workspace(const BlockAttentionParams& p) {
+    const core::AttentionPlan plan = core::plan_attention(p, core::kMaxSms);
+    return 4 * (plan.partial_floats(p.head_dim) + plan.partial_row_floats());
+}
+
+int64_t block_attention_rows_workspace(const BlockAttentionRowsParams& params) {
+    const BlockAttentionParams& p = params.attention;
+    const core::AttentionPlan plan = core::plan_attention(p, core::kMaxSms);
+    return block_attention_workspace(p) + 4 * plan.stat_floats(p.num_requests * p.num_kv_heads);
+}
+
+int64_t block_attention_mass_workspace(const BlockAttentionMassParams& params) {
+    BlockAttentionRowsParams rows;
+    rows.attention = params.attention;
+    const BlockAttentionParams& p = params.attention;
+    const int64_t units = (p.max_seq_len + params.granularity - 1) / params.granularity;
+    return block_attention_rows_workspace(rows) + 4 * p.num_requests * p.num_queries * p.num_heads * units;
+}
+
+}  // namespace mage::cuda

@@ -1,0 +1,121 @@
+#pragma once
+
+#include <cstdint>
+
+#include "mage/block_attention.h"
+
+// Who does what: the split of all KV streams of a launch over its workers. Pure arithmetic, the same on the host
+// (tests, plans), in the attention kernel and in the merge.
+//
+// A segment is one row tile of one (request, KV head): its stream is cut into units. With balanced work a unit is one
+// tile of keys, and worker w takes units [total w / W, total (w + 1) / W) of all segments in a row, so that a worker
+// holds whole segments and at most two pieces: the end of one, the start of another. With fixed splits a unit is a
+// split, and a piece is always one unit, whoever takes it: results then depend on nothing but the request itself.
+#if defined(__CUDACC__)
+#define MAGE_BOTH __host__ __device__ __forceinline__
+#else
+#define MAGE_BOTH inline
+#endif
+
+namespace mage::core {
+
+struct Schedule {
+    int32_t num_requests = 0;
+    int32_t segments_per_request = 0;  // Hkv * row tiles
+    int32_t unit_tokens = 0;           // tokens of a tile, or of a split
+    int32_t max_workers = 0;
+    int32_t min_units = 1;  // that a worker should have
+    bool fixed = false;
+};
+
+MAGE_BOTH int32_t units_of(const Schedule& s, int32_t seq_len) { return (seq_len + s.unit_tokens - 1) / s.unit_tokens; }
+
+MAGE_BOTH int32_t workers_of(const Schedule& s, int32_t total_units) {
+    const int32_t useful = (total_units - 1) / s.min_units + 1;
+    return useful < s.max_workers ? useful : s.max_workers;
+}
+
+MAGE_BOTH int32_t first_unit(int32_t total_units, int32_t workers, int32_t worker) {
+    return static_cast<int32_t>(int64_t{total_units} * worker / workers);
+}
+
+MAGE_BOTH int32_t worker_of(int32_t total_units, int32_t workers, int32_t unit) {
+    return static_cast<int32_t>(((int64_t{unit} + 1) * workers - 1) / total_units);
+}
+
+// Where a piece that is not a whole segment leaves its partial result.
+MAGE_BOTH int32_t slot_of(const Schedule& s, int32_t first_unit_of_piece, int32_t worker, bool starts_segment) {
+    return s.fixed ? first_unit_of_piece : 2 * worker + (starts_segment ? 1 : 0);
+}
+
+// The pieces of a segment; slots count from the first.
+struct Pieces {
+    int32_t count = 0;  // 0: the segment is empty; 1: it is whole, and no slot is used
+    int32_t worker = 0;
+    int32_t unit = 0;
+};
+
+MAGE_BOTH Pieces pieces_of(const Schedule& s, int32_t total_units, int32_t begin, int32_t units) {
+    Pieces pieces;
+    if (units == 0) return pieces;
+    pieces.unit = begin;
+    if (s.fixed) {
+        pieces.count = units;
+        return pieces;
+    }
+    const int32_t workers = workers_of(s, total_units);
+    pieces.worker = worker_of(total_units, workers, begin);
+    pieces.count = worker_of(total_units, workers, begin + units - 1) - pieces.worker + 1;
+    return pieces;
+}
+
+MAGE_BOTH int32_t slot_of_piece(const Schedule& s, const Pieces& pieces, int32_t i) {
+    return slot_of(s, pieces.unit + i, pieces.worker + i, i == 0);
+}
+
+// Units of a launch whose requests are all max_seq_len long; must be below 2^31.
+inline int64_t max_units(const Schedule& s, int64_t max_seq_len) {
+    return (max_seq_len + s.unit_tokens - 1) / s.unit_tokens * s.num_requests * s.segments_per_request;
+}
+
+// Slots that a launch may need: two per worker, or one per split.
+inline int64_t max_slots(const Schedule& s, int64_t max_seq_len) {
+    const int64_t units = max_units(s, max_seq_len);
+    if (s.fixed || units == 0) return units;
+    return int64_t{2} * workers_of(s, static_cast<int32_t>(units));
+}
+
+// --- The plan of a launch of the attention kernel: host only ---------------------------------------------------------
+
+// Rows of a tile, CTAs that share them, tokens of a tile of keys.
+struct RowShape {
+    int32_t rows, ctas, keys;
+};
+
+// 0: 64 rows, 1: 128, 2: 192, 3: 256 in a pair of CTAs.
+constexpr int kRowShapes = 4;
+RowShape row_shape(int index);
+
+// The shape with the least padding for R rows; among equals the largest. Up to 256 rows take one tile.
+int choose_row_shape(int64_t rows);
+
+constexpr int64_t kMaxSms = 132;  // that a launch uses; the workspace is sized for them
+
+// Of block_attention and its kin. max_seq_len bounds the lengths, so that the slots are known on the host.
+struct AttentionPlan {
+    int shape_index = 0;
+    RowShape shape = {};
+    int64_t rows = 0;  // R
+    int64_t row_tiles = 0;
+    int64_t slots = 0;  // partial results
+    Schedule schedule;
+
+    // Workspace, in floats: O and three numbers of every row of every slot, two numbers of every row of the call.
+    int64_t partial_floats(int64_t head_dim) const { return slots * shape.rows * head_dim; }
+    int64_t partial_row_floats() const { return (slots * shape.rows * 3 + 3) / 4 * 4; }
+    int64_t stat_floats(int64_t streams) const { return (streams * rows * 2 + 3) / 4 * 4; }
+};
+
+AttentionPlan plan_attention(const BlockAttentionParams& params, int64_t sms);
+
+}  // namespace mage::core

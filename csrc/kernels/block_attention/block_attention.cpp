@@ -1,0 +1,171 @@
+#include "mage/block_attention.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "core/cuda/device_info.h"
+#include "core/cuda/launch.h"
+#include "core/cuda/tensor_map.h"
+#include "kernels/attention_launch.h"
+#include "kernels/block_attention/variants.h"
+#include "kernels/kernel_list.h"
+
+namespace mage::cuda {
+
+namespace {
+
+constexpr char kOp[] = "block_attention";
+constexpr double kLog2E = 1.4426950408889634;
+constexpr int64_t kMaxUnitRows = 4096;  // rows whose final sums the merge keeps in shared memory
+constexpr int64_t kMergeWaves = 2;      // blocks per multiprocessor that finish masses
+constexpr int64_t kMergeWarps = 8;
+constexpr int32_t kMaxBoxTokens = 64;
+
+int32_t log2_of(int64_t value) {
+    int32_t shift = 0;
+    while ((int64_t{1} << shift) < value) ++shift;
+    return shift;
+}
+
+const AttentionVariant& variant_of(DType dtype, int64_t head_dim, int row_shape) {
+    if (dtype == DType::kBFloat16) {
+        return head_dim == 64 ? attention_variant_bf16_d64(row_shape) : attention_variant_bf16_d128(row_shape);
+    }
+    return head_dim == 64 ? attention_variant_fp16_d64(row_shape) : attention_variant_fp16_d128(row_shape);
+}
+
+void check_supported(const char* op, const BlockAttentionParams& p, const UnitOutputs& outputs) {
+    MAGE_CHECK(p.dtype == DType::kBFloat16 || p.dtype == DType::kFloat16, op,
+               ": q must be bfloat16 or float16 on CUDA, got float32");
+    MAGE_CHECK(p.head_dim == 64 || p.head_dim == 128, op, ": the head dim of q must be 64 or 128 on CUDA, got ",
+               p.head_dim);
+    if (outputs.granularity == 0) return;
+    MAGE_CHECK(outputs.granularity == 16 || outputs.granularity == 32 || outputs.granularity == 64, op,
+               ": g must be 16, 32 or 64 on CUDA (token_mass has g = 1), got ", outputs.granularity);
+    const int64_t rows = p.num_queries * (p.num_heads / p.num_kv_heads);
+    MAGE_CHECK(rows <= kMaxUnitRows, op, ": q must have at most ", kMaxUnitRows, " rows per KV head on CUDA, got ",
+               rows);
+}
+
+}  // namespace
+
+std::vector<KernelEntry> block_attention_kernels() {
+    std::vector<KernelEntry> entries;
+    for (const auto variants : {attention_variant_bf16_d128, attention_variant_bf16_d64, attention_variant_fp16_d128,
+                                attention_variant_fp16_d64}) {
+        for (int shape = 0; shape < core::kRowShapes; ++shape) {
+            const AttentionVariant& variant = variants(shape);
+            entries.push_back({variant.name, reinterpret_cast<const void*>(variant.attention), variant.threads,
+                               variant.shared_bytes});
+        }
+        const AttentionVariant& variant = variants(0);
+        entries.push_back({variant.merge_name, reinterpret_cast<const void*>(variant.merge), variant.merge_threads, 0});
+    }
+    return entries;
+}
+
+void launch_block_attention(const char* op, const BlockAttentionParams& p, const UnitOutputs& outputs,
+                            CudaStream stream) {
+    core::require_hopper(op);
+    check_block_attention(p, op);
+    check_supported(op, p, outputs);
+    if (p.num_requests == 0) return;
+
+    const core::AttentionPlan plan = core::plan_attention(p, core::multiprocessors(op));
+    const int64_t most_units = core::max_units(plan.schedule, p.max_seq_len);
+    MAGE_CHECK(most_units < (int64_t{1} << 31), op, ": the call must have fewer than 2^31 tiles of keys, got ",
+               most_units);
+    const AttentionVariant& variant = variant_of(p.dtype, p.head_dim, plan.shape_index);
+    MAGE_CHECK(variant.rows == plan.shape.rows && variant.ctas == plan.shape.ctas && variant.keys == plan.shape.keys,
+               op, ": internal: the kernel of ", variant.rows, " rows must serve the shape of ", plan.shape.rows);
+
+    const int64_t streams = p.num_requests * p.num_kv_heads;
+    const int64_t num_units =
+        outputs.granularity == 0 ? 0 : (p.max_seq_len + outputs.granularity - 1) / outputs.granularity;
+    AttentionArgs args = {};
+    args.schedule = plan.schedule;
+    args.q = p.q;
+    args.stride_q_request = p.stride_q_request;
+    args.stride_q_query = p.stride_q_query;
+    args.stride_q_head = p.stride_q_head;
+    args.block_table = p.pages.block_table;
+    args.stride_table = p.pages.stride_request;
+    args.seq_lens = p.seq_lens;
+    args.kv_lens = p.kv_lens;
+    args.prefix_lens = outputs.prefix_lens;
+    args.num_pages = p.pages.num_pages;
+    args.max_seq_len = static_cast<int32_t>(std::min(p.max_seq_len, int64_t{p.pages.max_pages} * p.pages.page_size));
+    args.page_shift = log2_of(p.pages.page_size);
+    args.box_shift = std::min(args.page_shift, log2_of(kMaxBoxTokens));
+    args.num_queries = static_cast<int32_t>(p.num_queries);
+    args.num_heads = static_cast<int32_t>(p.num_heads);
+    args.num_kv_heads = static_cast<int32_t>(p.num_kv_heads);
+    args.group = static_cast<int32_t>(p.num_heads / p.num_kv_heads);
+    args.rows = static_cast<int32_t>(plan.rows);
+    args.row_tiles = static_cast<int32_t>(plan.row_tiles);
+    args.tile_rows = static_cast<int32_t>(plan.shape.rows);
+    // Scores are scaled by a positive factor, so that the largest stays the largest: q takes the sign, or becomes 0.
+    const bool scaled = p.softmax_scale != 0.0;
+    args.scale_log2 = scaled ? static_cast<float>(std::abs(p.softmax_scale) * kLog2E) : 1.0f;
+    args.flip = p.softmax_scale < 0.0 ? 0x80008000u : 0u;
+    args.keep = scaled ? ~0u : 0u;
+    args.out = p.out;
+    args.lse = p.lse;
+    args.partial = static_cast<float*>(p.workspace);
+    args.partial_rows = args.partial + plan.partial_floats(p.head_dim);
+    args.row_stats = args.partial_rows + plan.partial_row_floats();
+    if (outputs.granularity != 0) {
+        args.units = outputs.units != nullptr ? outputs.units : args.row_stats + plan.stat_floats(streams);
+        args.unit_shift = log2_of(outputs.granularity);
+        args.num_units = static_cast<int32_t>(num_units);
+        args.mass = outputs.mass;
+        args.row_mask = outputs.row_mask;
+        args.score_max = outputs.score == MassScore::kMax ? 1 : 0;
+        // Units of a warp: few enough for a few blocks per multiprocessor, as each of these reads all final sums.
+        const int64_t wanted_warps = core::multiprocessors(op) * kMergeWaves * kMergeWarps;
+        const int64_t per_warp = std::max<int64_t>(1, streams * num_units / wanted_warps);
+        args.units_per_warp = static_cast<int32_t>(per_warp);
+        args.unit_blocks = static_cast<int32_t>((num_units + per_warp * kMergeWarps - 1) / (per_warp * kMergeWarps));
+    }
+    // A warp reads eight pieces at once; more of them get more warps.
+    const int64_t segments = streams * plan.row_tiles;
+    const int64_t pieces = plan.schedule.fixed ? most_units / segments : plan.schedule.max_workers / segments + 1;
+    args.merge_warps = pieces <= 8 ? 1 : pieces <= 16 ? 2 : pieces <= 32 ? 4 : 8;
+    const int64_t merge_rows = kMergeWarps / args.merge_warps;
+    const int64_t merge_blocks = streams * ((plan.rows + merge_rows - 1) / merge_rows);
+    const int64_t blocks = merge_blocks + streams * args.unit_blocks;
+    MAGE_CHECK(blocks < (int64_t{1} << 31), op, ": the call must need fewer than 2^31 blocks, got ", blocks);
+    args.merge_blocks = static_cast<int32_t>(merge_blocks);
+
+    const int32_t box_tokens = 1 << args.box_shift;
+    // A pool without pages has no address, and none is read.
+    PagedPool k_cache = p.k_cache, v_cache = p.v_cache;
+    if (p.pages.num_pages == 0) k_cache.data = v_cache.data = p.q;
+    const CUtensorMap k_map =
+        core::paged_pool_map(op, "k_cache", k_cache, p.pages, p.num_kv_heads, p.head_dim, p.dtype, box_tokens);
+    const CUtensorMap v_map =
+        core::paged_pool_map(op, "v_cache", v_cache, p.pages, p.num_kv_heads, p.head_dim, p.dtype, box_tokens);
+    core::allow_shared_memory(op, reinterpret_cast<const void*>(variant.attention), variant.shared_bytes);
+    const int64_t workers = std::min<int64_t>(plan.schedule.max_workers, most_units);
+    LaunchPlan attention;
+    attention.grid[0] = static_cast<uint32_t>(workers * plan.shape.ctas);
+    attention.block[0] = static_cast<uint32_t>(variant.threads);
+    attention.shared_bytes = static_cast<uint32_t>(variant.shared_bytes);
+    attention.cluster = static_cast<uint32_t>(plan.shape.ctas);
+    attention.overlap = true;
+    core::launch(op, variant.attention, attention, stream, args, k_map, v_map);
+    LaunchPlan merge;
+    merge.grid[0] = static_cast<uint32_t>(blocks);
+    merge.block[0] = static_cast<uint32_t>(variant.merge_threads);
+    merge.overlap = true;
+    core::launch(op, variant.merge, merge, stream, args);
+}
+
+void block_attention(const BlockAttentionParams& params, CudaStream stream) {
+    const int64_t needed = block_attention_workspace(params);
+    MAGE_CHECK(params.workspace_bytes >= needed, kOp, ": workspace must have at least ", needed, " bytes, got ",
+               params.workspace_bytes);
+    launch_block_attention(kOp, params, UnitOutputs(), stream);
+}
+
+}  // namespace mage::cuda

@@ -1,0 +1,754 @@
+#pragma once
+
+#ifdef MAGE_TRACE
+#include <cstdio>
+#endif
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "device/barrier.cuh"
+#include "device/tma.cuh"
+#include "device/wgmma.cuh"
+#include "kernels/block_attention/arguments.h"
+
+// Purpose   out[r] = sum_t softmax(scale q[r] . k[t]) v[t] over the tokens of a paged KV stream, and on request the sum
+// of
+//           the softmax terms of every row and unit of g tokens; see mage/block_attention.h and block_attention_mass.h.
+// Schedule  persistent workers (schedule.h): a CTA, or a pair of CTAs that share the rows of a tile and multicast K and
+// V
+//           to one another. One producer warp feeds a ring of K and V tiles by TMA; each consumer warpgroup owns 64
+//           rows.
+//             per tile j:  S = Q K(j)^T              tensor cores, asynchronous
+//                          O += P V(j - 1)           tensor cores, asynchronous, behind S
+//                          wait S; mask, maximum, exponentials, unit sums     while P V is running
+//                          wait O; rescale O; P = S in 16 bits
+// Memory    Q tile (64 rows x D per warpgroup), kStages x (K tile, V tile) of kKeys rows, all in the 128-byte swizzle;
+//           S, P and O in registers, float32 sums.
+// Sync      full_k/full_v[stage]: the producer's expectation and the copies' bytes. empty_k/empty_v[stage]: one arrival
+//           per consumer warp of every CTA of the pair. Named barrier 1: all consumers (V's tail), 2 + w: warpgroup w
+//           (Q).
+// Ceiling   max(bytes of K and V / HBM, 4 * rows padded to 64 * D * tokens / tensor cores); NOTES.md has the numbers.
+namespace mage::cuda {
+
+#ifdef MAGE_TRACE
+__shared__ long long mage_marks[16];
+#define MAGE_MARK(i) \
+    if (threadIdx.x == 128) mage_marks[i] = clock64()
+#else
+#define MAGE_MARK(i)
+#endif
+
+constexpr int kWarp = 32;
+constexpr int kWarpgroup = 128;
+constexpr int kSpan = 64;  // elements of a swizzled row of 128 bytes
+constexpr int kRowBytes = 128;
+constexpr int kAtomBytes = 8 * kRowBytes;
+
+template <typename T_, int kDim_, int kWarpgroups_, int kKeys_, int kStages_, int kCtas_>
+struct AttentionConfig {
+    using T = T_;
+    static constexpr int kDim = kDim_;
+    static constexpr int kWarpgroups = kWarpgroups_;  // of consumers
+    static constexpr int kKeys = kKeys_;              // tokens of a tile
+    static constexpr int kStages = kStages_;
+    static constexpr int kCtas = kCtas_;  // of a worker
+    static constexpr int kCtaRows = 64 * kWarpgroups;
+    static constexpr int kTileRows = kCtaRows * kCtas;
+    static constexpr int kConsumers = kWarpgroup * kWarpgroups;
+    static constexpr int kThreads = kConsumers + kWarpgroup;
+    static constexpr int kSpans = kDim / kSpan;
+    static constexpr int kTileBytes = kKeys * kDim * 2;
+    // Registers per thread: what remains of 65536 after the producer's share, in steps of 8.
+    static constexpr int kConsumerRegisters = kWarpgroups == 3 ? 160 : kWarpgroups == 2 ? 224 : 248;
+    static constexpr int kProducerRegisters = kWarpgroups == 3 ? 32 : kWarpgroups == 2 ? 56 : 120;
+};
+
+template <typename Config>
+struct alignas(1024) AttentionShared {
+    uint8_t q[Config::kCtaRows * Config::kDim * 2];
+    uint8_t k[Config::kStages][Config::kTileBytes];
+    uint8_t v[Config::kStages][Config::kTileBytes];
+    uint4 broken[Config::kStages];  // bit i: box i of the tile lies on a page outside the pool
+    uint64_t full_k[Config::kStages], full_v[Config::kStages];
+    uint64_t empty_k[Config::kStages], empty_v[Config::kStages];
+    // Where this worker starts.
+    int32_t begin, end, request_begin;  // units
+    int32_t request, worker;
+};
+
+__device__ __forceinline__ int32_t clamped_length(const AttentionArgs& args, int32_t request) {
+    return min(max(args.seq_lens[request], 0), args.max_seq_len);
+}
+
+__device__ __forceinline__ int32_t warp_sum(int32_t value) {
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(~0u, value, step);
+    return value;
+}
+
+// Units of all requests, and of those before `request`. One warp, all lanes get both.
+__device__ __forceinline__ int32_t count_units(const AttentionArgs& args, int32_t request, int32_t* before) {
+    int32_t all = 0, earlier = 0;
+    for (int32_t b = threadIdx.x % kWarp; b < args.schedule.num_requests; b += kWarp) {
+        const int32_t units = core::units_of(args.schedule, clamped_length(args, b));
+        all += units;
+        if (b < request) earlier += units;
+    }
+    *before = warp_sum(earlier) * args.schedule.segments_per_request;
+    return warp_sum(all) * args.schedule.segments_per_request;
+}
+
+// Finds the units of a worker and the request of the first one; one warp.
+template <typename Shared>
+__device__ __forceinline__ void find_start(const AttentionArgs& args, int32_t worker, Shared& shared) {
+    const core::Schedule& s = args.schedule;
+    const int32_t lane = threadIdx.x % kWarp;
+    int32_t unused;
+    const int32_t total = count_units(args, 0, &unused);
+    const int32_t workers = total > 0 ? core::workers_of(s, total) : 0;
+    int32_t begin = 0, end = 0;
+    if (total > 0 && worker < workers) {
+        begin = core::first_unit(total, workers, worker);
+        end = core::first_unit(total, workers, worker + 1);
+    }
+    int32_t reached = 0;
+    int32_t request = 0;
+    for (int32_t base = 0; base < s.num_requests && begin < end; base += kWarp) {
+        const int32_t b = base + lane;
+        int32_t sum = b < s.num_requests ? core::units_of(s, clamped_length(args, b)) : 0;
+        sum *= s.segments_per_request;
+        const int32_t own = sum;
+#pragma unroll
+        for (int step = 1; step < kWarp; step *= 2) {
+            const int32_t other = __shfl_up_sync(~0u, sum, step);
+            if (lane >= step) sum += other;
+        }
+        const uint32_t past = __ballot_sync(~0u, reached + sum > begin);
+        if (past != 0) {
+            const int32_t found = __ffs(past) - 1;
+            request = base + found;
+            reached += __shfl_sync(~0u, sum - own, found);
+            break;
+        }
+        reached += __shfl_sync(~0u, sum, kWarp - 1);
+    }
+    if (lane == 0) {
+        shared.begin = begin;
+        shared.end = end;
+        shared.request_begin = reached;
+        shared.request = request;
+        shared.worker = worker;
+    }
+}
+
+// Walks the pieces of a worker; every thread walks for itself.
+struct Piece {
+    int32_t request, kv_head, row_tile;
+    int32_t token_begin, token_end;
+    int32_t slot;  // -1: the piece is a whole segment
+};
+
+template <typename Shared>
+struct Walk {
+    const AttentionArgs& args;
+    const Shared& shared;
+    int32_t at, request_begin, request;
+
+    __device__ __forceinline__ Walk(const AttentionArgs& a, const Shared& sh)
+        : args(a), shared(sh), at(sh.begin), request_begin(sh.request_begin), request(sh.request) {}
+
+    __device__ __forceinline__ bool next(Piece* piece) {
+        const int32_t end = shared.end;
+        if (at >= end) return false;
+        const core::Schedule& s = args.schedule;
+        int32_t seq_len = clamped_length(args, request);
+        int32_t units = core::units_of(s, seq_len);
+        while (at >= request_begin + units * s.segments_per_request) {
+            request_begin += units * s.segments_per_request;
+            seq_len = clamped_length(args, ++request);
+            units = core::units_of(s, seq_len);
+        }
+        const int32_t offset = at - request_begin;
+        const int32_t segment = offset / units;
+        const int32_t first = offset - segment * units;
+        const int32_t last = s.fixed ? first + 1 : min(units, first + (end - at));
+        piece->request = request;
+        piece->kv_head = segment / args.row_tiles;
+        piece->row_tile = segment - piece->kv_head * args.row_tiles;
+        piece->token_begin = first * s.unit_tokens;
+        piece->token_end = min(seq_len, last * s.unit_tokens);
+        piece->slot = first == 0 && last == units ? -1 : core::slot_of(s, at, shared.worker, first == 0);
+        at += last - first;
+        return true;
+    }
+};
+
+// Position in the ring: a stage and the parity of its current round.
+template <int kStages>
+struct Ring {
+    uint32_t stage = 0, parity = 0;
+    __device__ __forceinline__ void advance() {
+        if (++stage == kStages) {
+            stage = 0;
+            parity ^= 1;
+        }
+    }
+};
+
+// --- Producer: one warp ----------------------------------------------------------------------------------------------
+
+template <typename Config>
+__device__ __forceinline__ void produce(const AttentionArgs& args, const CUtensorMap* k_map, const CUtensorMap* v_map,
+                                        AttentionShared<Config>& shared) {
+    constexpr int kSpans = Config::kSpans;
+    constexpr int kKeys = Config::kKeys;
+    constexpr int kLoose = kKeys / kWarp;  // tokens per lane where a page is one token
+    const int32_t lane = threadIdx.x % kWarp;
+    const uint32_t rank = Config::kCtas == 1 ? 0 : device::cluster_rank();
+    const int32_t boxes = kKeys >> args.box_shift;
+    const uint32_t box_bytes = uint32_t{kRowBytes} << args.box_shift;
+    const int32_t nowhere = static_cast<int32_t>(max(args.num_pages, int64_t{1}));  // past the pool: zeros arrive
+    const int32_t page_mask = (1 << args.page_shift) - 1;
+    const uint64_t policy = args.row_tiles == 1 ? device::kEvictFirst : device::kEvictNormal;
+    const bool loose = args.page_shift == 0;
+    // Of larger pages a tile has at most 16 boxes: one lane each.
+    const int32_t own_box = lane % boxes, own_span = lane / boxes;
+    const bool own = !loose && own_span < kSpans && (Config::kCtas == 1 || lane % Config::kCtas == rank);
+
+    const auto copy = [&](const CUtensorMap* map, const uint8_t* tile, uint64_t* full, int32_t span, int32_t box,
+                          int32_t token, int32_t kv_head, int32_t page) {
+        const device::BoxStart start = {span * kSpan, token & page_mask, kv_head, page};
+        const uint32_t to = device::shared_address(tile) + span * (kKeys * kRowBytes) + box * box_bytes;
+        const uint32_t barrier = device::shared_address(full);
+        if constexpr (Config::kCtas == 1) {
+            device::copy_box(map, to, barrier, start, policy);
+        } else {
+            device::copy_box_multicast(map, to, barrier, start, (1 << Config::kCtas) - 1, policy);
+        }
+    };
+
+    Walk<AttentionShared<Config>> walk(args, shared);
+    Piece piece;
+    Ring<Config::kStages> ring;
+    while (walk.next(&piece)) {
+        const int32_t* table = args.block_table + piece.request * args.stride_table;
+        const auto page_of = [&](int32_t token) {
+            return token < piece.token_end ? __ldg(table + (token >> args.page_shift)) : nowhere;
+        };
+        const auto is_broken = [&](int32_t token, int32_t page) {
+            return token < piece.token_end && (page < 0 || page >= args.num_pages);
+        };
+        int32_t next_page = loose ? 0 : page_of(piece.token_begin + (own_box << args.box_shift));
+        for (int32_t token = piece.token_begin; token < piece.token_end; token += kKeys) {
+            // Pages of this tile; a broken one is marked and read as zeros.
+            int32_t pages[kLoose];
+            uint32_t broken[4] = {0, 0, 0, 0};
+            const int32_t own_token = token + (own_box << args.box_shift);
+            if (loose) {
+#pragma unroll
+                for (int i = 0; i < kLoose; ++i) {
+                    pages[i] = page_of(token + i * kWarp + lane);
+                    const bool bad = is_broken(token + i * kWarp + lane, pages[i]);
+                    broken[i] = __ballot_sync(~0u, bad);
+                    if (bad) pages[i] = nowhere;
+                }
+            } else {
+                pages[0] = next_page;
+                next_page = page_of(own_token + kKeys);
+                const bool bad = is_broken(own_token, pages[0]);
+                broken[0] = __ballot_sync(~0u, bad && lane < boxes);
+                if (bad) pages[0] = nowhere;
+            }
+            const auto fill = [&](const CUtensorMap* map, const uint8_t* tile, uint64_t* full) {
+                if (lane == 0) device::mbarrier_arrive_expect(device::shared_address(full), Config::kTileBytes);
+                __syncwarp();
+                if (loose) {
+#pragma unroll
+                    for (int i = 0; i < kLoose; ++i) {
+                        const int32_t box = i * kWarp + lane;
+                        if (Config::kCtas > 1 && box % Config::kCtas != rank) continue;
+#pragma unroll
+                        for (int span = 0; span < kSpans; ++span)
+                            copy(map, tile, full, span, box, token + box, piece.kv_head, pages[i]);
+                    }
+                } else if (own) {
+                    copy(map, tile, full, own_span, own_box, own_token, piece.kv_head, pages[0]);
+                }
+            };
+            const uint32_t stage = ring.stage;
+            device::mbarrier_wait(device::shared_address(&shared.empty_k[stage]), ring.parity ^ 1);
+            if (lane == 0) shared.broken[stage] = make_uint4(broken[0], broken[1], broken[2], broken[3]);
+            fill(k_map, shared.k[stage], &shared.full_k[stage]);
+            device::mbarrier_wait(device::shared_address(&shared.empty_v[stage]), ring.parity ^ 1);
+            fill(v_map, shared.v[stage], &shared.full_v[stage]);
+            ring.advance();
+        }
+    }
+}
+
+// --- Consumers: kWarpgroups warpgroups of 64 rows each ---------------------------------------------------------------
+
+__device__ __forceinline__ uint32_t pack(float low, float high, __nv_bfloat16) {
+    const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&both);
+}
+__device__ __forceinline__ uint32_t pack(float low, float high, __half) {
+    const __half2 both = __floats2half2_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&both);
+}
+
+__device__ __forceinline__ float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+__device__ __forceinline__ float log2_fast(float x) {
+    float y;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+__device__ __forceinline__ float quad_sum(float x) {
+    x += __shfl_xor_sync(~0u, x, 1);
+    return x + __shfl_xor_sync(~0u, x, 2);
+}
+
+template <typename Config>
+struct Consumer {
+    using T = typename Config::T;
+    static constexpr int kDim = Config::kDim;
+    static constexpr int kKeys = Config::kKeys;
+    static constexpr int kBlocks = kKeys / 16;  // of 16 keys: a step of P V, and the finest unit
+
+    const AttentionArgs& args;
+    AttentionShared<Config>& shared;
+    const int32_t thread, warpgroup, lane, rank;
+    const int32_t tile_row;  // row of the tile of the first of this thread's two rows; the other is 8 below
+    Piece piece;
+    int32_t row[2];                             // rows of the stream
+    int32_t limit[2];                           // tokens that each may see
+    int32_t prefix;                             // tokens that count for mass
+    float reference[2], sum[2], prefix_sum[2];  // of the softmax, in log2
+    float blocks[2][kBlocks];                   // sums of P per row and 16 keys of the last tile
+    float* unit_out;                            // units of this thread's row of the quad's four values, see emit
+
+    // Where descriptors point to: this warpgroup's Q and of the first stage; tiles further on lie a multiple of 16
+    // bytes later.
+    const uint32_t q_tile, k_tile, v_tile;
+
+    float s[kKeys / 2];
+    float o[kDim / 2];
+    uint32_t p[kBlocks][4];
+
+    __device__ __forceinline__ Consumer(const AttentionArgs& a, AttentionShared<Config>& sh)
+        : args(a),
+          shared(sh),
+          thread(threadIdx.x - kWarpgroup),
+          warpgroup(__shfl_sync(~0u, thread / kWarpgroup, 0)),  // known to be the same in a warp
+          lane(threadIdx.x % kWarp),
+          rank(Config::kCtas == 1 ? 0 : static_cast<int32_t>(device::cluster_rank())),
+          tile_row(rank * Config::kCtaRows + thread / kWarp * 16 + lane / 4),
+          q_tile(device::tile_address(device::shared_address(sh.q) + warpgroup * 64 * kRowBytes)),
+          k_tile(device::tile_address(device::shared_address(sh.k[0]))),
+          v_tile(device::tile_address(device::shared_address(sh.v[0]))) {}
+
+    // Q rows of this warpgroup into shared memory, swizzled; rows past R are zeros.
+    __device__ __forceinline__ void load_q() {
+        constexpr int kChunks = kDim / 8;               // of 16 bytes in a row; a thread keeps its chunk
+        constexpr int kRowStep = kWarpgroup / kChunks;  // a multiple of 8: the swizzle is the same
+        constexpr int kBatch = 4;                       // loads in flight
+        const int32_t chunk = thread % kChunks;
+        const int32_t group_row = thread % kWarpgroup / kChunks;
+        const T* base = static_cast<const T*>(args.q) + piece.request * args.stride_q_request +
+                        int64_t{piece.kv_head} * args.group * args.stride_q_head + chunk * 8;
+        const uint32_t to = device::shared_address(shared.q) + chunk / 8 * (Config::kCtaRows * kRowBytes) +
+                            (warpgroup * 64 + group_row) * kRowBytes + ((chunk % 8) ^ (group_row % 8)) * 16;
+        int32_t r = piece.row_tile * Config::kTileRows + rank * Config::kCtaRows + warpgroup * 64 + group_row;
+#pragma unroll 1
+        for (int begin = 0; begin < 64; begin += kBatch * kRowStep) {
+            uint4 loaded[kBatch];
+#pragma unroll
+            for (int i = 0; i < kBatch; ++i, r += kRowStep) {
+                loaded[i] = make_uint4(0, 0, 0, 0);
+                if (r < args.rows) {
+                    const int32_t query = r / args.group;
+                    const T* at = base + query * args.stride_q_query + (r - query * args.group) * args.stride_q_head;
+                    loaded[i] = *reinterpret_cast<const uint4*>(at);
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < kBatch; ++i) {
+                const uint4& x = loaded[i];
+                device::store_shared(to + (begin + i * kRowStep) * kRowBytes,
+                                     make_uint4((x.x & args.keep) ^ args.flip, (x.y & args.keep) ^ args.flip,
+                                                (x.z & args.keep) ^ args.flip, (x.w & args.keep) ^ args.flip));
+            }
+        }
+        device::fence_async_shared();
+        device::named_barrier(2 + warpgroup, kWarpgroup);
+    }
+
+    __device__ __forceinline__ void start_piece() {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            row[i] = piece.row_tile * Config::kTileRows + tile_row + 8 * i;
+            limit[i] = piece.token_end;
+            if (args.kv_lens != nullptr && row[i] < args.rows) {
+                limit[i] = min(limit[i], args.kv_lens[piece.request * args.num_queries + row[i] / args.group]);
+            }
+            reference[i] = -INFINITY;
+            sum[i] = prefix_sum[i] = 0.0f;
+        }
+        prefix = args.prefix_lens != nullptr ? args.prefix_lens[piece.request] : INT32_MAX;
+        const int64_t stream = int64_t{piece.request} * args.num_kv_heads + piece.kv_head;
+        const int32_t emitted = (lane & 1) != 0 ? row[1] : row[0];
+        unit_out = args.units + stream * args.num_units * args.rows + emitted;
+    }
+
+    // S = Q K^T of a stage, asynchronous.
+    __device__ __forceinline__ void start_scores(uint32_t stage) {
+        const uint64_t q = device::swizzled_tile(q_tile, kAtomBytes, 16);
+        const uint64_t k = device::swizzled_tile(k_tile + stage * (Config::kTileBytes / 16), kAtomBytes, 16);
+        device::pin_registers(s);
+        device::wgmma_fence();
+#pragma unroll
+        for (int i = 0; i < kDim / 16; ++i) {
+            const int column = i % 4 * 32;
+            device::Wgmma<T, kKeys>::scores(s, q + (i / 4 * (Config::kCtaRows * kRowBytes) + column) / 16,
+                                            k + (i / 4 * (kKeys * kRowBytes) + column) / 16, i != 0);
+        }
+        device::wgmma_commit();
+    }
+
+    // O += P V of a stage, asynchronous.
+    __device__ __forceinline__ void start_values(uint32_t stage) {
+        const uint64_t v =
+            device::swizzled_tile(v_tile + stage * (Config::kTileBytes / 16), kAtomBytes, kKeys * kRowBytes);
+        device::pin_registers(o);
+        device::wgmma_fence();
+#pragma unroll
+        for (int i = 0; i < kBlocks; ++i) device::Wgmma<T, kDim>::values(o, p[i], v + i * 16 * kRowBytes / 16, true);
+        device::wgmma_commit();
+    }
+
+    __device__ __forceinline__ void release(uint64_t* empty) {
+        __syncwarp();
+        const uint32_t barrier = device::shared_address(empty);
+        if constexpr (Config::kCtas == 1) {
+            if (lane == 0) device::mbarrier_arrive(barrier);
+        } else {
+            if (lane < Config::kCtas) device::mbarrier_arrive_cluster(barrier, lane);
+        }
+    }
+
+    // Rows of V past the end of the stream hold anything, NaN included, and P = 0 does not silence NaN.
+    __device__ __forceinline__ void clear_tail(uint32_t stage, int32_t token) {
+        const int32_t box = 1 << args.box_shift;
+        const int32_t first = piece.token_end - token;
+        if (first >= kKeys || (first & (box - 1)) == 0) return;
+        const int32_t rows = box - (first & (box - 1));
+        for (int32_t i = thread; i < rows * Config::kSpans * 8; i += Config::kConsumers) {
+            const int32_t span = i / (rows * 8);
+            const int32_t at = i - span * rows * 8;
+            device::store_shared(
+                device::shared_address(shared.v[stage]) + span * (kKeys * kRowBytes) + first * kRowBytes + at * 16,
+                make_uint4(0, 0, 0, 0));
+        }
+        device::fence_async_shared();
+        device::named_barrier(1, Config::kConsumers);
+    }
+
+    // Scores of tokens that a row must not see become -inf.
+    __device__ __forceinline__ void mask(int32_t token, const uint4& broken) {
+        const bool any_broken = (broken.x | broken.y | broken.z | broken.w) != 0;
+        if (token + kKeys <= min(limit[0], limit[1]) && !any_broken) return;
+#pragma unroll
+        for (int i = 0; i < kKeys / 2; ++i) {
+            const int32_t column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+            if (token + column >= limit[i / 2 % 2]) s[i] = -INFINITY;
+        }
+        if (!any_broken) return;
+        const uint32_t words[4] = {broken.x, broken.y, broken.z, broken.w};
+#pragma unroll
+        for (int i = 0; i < kKeys / 2; ++i) {
+            const int32_t column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+            // Boxes of 16 tokens and more are all in the first word; boxes of one are in the column's own.
+            const int32_t box = column >> args.box_shift;
+            const uint32_t word = args.box_shift == 0 ? words[i / 16] : words[0];
+            if ((word >> (box & 31) & 1u) != 0) s[i] = -INFINITY;
+        }
+    }
+
+    // Sums of p per row and block of 16 keys, this thread's columns only; tokens from `end` on count 0.
+    __device__ __forceinline__ void block_sums(int32_t token, int32_t end) {
+        if (token + kKeys <= end) {
+#pragma unroll
+            for (int i = 0; i < kBlocks; ++i) {
+                blocks[0][i] = (s[8 * i] + s[8 * i + 1]) + (s[8 * i + 4] + s[8 * i + 5]);
+                blocks[1][i] = (s[8 * i + 2] + s[8 * i + 3]) + (s[8 * i + 6] + s[8 * i + 7]);
+            }
+            return;
+        }
+        const int32_t left = end - token - lane % 4 * 2;
+        const auto kept = [&](int i, int32_t column) { return column < left ? s[i] : 0.0f; };
+#pragma unroll
+        for (int i = 0; i < kBlocks; ++i) {
+            const int32_t c = 16 * i;
+            blocks[0][i] =
+                (kept(8 * i, c) + kept(8 * i + 1, c + 1)) + (kept(8 * i + 4, c + 8) + kept(8 * i + 5, c + 9));
+            blocks[1][i] =
+                (kept(8 * i + 2, c) + kept(8 * i + 3, c + 1)) + (kept(8 * i + 6, c + 8) + kept(8 * i + 7, c + 9));
+        }
+    }
+
+    // Adds four values over the quad (two rows x two units) so that each lane ends with one, and stores its logarithm:
+    // lane bit 0 is the row, bit 1 the unit.
+    __device__ __forceinline__ void emit(int32_t unit, float row0, float row1, float next0, float next1) {
+        const bool second = (lane & 2) != 0, lower = (lane & 1) != 0;
+        float keep0 = second ? next0 : row0, keep1 = second ? next1 : row1;
+        keep0 += __shfl_xor_sync(~0u, second ? row0 : next0, 2);
+        keep1 += __shfl_xor_sync(~0u, second ? row1 : next1, 2);
+        float total = lower ? keep1 : keep0;
+        total += __shfl_xor_sync(~0u, lower ? keep0 : keep1, 1);
+        const int32_t own = unit + (second ? 1 : 0);
+        if ((own << args.unit_shift) < piece.token_end && (lower ? row[1] : row[0]) < args.rows) {
+            unit_out[int64_t{own} * args.rows] = log2_fast(total) + (lower ? reference[1] : reference[0]);
+        }
+    }
+
+    // Of the tile whose block sums are at hand.
+    __device__ __forceinline__ void emit_units(int32_t token) {
+        if (args.units == nullptr) return;
+        const int32_t unit = token >> args.unit_shift;
+        if (args.unit_shift == 6) {
+            float units[2][2] = {};
+#pragma unroll
+            for (int i = 0; i < kBlocks; ++i) {
+                units[0][i / 4] += blocks[0][i];
+                units[1][i / 4] += blocks[1][i];
+            }
+            emit(unit, units[0][0], units[1][0], units[0][1], units[1][1]);
+        } else if (args.unit_shift == 5) {
+#pragma unroll
+            for (int i = 0; i < kBlocks; i += 4) {
+                emit(unit + i / 2, blocks[0][i] + blocks[0][i + 1], blocks[1][i] + blocks[1][i + 1],
+                     blocks[0][i + 2] + blocks[0][i + 3], blocks[1][i + 2] + blocks[1][i + 3]);
+            }
+        } else {
+#pragma unroll
+            for (int i = 0; i < kBlocks; i += 2)
+                emit(unit + i, blocks[0][i], blocks[1][i], blocks[0][i + 1], blocks[1][i + 1]);
+        }
+    }
+
+    // Turns S into P (float32), updates references and sums, keeps the block sums for emit_units. Returns by what older
+    // results are scaled. A reference follows the maximum only when that has grown by more than 2^kSlack, so that most
+    // tiles scale nothing: terms stay below 2^kSlack, which 16-bit P and float32 sums hold as well as 1.
+    __device__ __forceinline__ void softmax(int32_t token, float (&scale)[2]) {
+        constexpr float kSlack = 8.0f;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            float highest = s[2 * r];
+#pragma unroll
+            for (int i = 0; i < kKeys / 8; ++i) highest = fmaxf(highest, fmaxf(s[4 * i + 2 * r], s[4 * i + 2 * r + 1]));
+            highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 1));
+            highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 2));
+            highest *= args.scale_log2;
+            // A row that has seen nothing has reference -inf; a row that still sees nothing counts from 0.
+            const bool grows = highest > reference[r] + kSlack;
+            const float next = grows ? highest : reference[r];
+            const float base = next == -INFINITY ? 0.0f : next;
+            scale[r] = grows ? exp2_fast(reference[r] - base) : 1.0f;
+            reference[r] = next;
+#pragma unroll
+            for (int i = 0; i < kKeys / 8; ++i) {
+                s[4 * i + 2 * r] = exp2_fast(s[4 * i + 2 * r] * args.scale_log2 - base);
+                s[4 * i + 2 * r + 1] = exp2_fast(s[4 * i + 2 * r + 1] * args.scale_log2 - base);
+            }
+        }
+        block_sums(token, token + kKeys);
+        float added[2];
+        total_of_blocks(added);
+        sum[0] = sum[0] * scale[0] + added[0];
+        sum[1] = sum[1] * scale[1] + added[1];
+        if (args.units == nullptr) return;
+        if (token + kKeys > prefix) {
+            block_sums(token, prefix);
+            total_of_blocks(added);
+        }
+        prefix_sum[0] = prefix_sum[0] * scale[0] + added[0];
+        prefix_sum[1] = prefix_sum[1] * scale[1] + added[1];
+    }
+
+    __device__ __forceinline__ void total_of_blocks(float (&total)[2]) const {
+        total[0] = total[1] = 0.0f;
+#pragma unroll
+        for (int i = 0; i < kBlocks; ++i) {
+            total[0] += blocks[0][i];
+            total[1] += blocks[1][i];
+        }
+    }
+
+    __device__ __forceinline__ void pack_p() {
+#pragma unroll
+        for (int i = 0; i < kBlocks; ++i) {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) p[i][j] = pack(s[8 * i + 2 * j], s[8 * i + 2 * j + 1], T());
+        }
+    }
+
+    __device__ __forceinline__ void rescale_o(const float (&scale)[2]) {
+        if (!__any_sync(~0u, scale[0] != 1.0f || scale[1] != 1.0f)) return;
+#pragma unroll
+        for (int i = 0; i < kDim / 2; ++i) o[i] *= scale[i / 2 % 2];
+    }
+
+    __device__ __forceinline__ void store() {
+        using Pair = uint32_t;
+        const int64_t stream = int64_t{piece.request} * args.num_kv_heads + piece.kv_head;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const float all = quad_sum(sum[r]);
+            const float below = quad_sum(prefix_sum[r]);
+            if (row[r] >= args.rows) continue;
+            if (piece.slot < 0) {
+                const int32_t query = row[r] / args.group;
+                const int32_t head = piece.kv_head * args.group + row[r] - query * args.group;
+                const float inverse = all > 0.0f ? 1.0f / all : 0.0f;
+                Pair* out = static_cast<Pair*>(args.out) +
+                            ((int64_t{piece.request} * args.num_queries + query) * args.num_heads + head) * (kDim / 2);
+#pragma unroll
+                for (int i = 0; i < kDim / 8; ++i) {
+                    out[4 * i + lane % 4] = pack(o[4 * i + 2 * r] * inverse, o[4 * i + 2 * r + 1] * inverse, T());
+                }
+                if (lane % 4 == 0) {
+                    const float log2_sum = all > 0.0f ? reference[r] + log2f(all) : -INFINITY;
+                    args.lse[(int64_t{piece.request} * args.num_heads + head) * args.num_queries + query] =
+                        log2_sum * 0.6931471805599453f;
+                    if (args.units != nullptr) {
+                        float* stats = args.row_stats + (stream * args.rows + row[r]) * 2;
+                        stats[0] = log2_sum;
+                        stats[1] = below > 0.0f ? reference[r] + log2f(below) : -INFINITY;
+                    }
+                }
+            } else {
+                const int64_t at = int64_t{piece.slot} * Config::kTileRows + tile_row + 8 * r;
+                float2* out = reinterpret_cast<float2*>(args.partial + at * kDim);
+#pragma unroll
+                for (int i = 0; i < kDim / 8; ++i)
+                    out[4 * i + lane % 4] = make_float2(o[4 * i + 2 * r], o[4 * i + 2 * r + 1]);
+                if (lane % 4 == 0) {
+                    float* stats = args.partial_rows + int64_t{piece.slot} * 3 * Config::kTileRows + tile_row + 8 * r;
+                    stats[0] = reference[r];
+                    stats[Config::kTileRows] = all;
+                    stats[2 * Config::kTileRows] = below;
+                }
+            }
+        }
+    }
+
+    __device__ __forceinline__ void run() {
+        Walk<AttentionShared<Config>> walk(args, shared);
+        Ring<Config::kStages> k_ring, v_ring;
+        while (walk.next(&piece)) {
+            MAGE_MARK(2);
+            load_q();
+            start_piece();
+            MAGE_MARK(3);
+#pragma unroll
+            for (int i = 0; i < kDim / 2; ++i) o[i] = 0.0f;
+            device::mbarrier_wait(device::shared_address(&shared.full_k[k_ring.stage]), k_ring.parity);
+            MAGE_MARK(4);
+            start_scores(k_ring.stage);
+            device::wgmma_wait<0>();
+            MAGE_MARK(5);
+            int32_t token = piece.token_begin;
+            for (;; token += kKeys) {
+                const bool first = token == piece.token_begin, last = token + kKeys >= piece.token_end;
+                device::pin_registers(s);
+                mask(token, shared.broken[k_ring.stage]);
+                release(&shared.empty_k[k_ring.stage]);
+                k_ring.advance();
+                float scale[2];
+                softmax(token, scale);
+                // P V of the tile before this one.
+                device::wgmma_wait<0>();
+                device::pin_registers(o);
+                if (!first) {
+                    release(&shared.empty_v[v_ring.stage]);
+                    v_ring.advance();
+                }
+                rescale_o(scale);
+                pack_p();
+                MAGE_MARK(6);
+                if (last) break;
+                device::mbarrier_wait(device::shared_address(&shared.full_k[k_ring.stage]), k_ring.parity);
+                start_scores(k_ring.stage);
+                device::mbarrier_wait(device::shared_address(&shared.full_v[v_ring.stage]), v_ring.parity);
+                start_values(v_ring.stage);
+                emit_units(token);
+                device::wgmma_wait<1>();
+            }
+            device::mbarrier_wait(device::shared_address(&shared.full_v[v_ring.stage]), v_ring.parity);
+            clear_tail(v_ring.stage, token);
+            start_values(v_ring.stage);
+            emit_units(token);
+            MAGE_MARK(7);
+            device::wgmma_wait<0>();
+            device::pin_registers(o);
+            release(&shared.empty_v[v_ring.stage]);
+            v_ring.advance();
+            MAGE_MARK(8);
+            store();
+            MAGE_MARK(9);
+        }
+    }
+};
+
+template <typename Config>
+__global__ void __launch_bounds__(Config::kThreads, 1)
+    mage_block_attention_kernel(const __grid_constant__ AttentionArgs args, const __grid_constant__ CUtensorMap k_map,
+                                const __grid_constant__ CUtensorMap v_map) {
+    extern __shared__ uint8_t raw_shared[];
+    auto& shared =
+        *reinterpret_cast<AttentionShared<Config>*>(raw_shared + (-device::shared_address(raw_shared) & 1023));
+    const int32_t warp = threadIdx.x / kWarp;
+    if (threadIdx.x == 0) {
+        device::prefetch_tensor_map(&k_map);
+        device::prefetch_tensor_map(&v_map);
+        constexpr uint32_t kReleases = Config::kConsumers / kWarp * Config::kCtas;
+#pragma unroll
+        for (int i = 0; i < Config::kStages; ++i) {
+            device::mbarrier_init(device::shared_address(&shared.full_k[i]), 1);
+            device::mbarrier_init(device::shared_address(&shared.full_v[i]), 1);
+            device::mbarrier_init(device::shared_address(&shared.empty_k[i]), kReleases);
+            device::mbarrier_init(device::shared_address(&shared.empty_v[i]), kReleases);
+        }
+        device::mbarrier_init_fence();
+    }
+    MAGE_MARK(0);
+    device::dependency_wait();
+    device::dependency_release();
+    if (warp == 0) find_start(args, blockIdx.x / Config::kCtas, shared);
+    if constexpr (Config::kCtas > 1) device::cluster_sync();
+    __syncthreads();
+    MAGE_MARK(1);
+
+    if (warp < kWarpgroup / kWarp) {
+        device::registers_shrink<Config::kProducerRegisters>();
+        if (warp == 0) produce<Config>(args, &k_map, &v_map, shared);
+    } else {
+        device::registers_grow<Config::kConsumerRegisters>();
+        Consumer<Config>(args, shared).run();
+    }
+#ifdef MAGE_TRACE
+    if (blockIdx.x == 4 && threadIdx.x == 128) {
+        for (int i = 1; i < 10; ++i) printf("%d:%lld ", i, mage_marks[i] - mage_marks[0]);
+        printf("\n");
+    }
+#endif
+    // No CTA of a pair leaves while the other may still write to it.
+    if constexpr (Config::kCtas > 1) device::cluster_sync();
+}
+
+}  // namespace mage::cuda

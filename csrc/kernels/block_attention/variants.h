@@ -1,0 +1,30 @@
+#pragma once
+
+#include <cuda.h>
+
+#include "core/attention_schedule.h"
+#include "kernels/block_attention/arguments.h"
+#include "mage/types.h"
+
+// The compiled instances of the attention kernel: dtype x head dim x row shape (core/attention_schedule.h).
+namespace mage::cuda {
+
+using AttentionKernel = void (*)(AttentionArgs, CUtensorMap, CUtensorMap);
+using MergeKernel = void (*)(AttentionArgs);
+
+struct AttentionVariant {
+    const char* name;
+    const char* merge_name;
+    AttentionKernel attention;
+    MergeKernel merge;
+    int threads, shared_bytes;
+    int rows, ctas, keys;  // as the row shape says
+    int merge_threads;
+};
+
+const AttentionVariant& attention_variant_bf16_d128(int row_shape);
+const AttentionVariant& attention_variant_bf16_d64(int row_shape);
+const AttentionVariant& attention_variant_fp16_d128(int row_shape);
+const AttentionVariant& attention_variant_fp16_d64(int row_shape);
+
+}  // namespace mage::cuda
