@@ -35,10 +35,10 @@ struct BlockAttentionMassParams {
     float* mass = nullptr;                 // [B, Hkv, n]
 };
 
-// Bytes of workspace, enough for every backend: that of block_attention, and per request and KV head the larger of
-//   CPU   4 * Rp * (n + ceil(max_seq_len / 64) + 2), Rp = R up to a multiple of 16
-//   CUDA  4 * R * (n + 2)
-// For g = 1 the larger one of block_attention's and token_mass's.
+// Bytes of workspace, enough for every backend: the larger of what each needs for block_attention and for this,
+//   CPU   4 * B * Hkv * Rp * (n + ceil(max_seq_len / 64) + 2), Rp = R up to a multiple of 16
+//   CUDA  4 * B * Hkv * R * n, and 8 * B * Hkv * R up to a multiple of 16
+// For g = 1 the CPU needs the larger one of block_attention's and token_mass's.
 int64_t block_attention_mass_workspace(int64_t num_requests, int64_t num_queries, int64_t num_heads,
                                        int64_t num_kv_heads, int64_t head_dim, int64_t max_seq_len, int64_t granularity,
                                        int64_t split_tokens);

@@ -20,10 +20,10 @@ struct BlockAttentionRowsParams {
     float* row_mass = nullptr;       // [B, Hkv, n, R]
 };
 
-// Bytes of workspace, enough for every backend: that of block_attention, and per request and KV head the larger of
-//   CPU   4 * Rp * (ceil(max_seq_len / 64) + 1), Rp = R up to a multiple of 16
-//   CUDA  8 * R
-// For g = 1 the larger one of block_attention's and token_mass's.
+// Bytes of workspace, enough for every backend: the larger of what each needs for block_attention and for this,
+//   CPU   4 * B * Hkv * Rp * (ceil(max_seq_len / 64) + 1), Rp = R up to a multiple of 16
+//   CUDA  8 * B * Hkv * R up to a multiple of 16
+// For g = 1 the CPU needs the larger one of block_attention's and token_mass's.
 int64_t block_attention_rows_workspace(int64_t num_requests, int64_t num_queries, int64_t num_heads,
                                        int64_t num_kv_heads, int64_t head_dim, int64_t max_seq_len, int64_t granularity,
                                        int64_t split_tokens);

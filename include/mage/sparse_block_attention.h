@@ -25,7 +25,7 @@ struct SparseBlockAttentionParams {
     int64_t granularity = 64;             // g
 };
 
-// Bytes of workspace: as block_attention_workspace, with the splits of this op.
+// Bytes of workspace: as block_attention_workspace says for the CPU, with the splits of this op.
 int64_t sparse_block_attention_workspace(int64_t num_requests, int64_t num_queries, int64_t num_heads,
                                          int64_t num_kv_heads, int64_t head_dim, int64_t max_seq_len,
                                          int64_t granularity, int64_t capacity, int64_t split_tokens);

@@ -60,15 +60,35 @@ TEST(BlockAttentionErrors, NameTheArgument) {
     bad.softmax_scale = INFINITY;
     expect_error(bad, "block_attention: softmax_scale must be finite, got inf");
     bad = buffers.params;
-    bad.workspace_bytes -= 1;
+    bad.workspace_bytes = cpu::block_attention_workspace(bad) - 1;
     expect_error(bad, "block_attention: workspace must have at least ");
     EXPECT_EQ(buffers.out, before);
 }
 
+BlockAttentionParams dimensions(int64_t requests, int64_t queries, int64_t heads, int64_t kv_heads, int64_t head_dim,
+                                int64_t max_seq_len, int64_t split_tokens) {
+    BlockAttentionParams params;
+    params.num_requests = requests;
+    params.num_queries = queries;
+    params.num_heads = heads;
+    params.num_kv_heads = kv_heads;
+    params.head_dim = head_dim;
+    params.max_seq_len = max_seq_len;
+    params.split_tokens = split_tokens;
+    return params;
+}
+
 TEST(BlockAttentionWorkspace, FollowsTheFormula) {
-    // 96 rows in one tile; 2048 tokens in splits of 256.
-    EXPECT_EQ(block_attention_workspace(1, 32, 9, 3, 64, 2048, 0), 3 * 8 * 96 * (64 + 2) * 4);
-    // 1024 rows in five tiles of 240; one split of 256.
+    // CPU: 96 rows in one tile; 2048 tokens in splits of 256. CUDA: a tile of 128, a worker for each of 3 * 16 tiles of
+    // keys.
+    BlockAttentionParams params = dimensions(1, 32, 9, 3, 64, 2048, 0);
+    EXPECT_EQ(cpu::block_attention_workspace(params), 3 * 8 * 96 * (64 + 2) * 4);
+    EXPECT_EQ(cuda::block_attention_workspace(params), 2 * 3 * 16 * 128 * (64 + 3) * 4);
+    EXPECT_EQ(block_attention_workspace(1, 32, 9, 3, 64, 2048, 0), 2 * 3 * 16 * 128 * (64 + 3) * 4);
+    // CPU: 1024 rows in five tiles of 240; one split of 256. CUDA: four tiles of 256.
+    params = dimensions(2, 64, 16, 1, 64, 200, 256);
+    EXPECT_EQ(cpu::block_attention_workspace(params), 2 * 5 * 240 * (64 + 2) * 4);
+    EXPECT_EQ(cuda::block_attention_workspace(params), 2 * 4 * 256 * (64 + 3) * 4);
     EXPECT_EQ(block_attention_workspace(2, 64, 16, 1, 64, 200, 256), 2 * 5 * 240 * (64 + 2) * 4);
 }
 

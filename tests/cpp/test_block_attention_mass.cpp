@@ -111,7 +111,8 @@ TEST(BlockAttentionMassErrors, NameTheArgument) {
     params.norm = MassNorm::kContext;
     params.score = MassScore::kRows;
     EXPECT_THROW(cpu::block_attention_mass(params), Error);
-    params.score = MassScore::kMean;  // the workspace is that of block_attention: too small
+    params.score = MassScore::kMean;
+    params.attention.workspace_bytes = cpu::block_attention_mass_workspace(params) - 1;
     EXPECT_THROW(cpu::block_attention_mass(params), Error);
 }
 

@@ -226,7 +226,7 @@ def test_out_twin_refuses(wrong):
         "mass": torch.zeros(
             2, 2, 4 + (wrong == "mass_shape"), dtype=torch.half if wrong == "mass_dtype" else torch.float
         ),
-        "workspace": torch.zeros(size - (wrong == "workspace"), dtype=torch.uint8),
+        "workspace": torch.zeros(64 if wrong == "workspace" else size, dtype=torch.uint8),
     }
     with pytest.raises(RuntimeError, match=f"block_attention_mass: {wrong.split('_')[0]} must "):
         ops.block_attention_mass_out(**case.tensors(), **outputs, max_seq_len=128, g=32)

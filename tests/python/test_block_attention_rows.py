@@ -133,7 +133,7 @@ def test_out_twin_refuses(wrong):
         "out": torch.zeros(2, 8, 4, 64),
         "lse": torch.zeros(2, 4, 8),
         "row_mass": torch.zeros(2, 2, 4, 16 - (wrong == "row_mass")),
-        "workspace": torch.zeros(size - (wrong == "workspace"), dtype=torch.uint8),
+        "workspace": torch.zeros(64 if wrong == "workspace" else size, dtype=torch.uint8),
     }
     with pytest.raises(RuntimeError, match=f"block_attention_rows: {wrong} must "):
         ops.block_attention_rows_out(**case.tensors(), **outputs, max_seq_len=128, g=32)
