@@ -48,14 +48,23 @@ int64_t workspace_of(const MergeAttentionParams& p) {
                                      p.head_dim);
 }
 
+void call(MergeAttentionParams& params, const Tensor& out, const Tensor& lse) {
+    params.out = out.mutable_data_ptr();
+    params.lse = static_cast<float*>(lse.mutable_data_ptr());
+#if defined(MAGE_BACKEND_CUDA)
+    const torch::stable::accelerator::DeviceGuard guard(out.get_device_index());
+    cuda::merge_attention(params, current_stream(out));
+#else
+    cpu::merge_attention(params);
+#endif
+}
+
 std::tuple<Tensor, Tensor> merge_attention(const std::vector<Tensor>& outs, const std::vector<Tensor>& lses,
                                            bool log2_in, bool log2_out) {
     MergeAttentionParams params = check_inputs(outs, lses, log2_in, log2_out);
     Tensor out = new_out(outs[0]);
     Tensor lse = new_lse(outs[0]);
-    params.out = out.mutable_data_ptr();
-    params.lse = static_cast<float*>(lse.mutable_data_ptr());
-    cpu::merge_attention(params);
+    call(params, out, lse);
     return {out, lse};
 }
 
@@ -64,9 +73,7 @@ void merge_attention_out(const std::vector<Tensor>& outs, const std::vector<Tens
     MergeAttentionParams params = check_inputs(outs, lses, log2_in, log2_out);
     check_out_and_lse(kOp, out, lse, outs[0]);
     check_workspace(kOp, workspace, outs[0], workspace_of(params));
-    params.out = out.mutable_data_ptr();
-    params.lse = static_cast<float*>(lse.mutable_data_ptr());
-    cpu::merge_attention(params);
+    call(params, out, lse);
 }
 
 }  // namespace

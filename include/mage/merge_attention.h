@@ -2,6 +2,8 @@
 
 #include <vector>
 
+#include "mage/kernel_info.h"
+#include "mage/stream.h"
 #include "mage/types.h"
 
 // merge_attention: one attention result out of several over disjoint sets of tokens.
@@ -14,8 +16,12 @@
 //   lse   [B, H, Q] float32         out   contiguous; natural log, or log2 with log2_out
 //
 // A part with lse -inf has no say: its out is not read. If all are -inf: out 0, lse -inf. Sums in float32, parts in the
-// order given; deterministic; no workspace. D is at least 1.
+// order given; deterministic; no workspace. D is at least 1. On a GPU at most kMaxMergeParts parts, and 2^31 vectors of
+// 16 bytes in outs (2^31 elements, where D, a base or a stride is not a multiple of 16 bytes).
 namespace mage {
+
+// Parts whose addresses are arguments of one kernel.
+constexpr int kMaxMergeParts = 512;
 
 struct MergePart {
     const void* out = nullptr;                                      // [B, Q, H, D]
@@ -48,4 +54,15 @@ namespace cpu {
 void merge_attention(const MergeAttentionParams& params);
 
 }  // namespace cpu
+
+namespace cuda {
+
+// Asynchronous on `stream`; allocates nothing; can be captured in a graph. Throws as check_merge_attention does, and
+// where a limit of the GPU does not hold.
+void merge_attention(const MergeAttentionParams& params, CudaStream stream);
+
+// How it is launched: looks at the dims, the dtype and what is a multiple of 16 bytes.
+LaunchPlan merge_attention_plan(const MergeAttentionParams& params);
+
+}  // namespace cuda
 }  // namespace mage

@@ -867,7 +867,7 @@ def merge_attention(
 
     Notes:
         A part with lse -inf has no say, whatever its out holds; if all are -inf, out is 0 and lse -inf. Summed in
-        float32 in the order given. Reference: mage_ext.reference.merge_attention.
+        float32 in the order given. At most 512 parts on a GPU. Reference: mage_ext.reference.merge_attention.
     """
     _check_parts(outs, lses)
     return torch.ops.mage.merge_attention(outs, lses, log2_in=log2_in, log2_out=log2_out)

@@ -1,8 +1,7 @@
 #include <gtest/gtest.h>
 
-#include "attention_cases.h"
 #include "mage/error.h"
-#include "mage/merge_attention.h"
+#include "merge_attention_cases.h"
 
 namespace mage::test {
 namespace {
@@ -62,6 +61,45 @@ TEST(MergeAttention, EqualsTheNaiveLoop) {
         }
     }
 }
+
+class MergeAttentionCases : public testing::TestWithParam<MergeCase> {};
+
+TEST_P(MergeAttentionCases, EqualTheContract) {
+    const MergeCase& c = GetParam();
+    MergeBuffers buffers(c);
+    buffers.bind(buffers.outs.data(), buffers.lses.data(), buffers.out.data(), buffers.lse.data());
+    const MergeAttentionParams& p = buffers.params;
+    cpu::merge_attention(p);
+    for (int64_t row = 0; row < c.requests * c.queries * c.heads; ++row) {
+        const int64_t head = row % c.heads, query = row / c.heads % c.queries, request = row / c.heads / c.queries;
+        const int64_t at = (request * c.heads + head) * c.queries + query;
+        const auto weight_of = [&](const MergePart& part) {
+            return c.log2_in ? std::exp2(double{part.lse[at]}) : std::exp(double{part.lse[at]});
+        };
+        double sum = 0.0;
+        for (const MergePart& part : p.parts) sum += weight_of(part);
+        if (sum == 0.0) {
+            ASSERT_EQ(p.lse[at], -INFINITY);
+        } else {
+            ASSERT_NEAR(p.lse[at], c.log2_out ? std::log2(sum) : std::log(sum), 0x1p-19);
+        }
+        for (int64_t d = 0; d < c.head_dim; ++d) {
+            double exact = 0.0;
+            for (const MergePart& part : p.parts) {
+                if (part.lse[at] == -INFINITY) continue;
+                const int64_t from =
+                    request * part.stride_request + query * part.stride_query + head * part.stride_head + d;
+                exact += weight_of(part) / sum *
+                         load_exact(c.dtype, static_cast<const char*>(part.out) + from * buffers.bytes);
+            }
+            const char* actual = buffers.out.data() + (row * c.head_dim + d) * buffers.bytes;
+            ASSERT_NEAR(load_exact(c.dtype, actual), exact, merge_tolerance(c.dtype));
+        }
+    }
+}
+
+INSTANTIATE_TEST_SUITE_P(Cases, MergeAttentionCases, testing::ValuesIn(merge_cases()),
+                         [](const auto& info) { return info.param.name; });
 
 TEST(MergeAttention, RefusesNothingToMerge) {
     MergeAttentionParams params;

@@ -11,6 +11,7 @@ from mage_ext.testing.cases import ATTENTION_CASES
 from mage_ext.testing.compare import assert_lse_close, assert_out_close, assert_same_bits, torch_attention, ulp
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
+gpu = pytest.mark.gpu
 
 # B, Q, H, D, parts, dtype
 CASES = {
@@ -185,3 +186,83 @@ def test_case_with_exact_splits():
     parts = [ops.block_attention(**part, **options) for part in (half, rest)]
     out, lse = ops.merge_attention([p[0] for p in parts], [p[1] for p in parts])
     assert (out - whole).abs().max() < 1e-6 and (lse - whole_lse).abs().max() < 1e-5
+
+
+# --- CUDA -----------------------------------------------------------------------------------------------------------
+
+
+def to_cuda(tensors):
+    return [tensor.cuda() for tensor in tensors]
+
+
+@gpu
+@pytest.mark.parametrize("logs", [{}, {"log2_in": True}, {"log2_out": True}], ids=["natural", "log2_in", "log2_out"])
+@pytest.mark.parametrize("name", CASES)
+def test_cuda_matches_reference(name, logs):
+    outs, lses = parts_of(name)
+    actual = ops.merge_attention(to_cuda(outs), to_cuda(lses), **logs)
+    assert_merged([tensor.cpu() for tensor in actual], outs, lses, **logs)
+
+
+@gpu
+def test_cuda_silent_parts_and_nan():
+    out, lse = torch.randn(2, 4, 3, 16, device="cuda"), torch.randn(2, 3, 4, device="cuda")
+    silent = torch.full_like(out, math.nan), torch.full_like(lse, -math.inf)
+    merged = ops.merge_attention([silent[0], out, silent[0]], [silent[1], lse, silent[1]])
+    assert_same_bits(merged[0].cpu(), out.cpu())
+    assert_same_bits(merged[1].cpu(), lse.cpu())
+    nothing = ops.merge_attention([silent[0], silent[0]], [silent[1], silent[1]])
+    assert (nothing[0] == 0).all() and (nothing[1] == -math.inf).all()
+    bad = lse.clone()
+    bad[0, 0, 1] = math.nan
+    merged, merged_lse = ops.merge_attention([out, out], [lse, bad])
+    assert merged[0, 1, 0].isnan().all() and merged.isnan().sum() == 16
+    assert merged_lse[0, 0, 1].isnan() and merged_lse.isnan().sum() == 1
+
+
+@gpu
+def test_cuda_strided_parts_agree_with_whole_ones():
+    """Views that can be read in vectors, and one that cannot, give the bits of contiguous parts."""
+    outs, lses = map(to_cuda, parts_of("two_parts_of_a_block"))
+    expected = ops.merge_attention(outs, lses)
+    for offset in (0, 1):
+        wide = torch.full((1, 64, 20, 72), math.nan, dtype=BF16, device="cuda")
+        view = wide[:, ::2, 5:14, offset : offset + 64]
+        view.copy_(outs[0])
+        actual = ops.merge_attention([view, outs[1]], lses)
+        assert_same_bits(actual[0].cpu(), expected[0].cpu())
+        assert_same_bits(actual[1].cpu(), expected[1].cpu())
+
+
+@gpu
+def test_cuda_out_twin_in_a_graph():
+    """A captured call writes everything, follows what its parts hold, and repeats bit for bit."""
+    outs, lses = map(to_cuda, parts_of("ragged_parts"))
+    batch, rows, heads, dim, parts, _ = CASES["ragged_parts"]
+    out, lse = torch.empty_like(outs[0]), torch.empty_like(lses[0])
+    size = ops.merge_attention_workspace(parts, batch, rows, heads, dim)
+    workspace = torch.empty(size, dtype=torch.uint8, device="cuda")
+    ops.merge_attention_out(outs, lses, out, lse, workspace)  # first use, outside the capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ops.merge_attention_out(outs, lses, out, lse, workspace)
+    for shift in (0.0, 1.0):
+        lses[1].add_(shift)
+        expected = ops.merge_attention(outs, lses)
+        for _ in range(3):
+            out.fill_(math.nan)
+            lse.fill_(math.nan)
+            graph.replay()
+            torch.cuda.synchronize()
+            assert_same_bits(out.cpu(), expected[0].cpu())
+            assert_same_bits(lse.cpu(), expected[1].cpu())
+        assert_merged([out.cpu(), lse.cpu()], [part.cpu() for part in outs], [part.cpu() for part in lses])
+
+
+@gpu
+def test_cuda_refuses():
+    out, lse = O.cuda(), L.cuda()
+    with pytest.raises(RuntimeError, match="merge_attention: outs must hold at most 512 tensors on a GPU, got 513"):
+        ops.merge_attention([out] * 513, [lse] * 513)
+    with pytest.raises(RuntimeError, match=r"merge_attention: lses\[0\] must be on cuda:0 like the first argument"):
+        ops.merge_attention([out], [L])
