@@ -7,12 +7,15 @@
 
 #include "core/check.h"
 #include "core/parallel.h"
+#include "core/row_votes_tiles.h"
 #include "cpu/kernels/row_votes.h"
 #include "cpu/radix_select.h"
 
 namespace mage {
 
-int64_t row_votes_workspace(int64_t, int64_t, int64_t, int64_t) { return 0; }
+int64_t row_votes_workspace(int64_t num_requests, int64_t num_kv_heads, int64_t num_units, int64_t num_rows) {
+    return 8 * num_requests * num_kv_heads * (1 + num_rows * (1 + core::max_vote_tiles(num_units)));
+}
 
 void check_row_votes(const RowVotesParams& params) {
     const int64_t g = params.granularity;

@@ -46,11 +46,23 @@ RowVotesParams check_inputs(const Tensor& row_mass, const Tensor& prefix_lens, i
     return params;
 }
 
-void call(RowVotesParams& params, const Tensor& votes, const Tensor& union_size, const Tensor& coverage) {
+int64_t workspace_of(const RowVotesParams& p) {
+    return mage::row_votes_workspace(p.num_requests, p.num_kv_heads, p.num_units, p.num_rows);
+}
+
+void call(RowVotesParams& params, const Tensor& votes, const Tensor& union_size, const Tensor& coverage,
+          const Tensor& workspace) {
     params.votes = static_cast<int32_t*>(votes.mutable_data_ptr());
     params.union_size = static_cast<int32_t*>(union_size.mutable_data_ptr());
     params.coverage = static_cast<float*>(coverage.mutable_data_ptr());
+    params.workspace = workspace.mutable_data_ptr();
+    params.workspace_bytes = workspace.numel();
+#if defined(MAGE_BACKEND_CUDA)
+    const torch::stable::accelerator::DeviceGuard guard(votes.get_device_index());
+    cuda::row_votes(params, current_stream(votes));
+#else
     cpu::row_votes(params);
+#endif
 }
 
 std::tuple<Tensor, Tensor, Tensor> row_votes(const Tensor& row_mass, const Tensor& prefix_lens, int64_t k, int64_t g,
@@ -60,7 +72,8 @@ std::tuple<Tensor, Tensor, Tensor> row_votes(const Tensor& row_mass, const Tenso
     Tensor votes = torch::stable::new_empty(row_mass, {requests, heads, params.num_units}, ScalarType::Int);
     Tensor union_size = torch::stable::new_empty(row_mass, {requests, heads}, ScalarType::Int);
     Tensor coverage = torch::stable::new_empty(row_mass, {requests, heads}, ScalarType::Float);
-    call(params, votes, union_size, coverage);
+    Tensor workspace = torch::stable::new_empty(row_mass, {workspace_of(params)}, ScalarType::Byte);
+    call(params, votes, union_size, coverage, workspace);
     return {votes, union_size, coverage};
 }
 
@@ -80,9 +93,8 @@ void row_votes_out(const Tensor& row_mass, const Tensor& prefix_lens, const Tens
     check_output("union_size", union_size, ScalarType::Int);
     check_shape(kOp, "coverage", coverage, "[B, Hkv]", {requests, heads});
     check_output("coverage", coverage, ScalarType::Float);
-    check_workspace(kOp, workspace, row_mass,
-                    mage::row_votes_workspace(requests, heads, params.num_units, params.num_rows));
-    call(params, votes, union_size, coverage);
+    check_workspace(kOp, workspace, row_mass, workspace_of(params));
+    call(params, votes, union_size, coverage, workspace);
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
 #pragma once
 
+#include "mage/stream.h"
 #include "mage/types.h"
 
 // row_votes: what each row of one layer would select on its own (MAGE v1), from the log-shares of block_attention_rows.
@@ -15,7 +16,8 @@
 // 0, log-shares above 0 as 0 in sums.
 //
 // Rows are R = G * Q, row r = q * G + head in group; row_mask keeps query position q = r / G, G = R / Q.
-// Every sum runs in one fixed order, so results are bit-reproducible for any number of threads.
+// Every sum runs in one fixed order, so results are bit-reproducible for any number of threads. The order of a GPU is
+// not that of the CPU: coverage agrees within the rounding of float32 sums, votes and union_size exactly.
 //
 // Cost: O(B * Hkv * n * R), reads row_mass twice.
 namespace mage {
@@ -40,9 +42,13 @@ struct RowVotesParams {
     int32_t* votes = nullptr;       // [B, Hkv, n]
     int32_t* union_size = nullptr;  // [B, Hkv], units
     float* coverage = nullptr;      // [B, Hkv]
+
+    void* workspace = nullptr;  // workspace_bytes, aligned to 16 bytes; contents neither read before written nor kept
+    int64_t workspace_bytes = 0;
 };
 
-// Bytes of workspace, for every backend the same. NOTE: 0 today, the CPU backend needs none; callers ask nevertheless.
+// Bytes of workspace, for every backend the same: 8 * B * Hkv * (1 + R * (1 + min(64, ceil(n / 32)))). It holds, on a
+// GPU, the last unit that each row takes and sums of tiles of units. The CPU backend does not look at it.
 int64_t row_votes_workspace(int64_t num_requests, int64_t num_kv_heads, int64_t num_units, int64_t num_rows);
 
 // Throws mage::Error if a dimension or k does not hold. Backends call it; a binding calls it before it allocates.
@@ -54,4 +60,12 @@ namespace cpu {
 void row_votes(const RowVotesParams& params);
 
 }  // namespace cpu
+
+namespace cuda {
+
+// Asynchronous on `stream`, two launches; allocates nothing; can be captured in a graph, which then follows new shares,
+// lengths and masks. Throws mage::Error if an argument does not hold.
+void row_votes(const RowVotesParams& params, CudaStream stream);
+
+}  // namespace cuda
 }  // namespace mage

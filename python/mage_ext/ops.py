@@ -1003,8 +1003,8 @@ def row_votes_out(
     g: int,
     row_mask: Tensor | None = None,
 ) -> None:
-    """row_votes into given contiguous tensors; workspace: uint8, row_votes_workspace bytes. Allocates nothing on a
-    device."""
+    """row_votes into given contiguous tensors; workspace: uint8, row_votes_workspace bytes, on a GPU aligned to 16
+    bytes. Allocates nothing on a device."""
     _check_granularity("row_votes", g)
     _check_tokens("row_votes", "k", k, g)
     torch.ops.mage.row_votes_out(

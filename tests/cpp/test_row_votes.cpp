@@ -7,40 +7,12 @@
 #include <vector>
 
 #include "core/parallel.h"
+#include "core/row_votes_tiles.h"
 #include "mage/error.h"
-#include "mage/row_votes.h"
+#include "row_votes_cases.h"
 
 namespace mage::test {
 namespace {
-
-struct VoteBuffers {
-    VoteBuffers(int64_t requests, int64_t heads, int64_t units, int64_t rows, int64_t granularity)
-        : row_mass(requests * heads * units * rows, -INFINITY),
-          lengths(requests, static_cast<int32_t>(units * granularity)),
-          votes(requests * heads * units, -7),
-          union_size(requests * heads, -7),
-          coverage(requests * heads, NAN) {
-        params.num_requests = requests;
-        params.num_kv_heads = heads;
-        params.num_units = units;
-        params.num_rows = rows;
-        params.granularity = granularity;
-        params.row_mass = row_mass.data();
-        params.prefix_lens = lengths.data();
-        params.votes = votes.data();
-        params.union_size = union_size.data();
-        params.coverage = coverage.data();
-    }
-
-    float& share(int64_t head, int64_t unit, int64_t row) {
-        return row_mass[(head * params.num_units + unit) * params.num_rows + row];
-    }
-
-    RowVotesParams params;
-    std::vector<float> row_mass;
-    std::vector<int32_t> lengths, votes, union_size;
-    std::vector<float> coverage;
-};
 
 TEST(RowVotes, EveryRowTakesItsOwnTopUnits) {
     VoteBuffers buffers(1, 1, 4, 2, 16);
@@ -108,6 +80,53 @@ TEST(RowVotes, AgreesWithSorting) {
     core::set_num_threads(0);
 }
 
+class RowVotesCases : public testing::TestWithParam<VoteCase> {};
+
+TEST_P(RowVotesCases, EqualTheContract) {
+    VoteBuffers buffers = vote_buffers(GetParam());
+    buffers.bind();
+    const RowVotesParams& p = buffers.params;
+    cpu::row_votes(p);
+    for (int64_t head = 0; head < p.num_requests * p.num_kv_heads; ++head) {
+        const int64_t request = head / p.num_kv_heads, g = p.granularity;
+        const int64_t eligible = std::clamp<int64_t>(buffers.lengths[request], 0, p.num_units * g) / g;
+        std::vector<int32_t> votes(p.num_units, 0);
+        std::vector<int64_t> kept;
+        for (int64_t row = 0; row < p.num_rows; ++row) {
+            const int64_t group = p.row_mask ? p.num_rows / p.num_positions : 1;
+            if (p.row_mask && !p.row_mask[request * p.num_positions + row / group]) continue;
+            kept.push_back(row);
+            std::vector<int64_t> order;
+            for (int64_t unit = 0; unit < eligible; ++unit) {
+                if (buffers.share(head, unit, row) > -INFINITY) order.push_back(unit);
+            }
+            std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
+                return buffers.share(head, a, row) > buffers.share(head, b, row);
+            });
+            order.resize(std::min<size_t>(order.size(), p.k / g));
+            for (const int64_t unit : order) ++votes[unit];
+        }
+        double coverage = 0.0;
+        for (const int64_t row : kept) {
+            double total = 0.0, inside = 0.0;
+            for (int64_t unit = 0; unit < p.num_units; ++unit) {
+                const double log_share = buffers.share(head, unit, row);
+                const double share = std::isnan(log_share) ? 0.0 : std::exp(std::min(log_share, 0.0));
+                total += share;
+                if (votes[unit] > 0) inside += share;
+            }
+            if (total > 0.0) coverage += inside / total / static_cast<double>(kept.size());
+        }
+        const int32_t* actual = p.votes + head * p.num_units;
+        ASSERT_EQ(std::vector<int32_t>(actual, actual + p.num_units), votes);
+        ASSERT_EQ(p.union_size[head], p.num_units - std::count(votes.begin(), votes.end(), 0));
+        ASSERT_NEAR(p.coverage[head], coverage, coverage * 0x1p-16);
+    }
+}
+
+INSTANTIATE_TEST_SUITE_P(Cases, RowVotesCases, testing::ValuesIn(vote_cases()),
+                         [](const auto& info) { return info.param.name; });
+
 TEST(RowVotes, ErrorsNameTheArgument) {
     VoteBuffers buffers(1, 1, 4, 6, 16);
     const auto message_with = [&](auto change) -> std::string {
@@ -132,7 +151,31 @@ TEST(RowVotes, ErrorsNameTheArgument) {
               }),
               "row_votes: row_mask must have Q positions that divide the rows (6), got 4");
     EXPECT_NE(message_with([](auto& p) { p.votes = nullptr; }).find("got a null pointer"), std::string::npos);
-    EXPECT_EQ(row_votes_workspace(1, 1, 4, 6), 0);
+}
+
+TEST(RowVotes, WorkspaceFollowsTheShapes) {
+    EXPECT_EQ(row_votes_workspace(1, 1, 4, 6), 8 * (1 + 6 * 2));
+    EXPECT_EQ(row_votes_workspace(1, 4, 2048, 224), 8 * 4 * (1 + 224 * 65));
+    EXPECT_EQ(row_votes_workspace(2, 3, 1 << 20, 7), 8 * 6 * (1 + 7 * 65));
+    EXPECT_EQ(row_votes_workspace(0, 4, 2048, 224), 0);
+}
+
+// The blocks of the CUDA kernel: every group of units once, within the workspace and the threads of a block.
+TEST(RowVotes, TilesCoverEveryGroupOnce) {
+    for (const int64_t heads : {1, 4, 12, 300}) {
+        for (const int64_t units : {1, 31, 33, 2048, 2049, 5000, 131072}) {
+            for (const int64_t rows : {1, 33, 224, 512, 1024}) {
+                const core::VoteTiles plan = core::vote_tiles(heads, units, rows);
+                const int64_t groups = (units + core::kVoteGroup - 1) / core::kVoteGroup;
+                ASSERT_GE(plan.row_threads, rows);
+                ASSERT_EQ(plan.row_threads % 32, 0);
+                ASSERT_LE(plan.row_threads * plan.slices, 1024);
+                ASSERT_LE(plan.tiles, core::max_vote_tiles(units));
+                ASSERT_GE(plan.tiles * plan.rounds * plan.slices, groups);
+                ASSERT_LT((plan.tiles - 1) * plan.rounds * plan.slices, groups) << "a block has nothing to do";
+            }
+        }
+    }
 }
 
 }  // namespace

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from mage_ext import ops, reference
 
 NAMES = ("votes", "union_size", "coverage")
+gpu = pytest.mark.gpu
 
 
 def generator(seed):
@@ -132,6 +133,11 @@ def test_bits_do_not_depend_on_threads(threads):
         torch.ops.mage.set_num_threads(0)
 
 
+def test_workspace_follows_the_shapes():
+    assert ops.row_votes_workspace(1, 4, 2048, 224) == 8 * 4 * (1 + 224 * (1 + 64))
+    assert ops.row_votes_workspace(3, 2, 33, 5) == 8 * 6 * (1 + 5 * (1 + 2))
+
+
 def test_out_twin_and_no_requests():
     row_mass = make_row_mass((2, 3, 20, 12), "random", 1)
     lengths = torch.tensor([320, 100], dtype=torch.int32)
@@ -191,3 +197,88 @@ def test_debug_names_the_first_bad_value():
             ops.row_votes(ROW_MASS, torch.tensor([128, 129], dtype=torch.int32), k=32, g=16)
     finally:
         ops.set_debug(before)
+
+
+# --- CUDA -----------------------------------------------------------------------------------------------------------
+
+
+def to_cuda(row_mass, lengths, kwargs):
+    row_mask = kwargs.get("row_mask")
+    return row_mass.cuda(), lengths.cuda(), {**kwargs, "row_mask": None if row_mask is None else row_mask.cuda()}
+
+
+def assert_close_to_cpu(actual, expected):
+    assert_close([tensor.cpu() for tensor in actual], expected)
+
+
+@gpu
+@settings(max_examples=150, deadline=None)
+@given(vote_cases())
+def test_cuda_equals_the_twin(case):
+    row_mass, lengths, kwargs = to_cuda(*case)
+    actual = ops.row_votes(row_mass, lengths, **kwargs)
+    assert_close_to_cpu(actual, reference.row_votes(case[0], case[1], **case[2]))
+
+
+# B, Hkv, n, R, g, k, kind
+CUDA_CASES = {
+    "block_of_7b": (1, 4, 2048, 224, 64, 4096, "random"),
+    "large_budget": (1, 4, 2048, 224, 64, 16384, "random"),
+    "small_budget": (1, 4, 2048, 224, 64, 1024, "broken"),
+    "no_difference": (1, 2, 2048, 96, 16, 2048, "uniform"),
+    "ties": (2, 2, 1777, 65, 16, 2048, "ties"),
+    "longer_than_held": (2, 2, 3001, 96, 16, 3200, "random"),
+    "longer_with_ties": (1, 1, 2049, 96, 1, 700, "ties"),
+    "long": (1, 1, 40000, 32, 1, 3000, "sparse"),
+    "most_rows": (1, 2, 300, 1024, 32, 960, "random"),
+}
+
+
+@gpu
+@pytest.mark.parametrize("name", CUDA_CASES)
+def test_cuda_agrees_with_the_cpu(name):
+    requests, heads, n, rows, g, k, kind = CUDA_CASES[name]
+    row_mass = make_row_mass((requests, heads, n, rows), kind, 7)
+    lengths = torch.randint(n * g // 2, n * g + 1, (requests,), generator=generator(8), dtype=torch.int32)
+    expected = ops.row_votes(row_mass, lengths, k=k, g=g)
+    on_gpu = row_mass.cuda(), lengths.cuda()
+    actual = ops.row_votes(*on_gpu, k=k, g=g)
+    assert_close_to_cpu(actual, expected)
+    workspace = torch.full((ops.row_votes_workspace(requests, heads, n, rows),), 255, dtype=torch.uint8, device="cuda")
+    for _ in range(3):  # bit for bit, and whatever the memory held before
+        outs = [tensor.view(torch.uint8).fill_(255).view(tensor.dtype) for tensor in map(torch.empty_like, actual)]
+        ops.row_votes_out(*on_gpu, *outs, workspace.fill_(255), k=k, g=g)
+        assert all(torch.equal(out, tensor) for out, tensor in zip(outs, actual, strict=True))
+
+
+@gpu
+def test_cuda_graph_follows_new_shares():
+    shape, options = (2, 3, 500, 40), {"k": 512, "g": 16}
+    row_mass = make_row_mass(shape, "random", 1).cuda()
+    lengths = torch.tensor([8000, 4321], dtype=torch.int32, device="cuda")
+    row_mask = torch.ones(2, 20, dtype=torch.bool, device="cuda")
+    ops.row_votes(row_mass, lengths, row_mask=row_mask, **options)  # first use, outside the capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = ops.row_votes(row_mass, lengths, row_mask=row_mask, **options)
+    for seed, kind in enumerate(["ties", "broken", "sparse"]):
+        row_mass.copy_(make_row_mass(shape, kind, seed))
+        lengths.copy_(lengths.flip(0))
+        row_mask.copy_(torch.rand(2, 20, generator=generator(seed)) < 0.7)
+        graph.replay()
+        torch.cuda.synchronize()
+        expected = ops.row_votes(row_mass.cpu(), lengths.cpu(), row_mask=row_mask.cpu(), **options)
+        assert_close_to_cpu(results, expected)
+
+
+@gpu
+def test_cuda_out_twin_names_a_bad_workspace():
+    outs = [tensor.cuda() for tensor in ops.row_votes(ROW_MASS, LENGTHS, k=32, g=16)]
+    size = ops.row_votes_workspace(2, 2, 8, 6)
+    workspace = torch.empty(size + 8, dtype=torch.uint8, device="cuda")
+    with pytest.raises(RuntimeError, match=rf"row_votes: workspace must have at least {size} bytes, got {size - 1}"):
+        ops.row_votes_out(ROW_MASS.cuda(), LENGTHS.cuda(), *outs, workspace[: size - 1], k=32, g=16)
+    with pytest.raises(RuntimeError, match="row_votes: workspace must be aligned to 16 bytes, got a base 8 bytes past"):
+        ops.row_votes_out(ROW_MASS.cuda(), LENGTHS.cuda(), *outs, workspace[8:], k=32, g=16)
+    with pytest.raises(RuntimeError, match="row_votes: prefix_lens must be on cuda:0 like the first argument, got cpu"):
+        ops.row_votes(ROW_MASS.cuda(), LENGTHS, k=32, g=16)

@@ -1,0 +1,39 @@
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+// How row_votes cuts the units of a KV head among the blocks of a GPU. A function of shapes alone, and so is the order
+// of its sums.
+namespace mage::core {
+
+constexpr int64_t kVoteGroup = 32;  // units that a thread holds at once, one bit each in a mask
+constexpr int64_t kMaxVoteTiles = 64;
+
+struct VoteTiles {
+    int64_t row_threads = 0;  // R up to whole warps
+    int64_t slices = 0;       // of a block: each has a thread for every row, and groups of its own
+    int64_t rounds = 0;       // groups that a slice takes, one after the other
+    int64_t tiles = 0;        // blocks of a KV head
+};
+
+// Most blocks that a KV head can have; the workspace is made for it.
+inline int64_t max_vote_tiles(int64_t num_units) {
+    return std::min(kMaxVoteTiles, (num_units + kVoteGroup - 1) / kVoteGroup);
+}
+
+inline VoteTiles vote_tiles(int64_t heads, int64_t num_units, int64_t num_rows) {
+    constexpr int64_t kWantedBlocks = 128;  // about one per multiprocessor
+    constexpr int64_t kWantedThreads = 512;
+    const int64_t groups = (num_units + kVoteGroup - 1) / kVoteGroup;
+    VoteTiles plan;
+    plan.row_threads = (num_rows + 31) / 32 * 32;
+    const int64_t most_slices = std::max<int64_t>(1, kWantedThreads / plan.row_threads);
+    plan.slices = std::clamp<int64_t>(heads * groups / kWantedBlocks, 1, most_slices);
+    const int64_t slice_groups = (groups + plan.slices - 1) / plan.slices;
+    plan.rounds = (slice_groups + kMaxVoteTiles - 1) / kMaxVoteTiles;
+    plan.tiles = (slice_groups + plan.rounds - 1) / plan.rounds;
+    return plan;
+}
+
+}  // namespace mage::core
