@@ -57,7 +57,8 @@ namespace mage::cuda {
 
 int64_t block_attention_workspace(const BlockAttentionParams& p) {
     const core::AttentionPlan plan = core::plan_attention(p, core::kMaxSms);
-    return 4 * (plan.partial_floats(p.head_dim) + plan.partial_row_floats());
+    return 4 * (plan.partial_floats(p.head_dim) + plan.partial_row_floats() +
+                plan.piece_floats(p.num_requests * p.num_kv_heads));
 }
 
 int64_t block_attention_rows_workspace(const BlockAttentionRowsParams& params) {

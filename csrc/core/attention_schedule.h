@@ -8,7 +8,7 @@
 // (tests, plans), in the attention kernel and in the merge.
 //
 // A segment is one row tile of one (request, KV head): its stream is cut into units. With balanced work a unit is one
-// tile of keys, and worker w takes units [total w / W, total (w + 1) / W) of all segments in a row, so that a worker
+// tile of keys, and every worker takes as many of all units in a row, or one more, so that a worker
 // holds whole segments and at most two pieces: the end of one, the start of another. With fixed splits a unit is a
 // split, and a piece is always one unit, whoever takes it: results then depend on nothing but the request itself.
 #if defined(__CUDACC__)
@@ -35,12 +35,16 @@ MAGE_BOTH int32_t workers_of(const Schedule& s, int32_t total_units) {
     return useful < s.max_workers ? useful : s.max_workers;
 }
 
+// The first total % workers workers have one unit more than the others.
 MAGE_BOTH int32_t first_unit(int32_t total_units, int32_t workers, int32_t worker) {
-    return static_cast<int32_t>(int64_t{total_units} * worker / workers);
+    const int32_t each = total_units / workers, more = total_units - each * workers;
+    return worker * each + (worker < more ? worker : more);
 }
 
 MAGE_BOTH int32_t worker_of(int32_t total_units, int32_t workers, int32_t unit) {
-    return static_cast<int32_t>(((int64_t{unit} + 1) * workers - 1) / total_units);
+    const int32_t each = total_units / workers, more = total_units - each * workers;
+    const int32_t longer = more * (each + 1);
+    return unit < longer ? unit / (each + 1) : more + (unit - longer) / each;
 }
 
 // Where a piece that is not a whole segment leaves its partial result.
@@ -48,29 +52,14 @@ MAGE_BOTH int32_t slot_of(const Schedule& s, int32_t first_unit_of_piece, int32_
     return s.fixed ? first_unit_of_piece : 2 * worker + (starts_segment ? 1 : 0);
 }
 
-// The pieces of a segment; slots count from the first.
+// The pieces of a segment, as the worker that has the first one writes them down for the merge.
 struct Pieces {
-    int32_t count = 0;  // 0: the segment is empty; 1: it is whole, and no slot is used
-    int32_t worker = 0;
-    int32_t unit = 0;
+    int32_t count;  // 1: the segment is whole, and no slot is used
+    int32_t first;  // worker of the first piece; with fixed splits its unit
 };
 
-MAGE_BOTH Pieces pieces_of(const Schedule& s, int32_t total_units, int32_t begin, int32_t units) {
-    Pieces pieces;
-    if (units == 0) return pieces;
-    pieces.unit = begin;
-    if (s.fixed) {
-        pieces.count = units;
-        return pieces;
-    }
-    const int32_t workers = workers_of(s, total_units);
-    pieces.worker = worker_of(total_units, workers, begin);
-    pieces.count = worker_of(total_units, workers, begin + units - 1) - pieces.worker + 1;
-    return pieces;
-}
-
 MAGE_BOTH int32_t slot_of_piece(const Schedule& s, const Pieces& pieces, int32_t i) {
-    return slot_of(s, pieces.unit + i, pieces.worker + i, i == 0);
+    return slot_of(s, pieces.first + i, pieces.first + i, i == 0);
 }
 
 // Units of a launch whose requests are all max_seq_len long; must be below 2^31.
@@ -110,9 +99,11 @@ struct AttentionPlan {
     int64_t slots = 0;  // partial results
     Schedule schedule;
 
-    // Workspace, in floats: O and three numbers of every row of every slot, two numbers of every row of the call.
+    // Workspace, in floats: O and three numbers of every row of every slot, the pieces of every segment; for masses two
+    // numbers of every row of the call.
     int64_t partial_floats(int64_t head_dim) const { return slots * shape.rows * head_dim; }
     int64_t partial_row_floats() const { return (slots * shape.rows * 3 + 3) / 4 * 4; }
+    int64_t piece_floats(int64_t streams) const { return (streams * row_tiles * 2 + 3) / 4 * 4; }
     int64_t stat_floats(int64_t streams) const { return (streams * rows * 2 + 3) / 4 * 4; }
 };
 

@@ -7,11 +7,15 @@ namespace mage::cuda {
 
 namespace {
 
-// The hand-kept list, one line per kernel.
+// The hand-kept list, one line per op.
 std::vector<KernelEntry> kernel_entries() {
-    return {
+    std::vector<KernelEntry> entries = {
         append_kv_kernel(),
     };
+    for (const KernelEntry& entry : block_attention_kernels()) entries.push_back(entry);
+    for (const KernelEntry& entry : merge_attention_kernels()) entries.push_back(entry);
+    for (const KernelEntry& entry : row_votes_kernels()) entries.push_back(entry);
+    return entries;
 }
 
 }  // namespace
@@ -36,6 +40,7 @@ std::vector<KernelInfo> kernel_infos() {
         info.static_shared_bytes = static_cast<int>(attributes.sharedSizeBytes);
         info.dynamic_shared_bytes = entry.dynamic_shared_bytes;
         info.threads = entry.threads;
+        core::allow_shared_memory(kWho, entry.function, entry.dynamic_shared_bytes);
         MAGE_CUDA_CHECK(kWho, cudaOccupancyMaxActiveBlocksPerMultiprocessor(&info.blocks_per_sm, entry.function,
                                                                             entry.threads, entry.dynamic_shared_bytes));
         infos.push_back(info);

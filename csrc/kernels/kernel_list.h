@@ -1,5 +1,7 @@
 #pragma once
 
+#include <vector>
+
 #include "mage/kernel_info.h"
 
 namespace mage::cuda {
@@ -12,7 +14,10 @@ struct KernelEntry {
     int dynamic_shared_bytes;
 };
 
-// One per kernel, defined beside it.
+// Defined beside the kernels.
 KernelEntry append_kv_kernel();
+std::vector<KernelEntry> block_attention_kernels();
+std::vector<KernelEntry> merge_attention_kernels();
+std::vector<KernelEntry> row_votes_kernels();
 
 }  // namespace mage::cuda

@@ -4,7 +4,7 @@
 
 #include "core/attention_schedule.h"
 
-// What the attention kernel and its merge are given. Strides in elements.
+// What the attention kernel and those that follow it are given. Strides in elements.
 namespace mage::cuda {
 
 struct AttentionArgs {
@@ -21,31 +21,31 @@ struct AttentionArgs {
     int32_t page_shift;
     int32_t box_shift;  // a box of the copy engine has 1 << box_shift tokens
     int32_t num_queries, num_heads, num_kv_heads, group;
-    int32_t rows;       // R = G * Q
-    int32_t row_tiles;  // tiles of the kernel's rows per (request, KV head)
-    float scale_log2;   // |softmax_scale| * log2(e)
-    uint32_t flip;      // sign bits to flip in two elements of q: a negative scale
-    uint32_t keep;      // all ones, or 0: a scale of 0
+    uint32_t group_reciprocal;  // ceil(2^32 / G), unless G is 1
+    int32_t rows;               // R = G * Q
+    int32_t row_tiles;          // tiles of the kernel's rows per (request, KV head)
+    float scale_log2;           // |softmax_scale| * log2(e)
+    uint32_t flip;              // sign bits to flip in two elements of q: a negative scale
+    uint32_t keep;              // all ones, or 0: a scale of 0
 
     void* out;   // [B, Q, H, D]
     float* lse;  // [B, H, Q]
 
-    float* partial;       // [slots, tile rows, D], unnormalised
-    float* partial_rows;  // [slots, 3, tile rows]: reference (log2), sum, sum below P
-    float* row_stats;     // [B * Hkv, R, 2]: log2 of the sums of whole segments: all, below P
-    float* units;         // [B * Hkv, n, R]: log2 of unit sums; null: no masses
-    int32_t unit_shift;   // g = 1 << unit_shift
-    int32_t num_units;    // n
+    float* partial;        // [slots, tile rows, D], unnormalised
+    float* partial_rows;   // [slots, 3, tile rows]: reference (log2), sum, sum below P
+    core::Pieces* pieces;  // [B * Hkv * row tiles]; not written for empty requests
+    float* row_stats;      // [B * Hkv, R, 2]: log2 of the final sums: all, below P
+    float* units;          // [B * Hkv, n, R]: log2 of unit sums; null: no masses
+    int32_t unit_shift;    // g = 1 << unit_shift
+    int32_t num_units;     // n
 
-    // The merge alone.
+    // The merge and the finish alone.
     int32_t tile_rows;
+    int32_t merge_warps;     // that share a row: 1, 2, 4 or 8
     float* mass;             // [B, Hkv, n]; null: units become natural logs of shares, in place
     const bool* row_mask;    // [B, Q] or null
     int32_t score_max;       // the largest share instead of the mean
-    int32_t merge_warps;     // that share a row: 1, 2, 4 or 8
-    int32_t merge_blocks;    // blocks that merge; the others finish masses
-    int32_t unit_blocks;     // of these, per (request, KV head)
-    int32_t units_per_warp;  // that one of their warps finishes
+    int32_t units_per_warp;  // that a warp finishes
 };
 
 }  // namespace mage::cuda

@@ -16,10 +16,10 @@ namespace {
 
 constexpr char kOp[] = "block_attention";
 constexpr double kLog2E = 1.4426950408889634;
-constexpr int64_t kMaxUnitRows = 4096;  // rows whose final sums the merge keeps in shared memory
-constexpr int64_t kMergeWaves = 2;      // blocks per multiprocessor that finish masses
-constexpr int64_t kMergeWarps = 8;
+constexpr int64_t kFinishBlocks = 4;  // per multiprocessor: each reads the final sums of all rows
+constexpr int64_t kMergePieces = 4;   // that a warp reads at once
 constexpr int32_t kMaxBoxTokens = 64;
+constexpr int64_t kMaxGrid = 65535;
 
 int32_t log2_of(int64_t value) {
     int32_t shift = 0;
@@ -59,8 +59,11 @@ std::vector<KernelEntry> block_attention_kernels() {
                                variant.shared_bytes});
         }
         const AttentionVariant& variant = variants(0);
-        entries.push_back({variant.merge_name, reinterpret_cast<const void*>(variant.merge), variant.merge_threads, 0});
+        entries.push_back(
+            {variant.merge_name, reinterpret_cast<const void*>(variant.merge), 32 * variant.merge_warps, 0});
     }
+    const FinishVariant& finish = finish_variant();
+    entries.push_back({finish.name, reinterpret_cast<const void*>(finish.finish), finish.threads, 0});
     return entries;
 }
 
@@ -101,6 +104,7 @@ void launch_block_attention(const char* op, const BlockAttentionParams& p, const
     args.num_heads = static_cast<int32_t>(p.num_heads);
     args.num_kv_heads = static_cast<int32_t>(p.num_kv_heads);
     args.group = static_cast<int32_t>(p.num_heads / p.num_kv_heads);
+    args.group_reciprocal = static_cast<uint32_t>(((uint64_t{1} << 32) + args.group - 1) / args.group);
     args.rows = static_cast<int32_t>(plan.rows);
     args.row_tiles = static_cast<int32_t>(plan.row_tiles);
     args.tile_rows = static_cast<int32_t>(plan.shape.rows);
@@ -113,7 +117,8 @@ void launch_block_attention(const char* op, const BlockAttentionParams& p, const
     args.lse = p.lse;
     args.partial = static_cast<float*>(p.workspace);
     args.partial_rows = args.partial + plan.partial_floats(p.head_dim);
-    args.row_stats = args.partial_rows + plan.partial_row_floats();
+    args.pieces = reinterpret_cast<core::Pieces*>(args.partial_rows + plan.partial_row_floats());
+    args.row_stats = args.partial_rows + plan.partial_row_floats() + plan.piece_floats(streams);
     if (outputs.granularity != 0) {
         args.units = outputs.units != nullptr ? outputs.units : args.row_stats + plan.stat_floats(streams);
         args.unit_shift = log2_of(outputs.granularity);
@@ -121,21 +126,16 @@ void launch_block_attention(const char* op, const BlockAttentionParams& p, const
         args.mass = outputs.mass;
         args.row_mask = outputs.row_mask;
         args.score_max = outputs.score == MassScore::kMax ? 1 : 0;
-        // Units of a warp: few enough for a few blocks per multiprocessor, as each of these reads all final sums.
-        const int64_t wanted_warps = core::multiprocessors(op) * kMergeWaves * kMergeWarps;
-        const int64_t per_warp = std::max<int64_t>(1, streams * num_units / wanted_warps);
-        args.units_per_warp = static_cast<int32_t>(per_warp);
-        args.unit_blocks = static_cast<int32_t>((num_units + per_warp * kMergeWarps - 1) / (per_warp * kMergeWarps));
+        const int64_t warps = core::multiprocessors(op) * kFinishBlocks * finish_variant().warps;
+        args.units_per_warp = static_cast<int32_t>(std::max<int64_t>(1, streams * num_units / warps));
     }
-    // A warp reads eight pieces at once; more of them get more warps.
     const int64_t segments = streams * plan.row_tiles;
     const int64_t pieces = plan.schedule.fixed ? most_units / segments : plan.schedule.max_workers / segments + 1;
-    args.merge_warps = pieces <= 8 ? 1 : pieces <= 16 ? 2 : pieces <= 32 ? 4 : 8;
-    const int64_t merge_rows = kMergeWarps / args.merge_warps;
-    const int64_t merge_blocks = streams * ((plan.rows + merge_rows - 1) / merge_rows);
-    const int64_t blocks = merge_blocks + streams * args.unit_blocks;
-    MAGE_CHECK(blocks < (int64_t{1} << 31), op, ": the call must need fewer than 2^31 blocks, got ", blocks);
-    args.merge_blocks = static_cast<int32_t>(merge_blocks);
+    args.merge_warps = 1;
+    while (args.merge_warps < variant.merge_warps && pieces > kMergePieces * args.merge_warps) args.merge_warps *= 2;
+    MAGE_CHECK(p.num_requests <= kMaxGrid && p.num_kv_heads <= kMaxGrid, op,
+               ": q and k_cache must have at most 65535 requests and KV heads on CUDA, got ", p.num_requests, " and ",
+               p.num_kv_heads);
 
     const int32_t box_tokens = 1 << args.box_shift;
     // A pool without pages has no address, and none is read.
@@ -154,11 +154,21 @@ void launch_block_attention(const char* op, const BlockAttentionParams& p, const
     attention.cluster = static_cast<uint32_t>(plan.shape.ctas);
     attention.overlap = true;
     core::launch(op, variant.attention, attention, stream, args, k_map, v_map);
-    LaunchPlan merge;
-    merge.grid[0] = static_cast<uint32_t>(blocks);
-    merge.block[0] = static_cast<uint32_t>(variant.merge_threads);
-    merge.overlap = true;
+    const auto grid = [&](int64_t items, int64_t per_block) {
+        LaunchPlan launch;
+        launch.grid[0] = static_cast<uint32_t>((items + per_block - 1) / per_block);
+        launch.grid[1] = static_cast<uint32_t>(p.num_kv_heads);
+        launch.grid[2] = static_cast<uint32_t>(p.num_requests);
+        launch.overlap = true;
+        return launch;
+    };
+    LaunchPlan merge = grid(plan.rows, variant.merge_warps / args.merge_warps);
+    merge.block[0] = static_cast<uint32_t>(32 * variant.merge_warps);
     core::launch(op, variant.merge, merge, stream, args);
+    if (outputs.granularity == 0) return;
+    LaunchPlan finish = grid(num_units, int64_t{args.units_per_warp} * finish_variant().warps);
+    finish.block[0] = static_cast<uint32_t>(finish_variant().threads);
+    core::launch(op, finish_variant().finish, finish, stream, args);
 }
 
 void block_attention(const BlockAttentionParams& params, CudaStream stream) {

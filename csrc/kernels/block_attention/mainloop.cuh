@@ -1,9 +1,5 @@
 #pragma once
 
-#ifdef MAGE_TRACE
-#include <cstdio>
-#endif
-
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -31,19 +27,13 @@
 // Ceiling   max(bytes of K and V / HBM, 4 * rows padded to 64 * D * tokens / tensor cores); NOTES.md has the numbers.
 namespace mage::cuda {
 
-#ifdef MAGE_TRACE
-__shared__ long long mage_marks[16];
-#define MAGE_MARK(i) \
-    if (threadIdx.x == 128) mage_marks[i] = clock64()
-#else
-#define MAGE_MARK(i)
-#endif
-
 constexpr int kWarp = 32;
+constexpr float kLn2 = 0.6931471805599453f;
 constexpr int kWarpgroup = 128;
 constexpr int kSpan = 64;  // elements of a swizzled row of 128 bytes
 constexpr int kRowBytes = 128;
 constexpr int kAtomBytes = 8 * kRowBytes;
+constexpr int kTailBarrier = 1, kGroupBarrier = 2, kStartBarrier = 5;  // named barriers; 2 to 4: a warpgroup's own
 
 template <typename T_, int kDim_, int kWarpgroups_, int kKeys_, int kStages_, int kCtas_>
 struct AttentionConfig {
@@ -60,8 +50,25 @@ struct AttentionConfig {
     static constexpr int kSpans = kDim / kSpan;
     static constexpr int kTileBytes = kKeys * kDim * 2;
     // Registers per thread: what remains of 65536 after the producer's share, in steps of 8.
-    static constexpr int kConsumerRegisters = kWarpgroups == 3 ? 160 : kWarpgroups == 2 ? 224 : 248;
-    static constexpr int kProducerRegisters = kWarpgroups == 3 ? 32 : kWarpgroups == 2 ? 56 : 120;
+    static constexpr int kConsumerRegisters = kWarpgroups == 3 ? 152 : kWarpgroups == 2 ? 224 : 248;
+    static constexpr int kProducerRegisters = kWarpgroups == 3 ? 56 : kWarpgroups == 2 ? 56 : 120;
+};
+
+struct Piece {
+    int32_t request, kv_head, row_tile;
+    int32_t token_begin, token_end;
+    int32_t slot;          // -1: the piece is a whole segment
+    core::Pieces segment;  // count 0: a piece before this one wrote it down
+};
+
+// Where a warp is in its worker's units; `at` is the first unit that no piece has had.
+struct Walk {
+    int32_t at, request_begin, request;
+};
+
+// All units of the launch, the workers that they are for, and the end of this worker's.
+struct Share {
+    int32_t total, workers, worker, end;
 };
 
 template <typename Config>
@@ -72,13 +79,20 @@ struct alignas(1024) AttentionShared {
     uint4 broken[Config::kStages];  // bit i: box i of the tile lies on a page outside the pool
     uint64_t full_k[Config::kStages], full_v[Config::kStages];
     uint64_t empty_k[Config::kStages], empty_v[Config::kStages];
-    // Where this worker starts.
-    int32_t begin, end, request_begin;  // units
-    int32_t request, worker;
+    // The worker's part, whether it has a piece, and every warp's walk through its pieces.
+    Share share;
+    bool any;
+    Piece piece[Config::kThreads / 32];
+    Walk walk[Config::kThreads / 32];
 };
 
 __device__ __forceinline__ int32_t clamped_length(const AttentionArgs& args, int32_t request) {
     return min(max(args.seq_lens[request], 0), args.max_seq_len);
+}
+
+// Row / G by a multiplication: exact for rows below 2^32 / G.
+__device__ __forceinline__ int32_t query_of(const AttentionArgs& args, int32_t row) {
+    return args.group == 1 ? row : static_cast<int32_t>(__umulhi(static_cast<uint32_t>(row), args.group_reciprocal));
 }
 
 __device__ __forceinline__ int32_t warp_sum(int32_t value) {
@@ -87,25 +101,62 @@ __device__ __forceinline__ int32_t warp_sum(int32_t value) {
     return value;
 }
 
-// Units of all requests, and of those before `request`. One warp, all lanes get both.
-__device__ __forceinline__ int32_t count_units(const AttentionArgs& args, int32_t request, int32_t* before) {
-    int32_t all = 0, earlier = 0;
-    for (int32_t b = threadIdx.x % kWarp; b < args.schedule.num_requests; b += kWarp) {
-        const int32_t units = core::units_of(args.schedule, clamped_length(args, b));
-        all += units;
-        if (b < request) earlier += units;
+// The next piece of a walk, if the worker has one more.
+__device__ __forceinline__ bool next_piece(const AttentionArgs& args, const Share& share, Walk* walk, Piece* piece) {
+    if (walk->at >= share.end) return false;
+    const core::Schedule& s = args.schedule;
+    int32_t seq_len = clamped_length(args, walk->request);
+    int32_t units = core::units_of(s, seq_len);
+    while (walk->at >= walk->request_begin + units * s.segments_per_request) {
+        walk->request_begin += units * s.segments_per_request;
+        seq_len = clamped_length(args, ++walk->request);
+        units = core::units_of(s, seq_len);
     }
-    *before = warp_sum(earlier) * args.schedule.segments_per_request;
-    return warp_sum(all) * args.schedule.segments_per_request;
+    const int32_t offset = walk->at - walk->request_begin;
+    const int32_t segment = offset / units;
+    const int32_t first = offset - segment * units;
+    const int32_t last = s.fixed ? first + 1 : min(units, first + (share.end - walk->at));
+    piece->request = walk->request;
+    piece->kv_head = args.row_tiles == 1 ? segment : segment / args.row_tiles;
+    piece->row_tile = segment - piece->kv_head * args.row_tiles;
+    piece->token_begin = first * s.unit_tokens;
+    piece->token_end = min(seq_len, last * s.unit_tokens);
+    piece->slot = first == 0 && last == units ? -1 : core::slot_of(s, walk->at, share.worker, first == 0);
+    piece->segment = {0, s.fixed ? walk->at : share.worker};
+    if (first == 0) {
+        piece->segment.count =
+            last == units ? 1
+            : s.fixed     ? units
+                          : core::worker_of(share.total, share.workers, walk->at + units - 1) - share.worker + 1;
+    }
+    walk->at += last - first;
+    return true;
 }
 
-// Finds the units of a worker and the request of the first one; one warp.
-template <typename Shared>
+// The same for the calling warp, whose walk and piece lie in shared memory to spare registers.
+template <typename Config, typename Shared>
+__device__ __forceinline__ bool next_piece_of_warp(const AttentionArgs& args, Shared& shared) {
+    const int32_t warp = threadIdx.x / kWarp;
+    Walk walk = shared.walk[warp];
+    Piece piece;
+    if (!next_piece(args, shared.share, &walk, &piece)) return false;
+    __syncwarp();
+    if (threadIdx.x % kWarp == 0) {
+        shared.walk[warp] = walk;
+        shared.piece[warp] = piece;
+    }
+    __syncwarp();
+    return true;
+}
+
+// Finds the units of a worker and its first piece; one warp.
+template <int kWarps, typename Shared>
 __device__ __forceinline__ void find_start(const AttentionArgs& args, int32_t worker, Shared& shared) {
     const core::Schedule& s = args.schedule;
     const int32_t lane = threadIdx.x % kWarp;
-    int32_t unused;
-    const int32_t total = count_units(args, 0, &unused);
+    int32_t total = 0;
+    for (int32_t b = lane; b < s.num_requests; b += kWarp) total += core::units_of(s, clamped_length(args, b));
+    total = warp_sum(total) * s.segments_per_request;
     const int32_t workers = total > 0 ? core::workers_of(s, total) : 0;
     int32_t begin = 0, end = 0;
     if (total > 0 && worker < workers) {
@@ -133,56 +184,19 @@ __device__ __forceinline__ void find_start(const AttentionArgs& args, int32_t wo
         }
         reached += __shfl_sync(~0u, sum, kWarp - 1);
     }
+    Walk walk = {begin, reached, request};
+    Piece piece;
+    const Share share = {total, workers, worker, end};
+    const bool any = next_piece(args, share, &walk, &piece);
+    if (lane < kWarps) {
+        shared.walk[lane] = walk;
+        if (any) shared.piece[lane] = piece;
+    }
     if (lane == 0) {
-        shared.begin = begin;
-        shared.end = end;
-        shared.request_begin = reached;
-        shared.request = request;
-        shared.worker = worker;
+        shared.any = any;
+        shared.share = share;
     }
 }
-
-// Walks the pieces of a worker; every thread walks for itself.
-struct Piece {
-    int32_t request, kv_head, row_tile;
-    int32_t token_begin, token_end;
-    int32_t slot;  // -1: the piece is a whole segment
-};
-
-template <typename Shared>
-struct Walk {
-    const AttentionArgs& args;
-    const Shared& shared;
-    int32_t at, request_begin, request;
-
-    __device__ __forceinline__ Walk(const AttentionArgs& a, const Shared& sh)
-        : args(a), shared(sh), at(sh.begin), request_begin(sh.request_begin), request(sh.request) {}
-
-    __device__ __forceinline__ bool next(Piece* piece) {
-        const int32_t end = shared.end;
-        if (at >= end) return false;
-        const core::Schedule& s = args.schedule;
-        int32_t seq_len = clamped_length(args, request);
-        int32_t units = core::units_of(s, seq_len);
-        while (at >= request_begin + units * s.segments_per_request) {
-            request_begin += units * s.segments_per_request;
-            seq_len = clamped_length(args, ++request);
-            units = core::units_of(s, seq_len);
-        }
-        const int32_t offset = at - request_begin;
-        const int32_t segment = offset / units;
-        const int32_t first = offset - segment * units;
-        const int32_t last = s.fixed ? first + 1 : min(units, first + (end - at));
-        piece->request = request;
-        piece->kv_head = segment / args.row_tiles;
-        piece->row_tile = segment - piece->kv_head * args.row_tiles;
-        piece->token_begin = first * s.unit_tokens;
-        piece->token_end = min(seq_len, last * s.unit_tokens);
-        piece->slot = first == 0 && last == units ? -1 : core::slot_of(s, at, shared.worker, first == 0);
-        at += last - first;
-        return true;
-    }
-};
 
 // Position in the ring: a stage and the parity of its current round.
 template <int kStages>
@@ -228,10 +242,11 @@ __device__ __forceinline__ void produce(const AttentionArgs& args, const CUtenso
         }
     };
 
-    Walk<AttentionShared<Config>> walk(args, shared);
-    Piece piece;
     Ring<Config::kStages> ring;
-    while (walk.next(&piece)) {
+    if (!shared.any) return;
+    bool started = false;
+    do {
+        const Piece piece = shared.piece[0];
         const int32_t* table = args.block_table + piece.request * args.stride_table;
         const auto page_of = [&](int32_t token) {
             return token < piece.token_end ? __ldg(table + (token >> args.page_shift)) : nowhere;
@@ -280,11 +295,18 @@ __device__ __forceinline__ void produce(const AttentionArgs& args, const CUtenso
             device::mbarrier_wait(device::shared_address(&shared.empty_k[stage]), ring.parity ^ 1);
             if (lane == 0) shared.broken[stage] = make_uint4(broken[0], broken[1], broken[2], broken[3]);
             fill(k_map, shared.k[stage], &shared.full_k[stage]);
+            // Q is asked for before the ring is filled: behind all of K and V it would arrive when these have.
+            if (!started) device::named_barrier(kStartBarrier, Config::kConsumers + kWarp);
+            started = true;
             device::mbarrier_wait(device::shared_address(&shared.empty_v[stage]), ring.parity ^ 1);
             fill(v_map, shared.v[stage], &shared.full_v[stage]);
             ring.advance();
         }
-    }
+        if (lane == 0 && rank == 0 && piece.segment.count > 0) {
+            const int64_t stream = int64_t{piece.request} * args.num_kv_heads + piece.kv_head;
+            args.pieces[stream * args.row_tiles + piece.row_tile] = piece.segment;
+        }
+    } while (next_piece_of_warp<Config>(args, shared));
 }
 
 // --- Consumers: kWarpgroups warpgroups of 64 rows each ---------------------------------------------------------------
@@ -324,7 +346,8 @@ struct Consumer {
     AttentionShared<Config>& shared;
     const int32_t thread, warpgroup, lane, rank;
     const int32_t tile_row;  // row of the tile of the first of this thread's two rows; the other is 8 below
-    Piece piece;
+    const Piece& piece;      // the one at hand
+    int32_t token_end;
     int32_t row[2];                             // rows of the stream
     int32_t limit[2];                           // tokens that each may see
     int32_t prefix;                             // tokens that count for mass
@@ -348,15 +371,16 @@ struct Consumer {
           lane(threadIdx.x % kWarp),
           rank(Config::kCtas == 1 ? 0 : static_cast<int32_t>(device::cluster_rank())),
           tile_row(rank * Config::kCtaRows + thread / kWarp * 16 + lane / 4),
+          piece(sh.piece[threadIdx.x / kWarp]),
           q_tile(device::tile_address(device::shared_address(sh.q) + warpgroup * 64 * kRowBytes)),
           k_tile(device::tile_address(device::shared_address(sh.k[0]))),
           v_tile(device::tile_address(device::shared_address(sh.v[0]))) {}
 
     // Q rows of this warpgroup into shared memory, swizzled; rows past R are zeros.
-    __device__ __forceinline__ void load_q() {
+    __device__ __forceinline__ void load_q(bool first_piece) {
         constexpr int kChunks = kDim / 8;               // of 16 bytes in a row; a thread keeps its chunk
         constexpr int kRowStep = kWarpgroup / kChunks;  // a multiple of 8: the swizzle is the same
-        constexpr int kBatch = 4;                       // loads in flight
+        constexpr int kRounds = 64 / kRowStep;
         const int32_t chunk = thread % kChunks;
         const int32_t group_row = thread % kWarpgroup / kChunks;
         const T* base = static_cast<const T*>(args.q) + piece.request * args.stride_q_request +
@@ -364,37 +388,36 @@ struct Consumer {
         const uint32_t to = device::shared_address(shared.q) + chunk / 8 * (Config::kCtaRows * kRowBytes) +
                             (warpgroup * 64 + group_row) * kRowBytes + ((chunk % 8) ^ (group_row % 8)) * 16;
         int32_t r = piece.row_tile * Config::kTileRows + rank * Config::kCtaRows + warpgroup * 64 + group_row;
-#pragma unroll 1
-        for (int begin = 0; begin < 64; begin += kBatch * kRowStep) {
-            uint4 loaded[kBatch];
+        uint4 loaded[kRounds];
 #pragma unroll
-            for (int i = 0; i < kBatch; ++i, r += kRowStep) {
-                loaded[i] = make_uint4(0, 0, 0, 0);
-                if (r < args.rows) {
-                    const int32_t query = r / args.group;
-                    const T* at = base + query * args.stride_q_query + (r - query * args.group) * args.stride_q_head;
-                    loaded[i] = *reinterpret_cast<const uint4*>(at);
-                }
-            }
-#pragma unroll
-            for (int i = 0; i < kBatch; ++i) {
-                const uint4& x = loaded[i];
-                device::store_shared(to + (begin + i * kRowStep) * kRowBytes,
-                                     make_uint4((x.x & args.keep) ^ args.flip, (x.y & args.keep) ^ args.flip,
-                                                (x.z & args.keep) ^ args.flip, (x.w & args.keep) ^ args.flip));
+        for (int i = 0; i < kRounds; ++i, r += kRowStep) {
+            loaded[i] = make_uint4(0, 0, 0, 0);
+            if (r < args.rows) {
+                const int32_t query = query_of(args, r);
+                const T* at = base + query * args.stride_q_query + (r - query * args.group) * args.stride_q_head;
+                loaded[i] = *reinterpret_cast<const uint4*>(at);
             }
         }
+        if (first_piece) device::named_barrier_arrive(kStartBarrier, Config::kConsumers + kWarp);
+#pragma unroll
+        for (int i = 0; i < kRounds; ++i) {
+            const uint4& x = loaded[i];
+            device::store_shared(to + i * kRowStep * kRowBytes,
+                                 make_uint4((x.x & args.keep) ^ args.flip, (x.y & args.keep) ^ args.flip,
+                                            (x.z & args.keep) ^ args.flip, (x.w & args.keep) ^ args.flip));
+        }
         device::fence_async_shared();
-        device::named_barrier(2 + warpgroup, kWarpgroup);
+        device::named_barrier(kGroupBarrier + warpgroup, kWarpgroup);
     }
 
     __device__ __forceinline__ void start_piece() {
+        token_end = piece.token_end;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             row[i] = piece.row_tile * Config::kTileRows + tile_row + 8 * i;
             limit[i] = piece.token_end;
             if (args.kv_lens != nullptr && row[i] < args.rows) {
-                limit[i] = min(limit[i], args.kv_lens[piece.request * args.num_queries + row[i] / args.group]);
+                limit[i] = min(limit[i], args.kv_lens[piece.request * args.num_queries + query_of(args, row[i])]);
             }
             reference[i] = -INFINITY;
             sum[i] = prefix_sum[i] = 0.0f;
@@ -444,7 +467,7 @@ struct Consumer {
     // Rows of V past the end of the stream hold anything, NaN included, and P = 0 does not silence NaN.
     __device__ __forceinline__ void clear_tail(uint32_t stage, int32_t token) {
         const int32_t box = 1 << args.box_shift;
-        const int32_t first = piece.token_end - token;
+        const int32_t first = token_end - token;
         if (first >= kKeys || (first & (box - 1)) == 0) return;
         const int32_t rows = box - (first & (box - 1));
         for (int32_t i = thread; i < rows * Config::kSpans * 8; i += Config::kConsumers) {
@@ -455,7 +478,7 @@ struct Consumer {
                 make_uint4(0, 0, 0, 0));
         }
         device::fence_async_shared();
-        device::named_barrier(1, Config::kConsumers);
+        device::named_barrier(kTailBarrier, Config::kConsumers);
     }
 
     // Scores of tokens that a row must not see become -inf.
@@ -511,7 +534,7 @@ struct Consumer {
         float total = lower ? keep1 : keep0;
         total += __shfl_xor_sync(~0u, lower ? keep0 : keep1, 1);
         const int32_t own = unit + (second ? 1 : 0);
-        if ((own << args.unit_shift) < piece.token_end && (lower ? row[1] : row[0]) < args.rows) {
+        if ((own << args.unit_shift) < token_end && (lower ? row[1] : row[0]) < args.rows) {
             unit_out[int64_t{own} * args.rows] = log2_fast(total) + (lower ? reference[1] : reference[0]);
         }
     }
@@ -612,7 +635,7 @@ struct Consumer {
             const float below = quad_sum(prefix_sum[r]);
             if (row[r] >= args.rows) continue;
             if (piece.slot < 0) {
-                const int32_t query = row[r] / args.group;
+                const int32_t query = query_of(args, row[r]);
                 const int32_t head = piece.kv_head * args.group + row[r] - query * args.group;
                 const float inverse = all > 0.0f ? 1.0f / all : 0.0f;
                 Pair* out = static_cast<Pair*>(args.out) +
@@ -624,7 +647,7 @@ struct Consumer {
                 if (lane % 4 == 0) {
                     const float log2_sum = all > 0.0f ? reference[r] + log2f(all) : -INFINITY;
                     args.lse[(int64_t{piece.request} * args.num_heads + head) * args.num_queries + query] =
-                        log2_sum * 0.6931471805599453f;
+                        log2_sum * kLn2;
                     if (args.units != nullptr) {
                         float* stats = args.row_stats + (stream * args.rows + row[r]) * 2;
                         stats[0] = log2_sum;
@@ -648,23 +671,21 @@ struct Consumer {
     }
 
     __device__ __forceinline__ void run() {
-        Walk<AttentionShared<Config>> walk(args, shared);
         Ring<Config::kStages> k_ring, v_ring;
-        while (walk.next(&piece)) {
-            MAGE_MARK(2);
-            load_q();
+        if (!shared.any) return;
+        bool first_piece = true;
+        do {
+            load_q(first_piece);
+            first_piece = false;
             start_piece();
-            MAGE_MARK(3);
 #pragma unroll
             for (int i = 0; i < kDim / 2; ++i) o[i] = 0.0f;
             device::mbarrier_wait(device::shared_address(&shared.full_k[k_ring.stage]), k_ring.parity);
-            MAGE_MARK(4);
             start_scores(k_ring.stage);
             device::wgmma_wait<0>();
-            MAGE_MARK(5);
             int32_t token = piece.token_begin;
             for (;; token += kKeys) {
-                const bool first = token == piece.token_begin, last = token + kKeys >= piece.token_end;
+                const bool first = token == piece.token_begin, last = token + kKeys >= token_end;
                 device::pin_registers(s);
                 mask(token, shared.broken[k_ring.stage]);
                 release(&shared.empty_k[k_ring.stage]);
@@ -680,7 +701,6 @@ struct Consumer {
                 }
                 rescale_o(scale);
                 pack_p();
-                MAGE_MARK(6);
                 if (last) break;
                 device::mbarrier_wait(device::shared_address(&shared.full_k[k_ring.stage]), k_ring.parity);
                 start_scores(k_ring.stage);
@@ -693,15 +713,12 @@ struct Consumer {
             clear_tail(v_ring.stage, token);
             start_values(v_ring.stage);
             emit_units(token);
-            MAGE_MARK(7);
             device::wgmma_wait<0>();
             device::pin_registers(o);
             release(&shared.empty_v[v_ring.stage]);
             v_ring.advance();
-            MAGE_MARK(8);
             store();
-            MAGE_MARK(9);
-        }
+        } while (next_piece_of_warp<Config>(args, shared));
     }
 };
 
@@ -726,13 +743,11 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
         }
         device::mbarrier_init_fence();
     }
-    MAGE_MARK(0);
     device::dependency_wait();
     device::dependency_release();
-    if (warp == 0) find_start(args, blockIdx.x / Config::kCtas, shared);
+    if (warp == 0) find_start<Config::kThreads / kWarp>(args, blockIdx.x / Config::kCtas, shared);
     if constexpr (Config::kCtas > 1) device::cluster_sync();
     __syncthreads();
-    MAGE_MARK(1);
 
     if (warp < kWarpgroup / kWarp) {
         device::registers_shrink<Config::kProducerRegisters>();
@@ -741,12 +756,6 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
         device::registers_grow<Config::kConsumerRegisters>();
         Consumer<Config>(args, shared).run();
     }
-#ifdef MAGE_TRACE
-    if (blockIdx.x == 4 && threadIdx.x == 128) {
-        for (int i = 1; i < 10; ++i) printf("%d:%lld ", i, mage_marks[i] - mage_marks[0]);
-        printf("\n");
-    }
-#endif
     // No CTA of a pair leaves while the other may still write to it.
     if constexpr (Config::kCtas > 1) device::cluster_sync();
 }

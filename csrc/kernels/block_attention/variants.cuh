@@ -16,7 +16,7 @@ AttentionVariant make_variant(const char* name, const char* merge_name) {
             Config::kTileRows,
             Config::kCtas,
             Config::kKeys,
-            kMergeThreads};
+            kMergeWarps};
 }
 
 // Stages fill the 227 KB of shared memory that a CTA may have.

@@ -12,6 +12,8 @@ namespace mage::cuda {
 using AttentionKernel = void (*)(AttentionArgs, CUtensorMap, CUtensorMap);
 using MergeKernel = void (*)(AttentionArgs);
 
+constexpr int kMaxUnitRows = 1024;  // rows per KV head where masses are emitted
+
 struct AttentionVariant {
     const char* name;
     const char* merge_name;
@@ -19,8 +21,16 @@ struct AttentionVariant {
     MergeKernel merge;
     int threads, shared_bytes;
     int rows, ctas, keys;  // as the row shape says
-    int merge_threads;
+    int merge_warps;
 };
+
+struct FinishVariant {
+    const char* name;
+    MergeKernel finish;
+    int threads, warps;
+};
+
+const FinishVariant& finish_variant();
 
 const AttentionVariant& attention_variant_bf16_d128(int row_shape);
 const AttentionVariant& attention_variant_bf16_d64(int row_shape);
