@@ -18,7 +18,8 @@ struct Piece {
     int32_t request, segment;
     int32_t first, last;  // units of the segment
     int32_t worker;
-    int64_t slot;  // -1: the piece is a whole segment
+    int64_t slot;         // -1: the piece is a whole segment
+    core::Pieces pieces;  // of the segment, if this is the first of them
 };
 
 // What the workers of a launch do, one after the other, as the attention kernel's walk does it: a worker finds the
@@ -43,8 +44,14 @@ std::vector<Piece> walk(const core::Schedule& s, const std::vector<int32_t>& len
             const int32_t first = at - request_begin - segment * units;
             const int32_t last = s.fixed ? first + 1 : std::min(units, first + (end - at));
             const bool whole = first == 0 && last == units;
+            core::Pieces named = {0, s.fixed ? at : worker};
+            if (first == 0) {
+                named.count = whole     ? 1
+                              : s.fixed ? units
+                                        : core::worker_of(total, workers, at + units - 1) - worker + 1;
+            }
             pieces.push_back(
-                {request, segment, first, last, worker, whole ? -1 : core::slot_of(s, at, worker, first == 0)});
+                {request, segment, first, last, worker, whole ? -1 : core::slot_of(s, at, worker, first == 0), named});
             at += last - first;
         }
     }
@@ -70,11 +77,13 @@ void expect_sound(const core::Schedule& s, const std::vector<int32_t>& lens, int
 
     std::set<int64_t> used;
     size_t next = 0;  // pieces lie in the order of their units
-    int32_t before = 0;
     for (int32_t request = 0; request < s.num_requests; ++request) {
         const int32_t units = core::units_of(s, lens[request]);
         for (int32_t segment = 0; segment < s.segments_per_request; ++segment) {
-            const core::Pieces named = core::pieces_of(s, total, before + segment * units, units);
+            if (units == 0) continue;
+            ASSERT_LT(next, pieces.size());
+            const core::Pieces named = pieces[next].pieces;
+            ASSERT_GE(named.count, 1);
             int32_t reached = 0;
             for (int32_t i = 0; i < named.count; ++i, ++next) {
                 ASSERT_LT(next, pieces.size());
@@ -84,6 +93,7 @@ void expect_sound(const core::Schedule& s, const std::vector<int32_t>& lens, int
                 ASSERT_EQ(piece.first, reached);
                 ASSERT_GT(piece.last, piece.first);
                 reached = piece.last;
+                ASSERT_EQ(piece.pieces.count, i == 0 ? named.count : 0) << "the first piece alone names all";
                 if (named.count == 1) {
                     ASSERT_EQ(piece.slot, -1);
                     continue;
@@ -95,7 +105,6 @@ void expect_sound(const core::Schedule& s, const std::vector<int32_t>& lens, int
             }
             ASSERT_EQ(reached, units);
         }
-        before += units * s.segments_per_request;
     }
     ASSERT_EQ(next, pieces.size());
 
@@ -282,22 +291,24 @@ TEST(AttentionPlan, WorkspaceInNumbers) {
     BlockAttentionMassParams mass;
     mass.attention = dimensions(1, 32, 28, 4, 128, 16384, 0);
     mass.granularity = 64;
-    const int64_t partials = int64_t{2} * 66 * 256 * (128 + 3) * 4;
+    // 8 bytes name the pieces of a segment.
+    const int64_t partials = int64_t{2} * 66 * 256 * (128 + 3) * 4 + 4 * 8;
     EXPECT_EQ(cuda::block_attention_workspace(mass.attention), partials);
     BlockAttentionRowsParams rows;
     rows.attention = mass.attention;
     EXPECT_EQ(cuda::block_attention_rows_workspace(rows), partials + 8 * 4 * 224);
     EXPECT_EQ(cuda::block_attention_mass_workspace(mass), partials + 8 * 4 * 224 + 4 * 4 * 224 * 256);
     // 1.5B: R = 192 in tiles of 64 tokens, at least two of them for a worker: 3 * 2 * 4 tiles for 12 workers.
-    EXPECT_EQ(cuda::block_attention_workspace(dimensions(3, 32, 12, 2, 128, 200, 0)), 2 * 12 * 192 * (128 + 3) * 4);
+    EXPECT_EQ(cuda::block_attention_workspace(dimensions(3, 32, 12, 2, 128, 200, 0)),
+              2 * 12 * 192 * (128 + 3) * 4 + 3 * 2 * 8);
     // Fixed: a slot per split of 320.
     EXPECT_EQ(cuda::block_attention_workspace(dimensions(3, 32, 12, 2, 64, 1000, 320)),
-              int64_t{3} * 2 * 4 * 192 * (64 + 3) * 4);
-    // One row of one request: the statistics of a row take 8 bytes, rounded up to 16 for what follows.
+              int64_t{3} * 2 * 4 * 192 * (64 + 3) * 4 + 3 * 2 * 8);
+    // One row of one request: its pieces and its statistics take 8 bytes each, up to 16 for what follows.
     rows.attention = dimensions(1, 1, 1, 1, 64, 64, 0);
     mass.attention = rows.attention;
-    EXPECT_EQ(cuda::block_attention_rows_workspace(rows), 2 * 64 * (64 + 3) * 4 + 16);
-    EXPECT_EQ(cuda::block_attention_mass_workspace(mass), 2 * 64 * (64 + 3) * 4 + 16 + 4);
+    EXPECT_EQ(cuda::block_attention_rows_workspace(rows), 2 * 64 * (64 + 3) * 4 + 16 + 16);
+    EXPECT_EQ(cuda::block_attention_mass_workspace(mass), 2 * 64 * (64 + 3) * 4 + 16 + 16 + 4);
     rows.attention = dimensions(0, 1, 1, 1, 64, 64, 0);
     EXPECT_EQ(cuda::block_attention_rows_workspace(rows), 0);
 }
