@@ -13,7 +13,7 @@ PREPARE := $(PYTHON) .ci/prepare.py
 CXX_FILES = $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-cpp lint format sanitize clean
+.PHONY: help build demo test test-cpp lint format sanitize ncu clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+: .*##|^[a-z-]+:  ##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -55,6 +55,26 @@ sanitize:  ## the C++ tests under compute-sanitizer; needs a Hopper GPU
 	for tool in memcheck racecheck; do \
 	  MAGE_REQUIRE_GPU=1 compute-sanitizer --tool $$tool --error-exitcode 1 $$cpp $(GTEST_ARGS) || exit 1; \
 	done
+
+# One call of an op on a SHAPE of MODEL:BATCH:CONTEXT[:Q], with a flushed L2; the report is for ncu-ui.
+OP ?= block_attention
+SHAPE ?= 7B:1:32768
+PAGE ?= 64
+G ?= 64
+ncu: export PATH := $(abspath $(BIN)):$(PATH):/usr/local/cuda/bin
+ncu:  ## profile one call: OP=block_attention SHAPE=7B:1:32768 G=64; needs Nsight Compute and a Hopper GPU
+	@command -v ncu >/dev/null || { echo "ncu must be on PATH (Nsight Compute)"; exit 1; }
+	@nvidia-smi -L 2>/dev/null | grep -q '^GPU' || { echo "a Hopper GPU must be there, nvidia-smi lists none"; exit 1; }
+	@{ command -v cmake && command -v ninja; } >/dev/null || $(PREPARE) test-cpp
+	@cmake -S . -B build/bench -G Ninja -DMAGE_TORCH=OFF -DMAGE_TESTS=OFF -DMAGE_CUDA=ON -DMAGE_BENCH=ON >/dev/null
+	@cmake --build build/bench --target attention_driver
+	@mkdir -p build/ncu && rm -f build/ncu/$(OP).ncu-rep
+	@ncu --set full --import-source yes --profile-from-start off --kernel-name regex:mage_ -f -o build/ncu/$(OP) \
+	  build/bench/bench/cpp/attention_driver $(OP) $(SHAPE) $(PAGE) $(G) 1
+	@test -f build/ncu/$(OP).ncu-rep || { echo "ncu wrote no report"; exit 1; }
+	@ncu --import build/ncu/$(OP).ncu-rep --page details | \
+	  awk '/Context [0-9]+, Stream/ { print } /Section:/ { on = /Speed Of Light Throughput/ } on && !/Context/'
+	@echo "report: build/ncu/$(OP).ncu-rep"
 
 clean:  ## remove everything that was built, the environment too
 	rm -rf build dist .venv .pytest_cache .hypothesis .ruff_cache python/*.egg-info

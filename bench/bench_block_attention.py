@@ -1,22 +1,29 @@
-"""block_attention and its emissions on the CPU against torch's scaled_dot_product_attention.
+"""block_attention and its emissions: on the CPU against torch's scaled_dot_product_attention, on an H100 against FA3,
+FlashInfer and SDPA.
 
     python bench/bench_block_attention.py [--case 7B] [--dtype bfloat16] [--threads 2] [--profile]
+    python bench/bench_block_attention.py --device cuda --fa3 _vllm_fa3_C.abi3.so [--rows 7B:1:32K,8B:16] [--warm]
+        [--emit none,mass64] [--out bench/results/h100/block_attention.json]
 
-Calls of both alternate in one process and the ratio of their medians is the result: clocks and neighbours move both.
-The peer gets contiguous K and V, already expanded to all query heads; we read the paged pool with a shuffled table and
-share each KV head. Context means the prefix P; S = P + Q. floor = max(flops at the float32 matrix rate, KV, q and out
-bytes at the read rate), both measured first; flops count 4 * H * rows * visible tokens * D. Prefill cases end blocks of
-32 rows where their own block ends.
+CUDA: times are those of cuda_timing.py, cold (sets of K/V of more than 200 MB take turns) and with --warm also over one
+set; shapes, targets and the table are in block_attention_cuda.py. Every case is checked against float32 first.
+
+CPU: calls of both alternate in one process and the ratio of their medians is the result, as clocks and neighbours move
+both. The peer gets contiguous K and V, already expanded to all query heads; we read the paged pool with a shuffled
+table and share each KV head. Context means the prefix P; S = P + Q. floor = max(flops at the float32 matrix rate, KV,
+q and out bytes at the read rate), both measured first; flops count 4 * H * rows * visible tokens * D. Prefill cases end
+blocks of 32 rows where their own block ends.
 """
 
 import argparse
 import json
 import platform
 import statistics
-import subprocess
 import time
 
+import block_attention_cuda
 import torch
+from result_file import make_result
 
 from mage_ext import ops, reference
 from mage_ext.testing.cases import AttentionCase
@@ -144,13 +151,28 @@ def cpu_name():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--device", choices=["cpu"], default="cpu")
-    parser.add_argument("--case", default="", help="only cases whose name contains this")
-    parser.add_argument("--dtype", choices=DTYPES, help="only this dtype")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--repeats", type=int, default=30)
-    parser.add_argument("--profile", action="store_true", help="one call of ours per case, for a profiler")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    cpu = parser.add_argument_group("with --device cpu")
+    cpu.add_argument("--case", default="", help="only cases whose name contains this")
+    cpu.add_argument("--dtype", choices=DTYPES, help="only this dtype")
+    cpu.add_argument("--threads", type=int, default=torch.get_num_threads())
+    cpu.add_argument("--repeats", type=int, default=30)
+    cpu.add_argument("--profile", action="store_true", help="one call of ours per case, for a profiler")
+    cuda = parser.add_argument_group("with --device cuda")
+    cuda.add_argument("--rows", default="", help="MODEL:BATCH:CONTEXT:Q, parts may be left out, several by commas")
+    cuda.add_argument("--emit", default=block_attention_cuda.DEFAULT_EMISSIONS, help="none, mass64, rows16, by commas")
+    cuda.add_argument("--peers", default="fa3,flashinfer,sdpa", help="which of these are timed")
+    cuda.add_argument("--fa3", help="the library _vllm_fa3_C.abi3.so of a vllm wheel")
+    cuda.add_argument("--warm", action="store_true", help="rows with a warm L2 too")
+    cuda.add_argument("--replays", type=int, default=15)
+    cuda.add_argument("--seed", type=int, default=0)
+    cuda.add_argument("--out", help="result file, written on an H100 only")
     args = parser.parse_args()
+    if args.device == "cuda":
+        block_attention_cuda.run(args, parser)
+        return
+    if args.out:
+        parser.error("--out is for --device cuda")
     torch.set_num_threads(args.threads)
     cases = [c for c in all_cases() if args.case in case_name(c) and args.dtype in (None, c["dtype"])]
     if not cases:
@@ -164,11 +186,9 @@ def main():
     flop_rate, read_rate = measure_roofs()
     print(f"{device}, torch {torch.__version__}")
     print(f"roofs, by torch: {flop_rate / 1e9:.0f} GFLOP/s (float32 product), {read_rate / 1e9:.1f} GB/s (sum)")
-    print(
-        "vs torch = our median / median of scaled_dot_product_attention on contiguous expanded K and V, attention alone"
-    )
+    print("speed = median of scaled_dot_product_attention on contiguous expanded K and V, attention alone / our median")
     header = f"{'case':28}{'dtype':10}{'median us':>10}{'min us':>9}{'GFLOP/s':>9}{'GB/s':>7}  {'bound':5}{'%floor':>7}"
-    print(f"{header}{'torch us':>10}{'vs torch':>9}")
+    print(f"{header}{'torch us':>10}{'speed':>9}")
     rows = []
     for case in cases:
         ours, peer, call, flops, moved = build(case)
@@ -177,14 +197,12 @@ def main():
         floor_us = max(flops / flop_rate, moved / read_rate) * 1e6
         bound = "mma" if flops / flop_rate > moved / read_rate else "mem"
         rates = f"{flops / us / 1e3:9.0f}{moved / us / 1e3:7.1f}"
-        against = f"{100 * floor_us / us:7.0f}{peer_us:10.0f}{us / peer_us:9.2f}"
+        against = f"{100 * floor_us / us:7.0f}{peer_us:10.0f}{peer_us / us:9.2f}"
         print(f"{case_name(case):28}{case['dtype']:10}{us:10.0f}{best:9.0f}{rates}  {bound:5}{against}", flush=True)
         row = {"case": case, "us": round(us, 1), "min_us": round(best, 1), "floor_us": round(floor_us, 1)}
         row |= {"fraction": round(floor_us / us, 3), "peer": "torch sdpa", "peer_us": round(peer_us, 1)}
-        rows.append(row | {"ratio": round(us / peer_us, 3)})
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    result = {"name": "block_attention", "device": device, "torch": torch.__version__, "commit": commit, "rows": rows}
-    print(json.dumps(result))
+        rows.append(row | {"ratio": round(peer_us / us, 3)})
+    print(json.dumps(make_result("block_attention", device, rows)))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,154 @@
+"""The parts of the benches that need no GPU: floors, rows, targets, result files; and one row with the timer replaced.
+
+Run: pytest tests/python/test_bench.py
+"""
+
+import argparse
+import json
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCH = Path(__file__).resolve().parents[2] / "bench"
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """The modules of bench/, by name."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    before = set(sys.modules)
+    import block_attention_cuda
+    import kv_sets
+    import peers
+    import result_file
+
+    yield types.SimpleNamespace(rows=block_attention_cuda, sets=kv_sets, peers=peers, files=result_file)
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(BENCH)):
+            del sys.modules[name]
+
+
+def test_floors_of_known_shapes(bench):
+    """7B 1 x 32K multiplies for 24.6 us; 8B 1 x 32K reads 134 MB in 44 us; masses of g = 16 add their partial sums."""
+    shape = bench.sets.Shape("7B", (32768,))
+    assert shape.floor_us(None) == pytest.approx(4 * 4 * 256 * 32800 * 128 / 700e12 * 1e6)
+    assert shape.floor_us(64) == shape.floor_us(None)
+    shape = bench.sets.Shape("8B", (32768,))
+    moved = 2 * 32800 * 8 * 128 * 2 + 2 * 32 * 32 * 128 * 2 + 32 * 32 * 4
+    assert shape.floor_us(None) == pytest.approx(moved / 3.05e12 * 1e6)
+    assert shape.floor_us(16) == pytest.approx((moved + 8 * 128 * 2050 * 4) / 3.05e12 * 1e6)
+
+
+def test_rows_cover_targets_and_are_distinct(bench):
+    shapes = bench.rows.all_shapes()
+    assert len({json.dumps(shape.case) for shape in shapes}) == len({shape.name for shape in shapes}) == len(shapes)
+    wanted = {shape.name: bench.rows.wanted_speed(shape, "mass64") for shape in shapes}
+    assert sum(value is not None for value in wanted.values()) == 18
+    assert wanted["7B 1x4K Q=32"] == 1.45 and wanted["1.5B 1x16K Q=32"] == 1.65 and wanted["8B 16x32K Q=32"] == 0.96
+    assert wanted["7B 1x32K Q=8"] is None and bench.rows.wanted_speed(shapes[0], "none") is None
+    mixed = [shape for shape in shapes if shape.mixed]
+    assert {(shape.batch, min(shape.contexts), max(shape.contexts)) for shape in mixed} == {(16, 1024, 131072)}
+
+
+@pytest.mark.parametrize(
+    "pattern, names",
+    [
+        ("7B:1:32K:32", ["7B 1x32K Q=32"]),
+        ("8B:16", ["8B 16x32K Q=32", "8B 16x32K Q=8", "8B 16 of 1K..128K Q=32"]),
+        ("1.5b:*:131072", ["1.5B 1x128K Q=32", "1.5B 1x128K Q=8"]),
+        ("7B::mixed", ["7B 16 of 1K..128K Q=32"]),
+        ("13B", []),
+    ],
+)
+def test_rows_are_picked(bench, pattern, names):
+    assert [shape.name for shape in bench.rows.all_shapes() if bench.rows.matches(shape, pattern)] == names
+
+
+def test_limits_of_emission(bench):
+    """3 % where KV is large and partial sums fit the L2, 5 % or 1 us otherwise; 8 or 20 % for g = 16."""
+    small, large, huge = (bench.sets.Shape("8B", (n,) * b) for n, b in ((4096, 1), (131072, 1), (32768, 16)))
+    assert bench.rows.allowed_emission_us(small, 64, 10.0) == 1.0
+    assert bench.rows.allowed_emission_us(large, 64, 100.0) == pytest.approx(3.0)
+    assert bench.rows.allowed_emission_us(bench.sets.Shape("7B", (32768,) * 32), 64, 100.0) == pytest.approx(5.0)
+    assert bench.rows.allowed_emission_us(small, 16, 100.0) == pytest.approx(8.0)
+    assert bench.rows.allowed_emission_us(huge, 16, 100.0) == pytest.approx(20.0)
+    assert bench.rows.allowed_emission_us(huge, 32, 100.0) is None
+
+
+def test_result_file(bench, tmp_path):
+    row = dict.fromkeys(bench.files.KEYS, 1.0) | {"case": {"model": "7B"}}
+    path = tmp_path / "h100" / "block_attention.json"
+    for device in ("NVIDIA H200", "NVIDIA A100-SXM4-80GB", "cpu"):
+        with pytest.raises(ValueError, match=f"an H100 only, got {device}"):
+            bench.files.write_result(path, bench.files.make_result("block_attention", device, [row]))
+    assert not path.exists()
+    result = bench.files.make_result("block_attention", "NVIDIA H100 80GB HBM3", [row, row | {"case": {}}], seed=3)
+    bench.files.write_result(path, result)
+    assert json.loads(path.read_text()) == result and result["torch"] == torch.__version__ and result["seed"] == 3
+    with pytest.raises(ValueError, match="once, got twice"):
+        bench.files.make_result("block_attention", "", [row, row])
+    with pytest.raises(ValueError, match="got none of ratio"):
+        bench.files.make_result("block_attention", "", [{key: row[key] for key in bench.files.KEYS if key != "ratio"}])
+
+
+def test_peers_say_why_they_are_absent(bench):
+    found, absent = bench.peers.find_peers(["fa3"], None)
+    assert found == [] and set(absent) == {"FA3", "FlashInfer", "SDPA"}
+    assert absent["FA3"] == "no library was named (--fa3)" and absent["SDPA"] == "not asked for (--peers)"
+    _, absent = bench.peers.find_peers(["fa3", "flashinfer"], "/nowhere.so")
+    assert "nowhere" in absent["FA3"]
+
+
+class FakePeer:
+    """Right for batches of one length, absent for others."""
+
+    name = "FA3"
+    paged = True
+
+    def __init__(self, bench):
+        self._bench = bench
+
+    def variants(self, shape, sets):
+        calls, outputs = self._bench.rows.our_calls(shape, sets, "none")
+        return {
+            "splits=0": [lambda call=call: call() or outputs[0] for call in calls],
+            "splits=1": [lambda: outputs[0] + 1],
+        }
+
+    def out(self, result):
+        return result.flatten(0, 1)
+
+
+def test_table_on_the_cpu_with_the_timer_replaced(bench, monkeypatch, capsys, tmp_path):
+    """Everything but the clock: inputs, checks of our results and of the peers', table, missed targets, file."""
+    rows = bench.rows
+    shapes = [bench.sets.Shape("1.5B", (224,)), bench.sets.Shape("8B", (160, 96), q_len=8)]
+    us = {"none": 10.0, "mass64": 10.5, "mass16": 13.0, "rows64": 10.5, ("FA3", "splits=0"): 15.0}
+    monkeypatch.setattr(bench.sets, "COLD_BYTES", 1)
+    monkeypatch.setattr(rows, "all_shapes", lambda: shapes)
+    monkeypatch.setattr(rows, "wanted_speed", lambda shape, emission: 1.45 if emission == "mass64" else None)
+    monkeypatch.setattr(rows, "make_sets", lambda *args: bench.sets.make_sets(*args, device="cpu"))
+    monkeypatch.setattr(rows, "capture", lambda calls: [call() for call in calls])
+    monkeypatch.setattr(rows, "median_us", lambda graphs, replays: {key: us[key] for key in graphs})
+    monkeypatch.setattr(rows, "find_peers", lambda names, fa3: ([FakePeer(bench)], {"FlashInfer": "no such module"}))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    path = tmp_path / "block_attention.json"
+    options = dict(emit="none,mass64,mass16,rows64", rows="", peers="fa3", fa3=None, warm=True, replays=1, seed=0)
+    rows.run(argparse.Namespace(**options, out=str(path)), argparse.ArgumentParser())
+    lines = capsys.readouterr().out.splitlines()
+    assert "FlashInfer absent: no such module" in lines
+    result = json.loads(lines[-1])
+    assert result == json.loads(path.read_text()) and len(result["rows"]) == 2 * 2 * 4
+    first = result["rows"][1]
+    assert first["case"]["emit"] == "mass" and first["case"]["cache"] == "cold" and first["case"]["context"] == 224
+    assert (first["peer"], first["peer_us"], first["ratio"]) == ("FA3", 15.0, 1.429)
+    assert first["absent"].keys() == {"FA3 splits=1"} and "off by" in first["absent"]["FA3 splits=1"]
+    assert result["rows"][-1]["case"]["contexts"] == [160, 96]
+    missed = [line for line in lines if "MISSED" in line]
+    assert len(missed) == 2 and "1.43" in missed[0]
+    assert "targets missed: 4" in lines  # two speeds, two masses of g = 16
