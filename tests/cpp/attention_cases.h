@@ -11,6 +11,7 @@
 
 #include "core/parallel.h"
 #include "mage/block_attention.h"
+#include "mage/block_attention_mass.h"
 
 // Cases and the naive float64 loop for the tests of the attention ops.
 namespace mage::test {
@@ -23,9 +24,13 @@ struct AttentionCase {
     DType dtype = DType::kFloat32;
     bool heads_first = false;  // pool [pages, Hkv, page, D]
     bool causal = false;       // kv_lens S - Q + 1 + i
-    bool break_page = false;   // the table's entry of the second page of request 0 is out of range
+    bool break_page = false;   // the table's entries of the second and the fourth page of request 0 are out of range
     int64_t split_tokens = 0;
     double softmax_scale = 0.3;
+    bool interleaved = false;  // pool [pages, page, Hkv, 2, D] of K and V
+    int64_t stair = 0;         // kv_lens: every `stair` rows see what is before their end
+    int64_t max_seq_len = 0;   // more than the longest request
+    uint32_t seed = 1;
 };
 
 inline std::vector<AttentionCase> attention_cases() {
@@ -101,13 +106,16 @@ struct AttentionBuffers {
     std::vector<int32_t> block_table, kv_lens;
     std::vector<float> lse;
     std::vector<double> naive_out, naive_lse;
+    std::vector<double> naive_size;           // as naive_out, of |v|
+    double largest_score = 0.0;               // in magnitude
     std::vector<std::vector<double>> shares;  // per (request, KV head): [S, R] softmax shares
 
     explicit AttentionBuffers(const AttentionCase& c) : test(c) {
-        std::mt19937 random(1);
+        std::mt19937 random(c.seed);
         const auto requests = static_cast<int64_t>(c.seq_lens.size());
         const int64_t bytes = dtype_bytes(c.dtype);
-        const int64_t longest = std::max<int64_t>(1, *std::max_element(c.seq_lens.begin(), c.seq_lens.end()));
+        const int64_t longest =
+            std::max<int64_t>({1, c.max_seq_len, *std::max_element(c.seq_lens.begin(), c.seq_lens.end())});
         const int64_t max_pages = (longest + c.page_size - 1) / c.page_size;
         const int64_t pages = requests * max_pages + 2;
         params.num_requests = requests;
@@ -126,12 +134,13 @@ struct AttentionBuffers {
         std::shuffle(order.begin(), order.end(), random);
         std::copy_n(order.begin(), block_table.size(), block_table.begin());
         if (c.break_page) block_table[1] = static_cast<int32_t>(pages);
+        if (c.break_page && max_pages > 3) block_table[3] = -7;
 
         // Pools full of NaN, then values where a token lies.
-        const int64_t row = c.head_dim;
-        const int64_t stride_token = c.heads_first ? row : row * c.num_kv_heads;
-        const int64_t stride_head = c.heads_first ? row * c.page_size : row;
-        const int64_t stride_page = row * c.num_kv_heads * c.page_size;
+        const int64_t row = c.head_dim, step = c.interleaved ? 2 * row : row;
+        const int64_t stride_token = c.heads_first ? step : step * c.num_kv_heads;
+        const int64_t stride_head = c.heads_first ? step * c.page_size : step;
+        const int64_t stride_page = step * c.num_kv_heads * c.page_size;
         for (std::vector<char>* pool : {&k_pool, &v_pool}) {
             pool->resize(pages * stride_page * bytes);
             for (int64_t i = 0; i < pages * stride_page; ++i) {
@@ -140,7 +149,7 @@ struct AttentionBuffers {
             for (int64_t b = 0; b < requests; ++b) {
                 for (int64_t t = 0; t < c.seq_lens[b]; ++t) {
                     const int64_t page = block_table[b * max_pages + t / c.page_size];
-                    if (page >= pages) continue;
+                    if (page < 0 || page >= pages) continue;
                     for (int64_t h = 0; h < c.num_kv_heads; ++h) {
                         const int64_t at = page * stride_page + t % c.page_size * stride_token + h * stride_head;
                         for (int64_t d = 0; d < row; ++d) {
@@ -162,10 +171,12 @@ struct AttentionBuffers {
         params.stride_q_head = row;
         params.stride_q_query = c.num_heads * row;
         params.stride_q_request = c.num_queries * c.num_heads * row;
-        if (c.causal) {
+        const int64_t stair = c.causal ? 1 : c.stair;
+        if (stair > 0) {
             for (int64_t b = 0; b < requests; ++b) {
                 for (int64_t i = 0; i < c.num_queries; ++i) {
-                    kv_lens.push_back(static_cast<int32_t>(c.seq_lens[b] - c.num_queries + 1 + i));
+                    const int64_t seen = std::min(c.num_queries, (i / stair + 1) * stair);
+                    kv_lens.push_back(static_cast<int32_t>(c.seq_lens[b] - c.num_queries + seen));
                 }
             }
             params.kv_lens = kv_lens.data();
@@ -200,11 +211,26 @@ struct AttentionBuffers {
         std::fill(lse.begin(), lse.end(), std::numeric_limits<float>::quiet_NaN());
     }
 
-    float pool_value(const std::vector<char>& pool, int64_t b, int64_t t, int64_t h, int64_t d) const {
+    bool is_broken(int64_t b, int64_t t) const {
         const int64_t page = block_table[b * params.pages.max_pages + t / test.page_size];
-        const int64_t at = page * params.k_cache.stride_page + t % test.page_size * params.k_cache.stride_token +
-                           h * params.k_cache.stride_head + d;
-        return load_exact(test.dtype, pool.data() + at * dtype_bytes(test.dtype));
+        return page < 0 || page >= params.pages.num_pages;
+    }
+
+    // The tokens of a request and KV head, [S, D]; zeros where the page is out of range.
+    std::vector<double> tokens_of(const std::vector<char>& pool, int64_t b, int64_t h) const {
+        const PagedPool& strides = params.k_cache;
+        std::vector<double> values(test.seq_lens[b] * test.head_dim, 0.0);
+        for (int64_t t = 0; t < test.seq_lens[b]; ++t) {
+            if (is_broken(b, t)) continue;
+            const int64_t page = block_table[b * params.pages.max_pages + t / test.page_size];
+            const int64_t at =
+                page * strides.stride_page + t % test.page_size * strides.stride_token + h * strides.stride_head;
+            for (int64_t d = 0; d < test.head_dim; ++d) {
+                values[t * test.head_dim + d] =
+                    load_exact(test.dtype, pool.data() + (at + d) * dtype_bytes(test.dtype));
+            }
+        }
+        return values;
     }
 
     // The plain loop over tokens that attended(request, kv_head, token) admits.
@@ -213,31 +239,35 @@ struct AttentionBuffers {
         const AttentionCase& c = test;
         const int64_t group = c.num_heads / c.num_kv_heads;
         naive_out.assign(lse.size() * c.head_dim, 0.0);
+        naive_size.assign(naive_out.size(), 0.0);
         naive_lse.assign(lse.size(), -INFINITY);
+        largest_score = 0.0;
         shares.assign(c.seq_lens.size() * c.num_kv_heads, {});
         for (size_t b = 0; b < c.seq_lens.size(); ++b) {
             for (int64_t h = 0; h < c.num_kv_heads; ++h) {
                 std::vector<double>& share = shares[b * c.num_kv_heads + h];
                 share.assign(c.seq_lens[b] * rows(), 0.0);
+                const auto k = tokens_of(k_pool, static_cast<int64_t>(b), h);
+                const auto v = tokens_of(v_pool, static_cast<int64_t>(b), h);
+                std::vector<double> q_row(c.head_dim);
                 for (int64_t r = 0; r < rows(); ++r) {
                     const int64_t query = r / group, head = h * group + r % group;
                     const int64_t q_at = ((b * c.num_queries + query) * c.num_heads + head) * c.head_dim;
                     const int64_t length =
-                        c.causal ? std::clamp<int64_t>(kv_lens[b * c.num_queries + query], 0, c.seq_lens[b])
-                                 : c.seq_lens[b];
+                        kv_lens.empty() ? c.seq_lens[b]
+                                        : std::clamp<int64_t>(kv_lens[b * c.num_queries + query], 0, c.seq_lens[b]);
+                    for (int64_t d = 0; d < c.head_dim; ++d) {
+                        q_row[d] = load_exact(c.dtype, q.data() + (q_at + d) * dtype_bytes(c.dtype));
+                    }
                     std::vector<double> score(length, -INFINITY);
                     double highest = -INFINITY, sum = 0.0;
                     for (int64_t t = 0; t < length; ++t) {
-                        if (block_table[b * params.pages.max_pages + t / c.page_size] >= params.pages.num_pages)
-                            continue;
+                        if (is_broken(static_cast<int64_t>(b), t)) continue;
                         if (!attended(static_cast<int64_t>(b), h, t)) continue;
                         double dot = 0.0;
-                        for (int64_t d = 0; d < c.head_dim; ++d) {
-                            dot +=
-                                static_cast<double>(load_exact(c.dtype, q.data() + (q_at + d) * dtype_bytes(c.dtype))) *
-                                pool_value(k_pool, b, t, h, d);
-                        }
+                        for (int64_t d = 0; d < c.head_dim; ++d) dot += q_row[d] * k[t * c.head_dim + d];
                         score[t] = dot * c.softmax_scale;
+                        largest_score = std::max(largest_score, std::abs(score[t]));
                         highest = std::max(highest, score[t]);
                     }
                     for (const double s : score) sum += s == -INFINITY ? 0.0 : std::exp(s - highest);
@@ -247,8 +277,10 @@ struct AttentionBuffers {
                         if (score[t] == -INFINITY) continue;
                         const double weight = std::exp(score[t] - highest) / sum;
                         share[t * rows() + r] = weight;
-                        for (int64_t d = 0; d < c.head_dim; ++d)
-                            naive_out[q_at + d] += weight * pool_value(v_pool, b, t, h, d);
+                        for (int64_t d = 0; d < c.head_dim; ++d) {
+                            naive_out[q_at + d] += weight * v[t * c.head_dim + d];
+                            naive_size[q_at + d] += weight * std::abs(v[t * c.head_dim + d]);
+                        }
                     }
                 }
             }
@@ -260,6 +292,40 @@ struct AttentionBuffers {
     double out_tolerance() const {
         const double rounding = test.dtype == DType::kFloat32 ? 0.0 : test.dtype == DType::kFloat16 ? 0x1p-11 : 0x1p-8;
         return rounding + 0x1p-16;
+    }
+
+    // What block_attention_mass makes of the naive shares, [B, Hkv, n]. mask: [B, Q].
+    std::vector<double> naive_mass(int64_t granularity, MassScore score, MassNorm norm, const std::vector<char>& mask,
+                                   const std::vector<int32_t>& prefix_lens) const {
+        const AttentionCase& c = test;
+        const int64_t group = c.num_heads / c.num_kv_heads;
+        const int64_t units = (params.max_seq_len + granularity - 1) / granularity;
+        std::vector<double> mass(shares.size() * units, 0.0);
+        for (size_t stream = 0; stream < shares.size(); ++stream) {
+            const size_t b = stream / c.num_kv_heads;
+            const bool prefix = norm == MassNorm::kPrefix;
+            const int64_t end = prefix ? std::clamp(prefix_lens[b], 0, c.seq_lens[b]) : c.seq_lens[b];
+            const std::vector<double>& share = shares[stream];
+            double* expected = mass.data() + stream * units;
+            int64_t kept = 0;
+            for (int64_t r = 0; r < rows(); ++r) {
+                if (!mask[b * c.num_queries + r / group]) continue;
+                ++kept;
+                double total = prefix ? 0.0 : 1.0;
+                for (int64_t t = 0; t < end && prefix; ++t) total += share[t * rows() + r];
+                if (total == 0.0) continue;
+                for (int64_t u = 0; u * granularity < end; ++u) {
+                    double sum = 0.0;
+                    for (int64_t t = u * granularity; t < std::min(end, (u + 1) * granularity); ++t)
+                        sum += share[t * rows() + r];
+                    expected[u] =
+                        score == MassScore::kMax ? std::max(expected[u], sum / total) : expected[u] + sum / total;
+                }
+            }
+            if (score == MassScore::kMax || kept == 0) continue;
+            for (int64_t u = 0; u < units; ++u) expected[u] /= static_cast<double>(kept);
+        }
+        return mass;
     }
 
     float out_value(int64_t i) const { return load_exact(test.dtype, out.data() + i * dtype_bytes(test.dtype)); }

@@ -36,7 +36,6 @@ TEST_P(BlockAttentionMass, EqualsTheNaiveLoop) {
     const MassCase& m = GetParam();
     AttentionBuffers buffers(m.attention);
     const AttentionCase& c = buffers.test;
-    const int64_t group = c.num_heads / c.num_kv_heads, rows = buffers.rows();
     const int64_t units = (buffers.params.max_seq_len + m.granularity - 1) / m.granularity;
     buffers.set_workspace(block_attention_mass_workspace(buffers.params.num_requests, c.num_queries, c.num_heads,
                                                          c.num_kv_heads, c.head_dim, buffers.params.max_seq_len,
@@ -66,33 +65,11 @@ TEST_P(BlockAttentionMass, EqualsTheNaiveLoop) {
     EXPECT_EQ(mass, first);
     MAGE_EXPECT_ATTENTION(buffers);
 
-    for (size_t b = 0; b < c.seq_lens.size(); ++b) {
-        const int64_t end = m.norm == MassNorm::kPrefix ? prefix_lens[b] : c.seq_lens[b];
-        for (int64_t h = 0; h < c.num_kv_heads; ++h) {
-            const std::vector<double>& share = buffers.shares[b * c.num_kv_heads + h];
-            std::vector<double> expected(units, 0.0);
-            int64_t kept = 0;
-            for (int64_t r = 0; r < rows; ++r) {
-                if (!mask[b * c.num_queries + r / group]) continue;
-                ++kept;
-                double total = m.norm == MassNorm::kPrefix ? 0.0 : 1.0;
-                for (int64_t t = 0; t < end && m.norm == MassNorm::kPrefix; ++t) total += share[t * rows + r];
-                if (total == 0.0) continue;
-                for (int64_t u = 0; u * m.granularity < end; ++u) {
-                    double sum = 0.0;
-                    for (int64_t t = u * m.granularity; t < std::min(end, (u + 1) * m.granularity); ++t)
-                        sum += share[t * rows + r];
-                    expected[u] =
-                        m.score == MassScore::kMax ? std::max(expected[u], sum / total) : expected[u] + sum / total;
-                }
-            }
-            for (int64_t u = 0; u < units; ++u) {
-                const double exact =
-                    m.score == MassScore::kMax || kept == 0 ? expected[u] : expected[u] / static_cast<double>(kept);
-                ASSERT_NEAR(mass[(b * c.num_kv_heads + h) * units + u], exact, 1e-3 * std::max(exact, 1e-6))
-                    << "request " << b << " head " << h << " unit " << u;
-            }
-        }
+    const std::vector<double> exact = buffers.naive_mass(m.granularity, m.score, m.norm, mask, prefix_lens);
+    ASSERT_EQ(mass.size(), exact.size());
+    for (size_t i = 0; i < mass.size(); ++i) {
+        ASSERT_NEAR(mass[i], exact[i], 1e-3 * std::max(exact[i], 1e-6))
+            << "stream " << i / units << " unit " << i % units;
     }
 }
 

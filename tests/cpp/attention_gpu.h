@@ -1,0 +1,258 @@
+#pragma once
+
+#include <vector>
+
+#include "attention_cases.h"
+#include "gpu.h"
+
+// Cases of the attention ops on CUDA, and their tensors on the device.
+namespace mage::test {
+
+// The four row shapes (R up to 64, 128, 192 and 256), and R that is cut into tiles of each of three.
+struct RowCount {
+    const char* name;
+    int64_t queries, heads;  // of one KV head
+};
+constexpr RowCount kRowCounts[] = {{"Rows56", 8, 7}, {"Rows128", 32, 4}, {"Rows192", 32, 6}, {"Rows224", 32, 7}};
+constexpr RowCount kCutRowCounts[] = {
+    {"Rows384", 64, 6}, {"Rows448", 64, 7}, {"Rows640", 64, 10}, {"Rows1024", 64, 16}};
+
+// Every axis by itself over small shapes: the naive loop's work, 2 * H * Q * S * D per case, is 1.2e9 in all.
+inline std::vector<AttentionCase> cuda_attention_cases() {
+    constexpr DType kBf16 = DType::kBFloat16, kFp16 = DType::kFloat16;
+    std::vector<AttentionCase> cases;
+    const auto add = [&](const std::string& name, std::vector<int32_t> lens, int64_t queries, int64_t heads,
+                         int64_t kv_heads, int64_t head_dim, int32_t page, DType dtype) -> AttentionCase& {
+        cases.push_back({name, std::move(lens), queries, heads, kv_heads, head_dim, page, dtype});
+        return cases.back();
+    };
+    const auto type_name = [](DType dtype) { return std::string(dtype == kBf16 ? "Bf16" : "Fp16"); };
+
+    // Row shapes x dtypes x head dims, lengths at the edges of tiles and pages.
+    for (const RowCount& r : kRowCounts) {
+        for (const DType dtype : {kBf16, kFp16}) {
+            for (const int64_t dim : {64, 128}) {
+                add(r.name + type_name(dtype) + "D" + std::to_string(dim),
+                    {0, 1, 63, 64, 65, 127, 128, 129, 191, 192, 193}, r.queries, r.heads, 1, dim, 64, dtype);
+            }
+        }
+    }
+    for (const RowCount& r : kCutRowCounts) add(r.name, {130, 0, 40}, r.queries, r.heads, 1, 64, 32, kBf16);
+    // Pages x layouts, and every page with the tiles of 128 tokens and the pairs of CTAs.
+    const char* layouts[] = {"Nhd", "Hnd", "Interleaved"};
+    const auto set_layout = [](AttentionCase& c, int layout) {
+        c.heads_first = layout == 1;
+        c.interleaved = layout == 2;
+    };
+    int next = 0;
+    for (const int32_t page : {1, 16, 32, 64, 128, 256}) {
+        const std::string of = "PageOf" + std::to_string(page);
+        for (int layout = 0; layout < 3; ++layout) {
+            set_layout(add(of + layouts[layout], {150, 77, 0, 257}, 10, 6, 2, 128, page, kBf16), layout);
+        }
+        set_layout(add(of + "Rows128", {150, 77}, 32, 8, 2, 64, page, kFp16), next++ % 3);
+        set_layout(add(of + "Rows224", {150, 77}, 32, 14, 2, 64, page, kBf16), next++ % 3);
+    }
+    // Streams that many workers share, and the ring of tiles goes round.
+    add("LongRows192", {3000}, 32, 6, 1, 64, 16, kBf16);
+    add("LongRows224", {3000}, 32, 7, 1, 64, 64, kBf16);
+    add("LongAndShort", {1, 20000}, 4, 2, 1, 64, 64, kFp16);
+    add("LongTiles", {5000, 5000}, 2, 2, 2, 128, 128, kBf16);
+    // Workers that hold whole segments, and the end of one beside the start of another.
+    add("Streams", {500, 30, 0, 129, 400, 77, 64, 350, 1, 222, 0, 480}, 2, 16, 8, 64, 32, kBf16);
+    std::vector<int32_t> many(100);
+    const int32_t lens[] = {0, 1, 40, 64, 65, 130, 0};
+    for (size_t i = 0; i < many.size(); ++i) many[i] = lens[i * i % 7];
+    add("ManyRequests", many, 2, 8, 4, 64, 16, kFp16);
+    add("NoTokens", {0, 0, 0}, 3, 2, 1, 64, 16, kBf16);
+    add("OneRow", {130}, 1, 1, 1, 128, 16, kBf16);
+    add("RowsExceedTokens", {5, 31, 20}, 40, 6, 2, 64, 16, kFp16);
+    // Rows of their own lengths.
+    add("Causal", {150, 37, 0}, 37, 4, 2, 64, 32, kBf16).causal = true;
+    add("CausalRows224", {300, 20}, 32, 7, 1, 64, 64, kBf16).causal = true;
+    add("CausalRowsExceedTokens", {20, 64}, 64, 3, 1, 128, 16, kFp16).causal = true;
+    add("Staircase", {160, 100}, 96, 4, 2, 64, 32, kBf16).stair = 32;
+    for (const int32_t page : {1, 16, 64}) {
+        AttentionCase& c = add("BrokenPagesOf" + std::to_string(page), {300, 20}, 8, 4, 2, 64, page, kBf16);
+        c.break_page = true;
+    }
+    add("BrokenPagesRows224", {500}, 32, 7, 1, 64, 128, kBf16).break_page = true;
+    add("BrokenPagesOf1Rows128", {150}, 32, 4, 1, 64, 1, kFp16).break_page = true;
+    add("OnlyBrokenPages", {60, 64}, 4, 4, 2, 64, 64, kBf16).break_page = true;
+    // 1e-300 is 0 in float32, and a masked score times 0 must not become NaN.
+    add("NegativeScale", {190}, 9, 4, 2, 64, 16, kBf16).softmax_scale = -0.2;
+    add("ZeroScale", {190}, 9, 4, 2, 64, 16, kFp16).softmax_scale = 0.0;
+    add("TinyScale", {190}, 9, 4, 2, 64, 16, kBf16).softmax_scale = 1e-300;
+    add("OneWinner", {190}, 9, 4, 2, 128, 16, kFp16).softmax_scale = 3.0;
+    // Fixed splits, tiles of 64 and of 128 tokens.
+    for (const int64_t split : {64, 128, 320}) {
+        const std::string of = "SplitBy" + std::to_string(split);
+        add(of, {700, 64, 0, 65, 321}, 8, 6, 2, 64, 64, kBf16).split_tokens = split;
+        add(of + "Rows128", {700, 0, 129}, 32, 4, 1, 64, 16, kFp16).split_tokens = split;
+        add(of + "Rows224", {450, 0, 129}, 32, 7, 1, 64, 64, kBf16).split_tokens = split;
+        cases.back().causal = true;
+    }
+    add("RoomToSpare", {120, 0}, 6, 4, 2, 64, 32, kBf16).max_seq_len = 1000;
+    return cases;
+}
+
+// Of these, the ones that say something about masses.
+inline std::vector<AttentionCase> cuda_unit_cases() {
+    std::vector<AttentionCase> cases;
+    for (const AttentionCase& c : cuda_attention_cases()) {
+        const auto is = [&](const char* start) { return c.name.rfind(start, 0) == 0; };
+        if (is("PageOf") && c.page_size != 16) continue;
+        if (is("Rows") && (c.dtype == DType::kFloat16) == (c.head_dim == 128)) continue;
+        if (is("LongRows224") || is("LongTiles")) continue;
+        cases.push_back(c);
+    }
+    return cases;
+}
+
+// The tensors of a case on the device. Outputs and workspace are NaN until a kernel writes them.
+struct AttentionOnDevice {
+    DeviceArray<char> q, k_pool, v_pool;
+    DeviceArray<int32_t> block_table, seq_lens, kv_lens;
+    DeviceArray<char> out, workspace;
+    DeviceArray<float> lse;
+    BlockAttentionParams params;
+    size_t out_bytes, lse_size;
+
+    AttentionOnDevice(const AttentionBuffers& host, int64_t workspace_bytes)
+        : q(host.q),
+          k_pool(pool_of(host)),
+          v_pool(host.test.interleaved ? std::vector<char>() : host.v_pool),
+          block_table(host.block_table),
+          seq_lens(host.test.seq_lens),
+          kv_lens(host.kv_lens),
+          out(std::vector<char>(host.out.size())),
+          workspace(std::vector<char>(workspace_bytes)),
+          lse(std::vector<float>(host.lse.size())),
+          params(host.params),
+          out_bytes(host.out.size()),
+          lse_size(host.lse.size()) {
+        params.q = q.data();
+        params.k_cache.data = k_pool.data();
+        params.v_cache.data =
+            host.test.interleaved ? k_pool.data() + host.test.head_dim * dtype_bytes(host.test.dtype) : v_pool.data();
+        params.pages.block_table = block_table.data();
+        params.seq_lens = seq_lens.data();
+        params.kv_lens = host.kv_lens.empty() ? nullptr : kv_lens.data();
+        params.out = out.data();
+        params.lse = lse.data();
+        params.workspace = workspace.data();
+        params.workspace_bytes = workspace_bytes;
+        poison();
+    }
+
+    // V's tokens go where an interleaved pool of K leaves room for them.
+    static std::vector<char> pool_of(const AttentionBuffers& host) {
+        std::vector<char> pool = host.k_pool;
+        const size_t row = host.test.head_dim * dtype_bytes(host.test.dtype);
+        for (size_t at = 0; host.test.interleaved && at < pool.size(); at += 2 * row) {
+            std::copy_n(host.v_pool.begin() + static_cast<int64_t>(at), row,
+                        pool.begin() + static_cast<int64_t>(at + row));
+        }
+        return pool;
+    }
+
+    // Inputs of another case of the same shape, under the same addresses.
+    void set(const AttentionBuffers& host) {
+        q.set(host.q);
+        k_pool.set(pool_of(host));
+        if (!host.test.interleaved) v_pool.set(host.v_pool);
+        block_table.set(host.block_table);
+        seq_lens.set(host.test.seq_lens);
+        kv_lens.set(host.kv_lens);
+    }
+
+    void poison() {
+        MAGE_CUDA_CHECK("test", cudaMemset(out.data(), 0xff, out_bytes));
+        MAGE_CUDA_CHECK("test", cudaMemset(lse.data(), 0xff, lse_size * sizeof(float)));
+        MAGE_CUDA_CHECK("test", cudaMemset(params.workspace, 0xff, params.workspace_bytes));
+        MAGE_CUDA_CHECK("test", cudaDeviceSynchronize());
+    }
+
+    void fetch(AttentionBuffers& host) const {
+        MAGE_CUDA_CHECK("test", cudaDeviceSynchronize());
+        host.out = out.get();
+        host.lse = lse.get();
+    }
+};
+
+// Largest |out - naive| that rounding explains. With u the rounding of 16-bit numbers (2^-8 bfloat16, 2^-11 float16),
+// A = sum w |v| and weights w that sum to 1: attention in that precision rounds every w, which moves out by at most
+// u * A, and out itself, u * |out|. float32 adds, relative to A: the score s * scale * log2(e) is rounded three times
+// (2^-24 each, of |score|) and exponentiated (2^-22), in the weights and in their sum; sums of S terms in tensor cores,
+// 2^-27 * S with the 16 of one instruction together. float16 weights below 2^-14 are rounded by 2^-25 each (the largest
+// of a row is at least 1), of |v| <= 2; so is out.
+inline double cuda_out_tolerance(const AttentionBuffers& b, size_t i) {
+    const bool fp16 = b.test.dtype == DType::kFloat16;
+    const double u = fp16 ? 0x1p-11 : 0x1p-8;
+    const auto tokens = static_cast<double>(b.params.max_seq_len);
+    const double scores = 3 * 0x1p-24 * 1.4427 * b.largest_score + 0x1p-22;
+    const double relative = 2 * scores + 0x1p-20 + 0x1p-27 * tokens;
+    return u * (b.naive_size[i] + std::abs(b.naive_out[i])) + relative * b.naive_size[i] +
+           (fp16 ? 0x1p-25 * (2 * tokens + 1) : 0x1p-30);
+}
+
+// Two streams and a graph, destroyed with it.
+struct Streams {
+    cudaStream_t first = nullptr, second = nullptr;
+    cudaGraph_t graph = nullptr;
+    cudaGraphExec_t exec = nullptr;
+    Streams() {
+        MAGE_CUDA_CHECK("test", cudaStreamCreateWithFlags(&first, cudaStreamNonBlocking));
+        MAGE_CUDA_CHECK("test", cudaStreamCreateWithFlags(&second, cudaStreamNonBlocking));
+    }
+    ~Streams() {
+        if (exec != nullptr) cudaGraphExecDestroy(exec);
+        if (graph != nullptr) cudaGraphDestroy(graph);
+        cudaStreamDestroy(first);
+        cudaStreamDestroy(second);
+    }
+    Streams(const Streams&) = delete;
+    Streams& operator=(const Streams&) = delete;
+
+    template <typename Launch>
+    void capture(const Launch& launch) {
+        MAGE_CUDA_CHECK("test", cudaStreamBeginCapture(first, cudaStreamCaptureModeGlobal));
+        launch(first);
+        MAGE_CUDA_CHECK("test", cudaStreamEndCapture(first, &graph));
+        MAGE_CUDA_CHECK("test", cudaGraphInstantiate(&exec, graph, 0));
+    }
+    void replay() {
+        MAGE_CUDA_CHECK("test", cudaGraphLaunch(exec, first));
+        MAGE_CUDA_CHECK("test", cudaStreamSynchronize(first));
+    }
+};
+
+// Calls `call` and compares the error's text.
+template <typename Call>
+void expect_cuda_error(const Call& call, const std::string& message) {
+    try {
+        call();
+        FAIL() << "no error, wanted: " << message;
+    } catch (const std::exception& error) {
+        EXPECT_NE(std::string(error.what()).find(message), std::string::npos) << error.what();
+    }
+}
+
+}  // namespace mage::test
+
+// Compares out and lse of AttentionBuffers, fetched from the device, with the naive loop.
+#define MAGE_EXPECT_CUDA_ATTENTION(buffers)                                                                         \
+    do {                                                                                                            \
+        for (size_t i = 0; i < (buffers).naive_out.size(); ++i) {                                                   \
+            ASSERT_NEAR((buffers).out_value(i), (buffers).naive_out[i], mage::test::cuda_out_tolerance(buffers, i)) \
+                << "out " << i;                                                                                     \
+        }                                                                                                           \
+        for (size_t i = 0; i < (buffers).naive_lse.size(); ++i) {                                                   \
+            const double exact = (buffers).naive_lse[i];                                                            \
+            if (exact == -INFINITY) {                                                                               \
+                ASSERT_EQ((buffers).lse[i], -INFINITY) << "lse " << i;                                              \
+            } else {                                                                                                \
+                ASSERT_NEAR((buffers).lse[i], exact, 1e-4 * std::max(1.0, std::abs(exact))) << "lse " << i;         \
+            }                                                                                                       \
+        }                                                                                                           \
+    } while (0)

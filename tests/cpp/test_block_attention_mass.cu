@@ -1,0 +1,293 @@
+#include <gtest/gtest.h>
+
+#include <climits>
+#include <string>
+#include <vector>
+
+#include "attention_gpu.h"
+#include "mage/block_attention_mass.h"
+
+namespace mage::test {
+namespace {
+
+struct CudaMassCase {
+    AttentionCase attention;
+    int64_t granularity;
+    MassScore score;
+    MassNorm norm;
+    bool masked;
+};
+
+std::vector<CudaMassCase> cuda_mass_cases() {
+    std::vector<CudaMassCase> cases;
+    const int64_t granularities[] = {16, 64, 32};
+    // Every attention case, with the options of the emission in turn.
+    size_t i = 0;
+    for (const AttentionCase& c : cuda_unit_cases()) {
+        cases.push_back({c, granularities[i % 3], i / 3 % 2 == 1 ? MassScore::kMax : MassScore::kMean,
+                         i / 2 % 2 == 0 ? MassNorm::kContext : MassNorm::kPrefix, i % 5 > 2});
+        ++i;
+    }
+    // All of them for every row shape.
+    for (const RowCount& r : kRowCounts) {
+        for (const int64_t g : granularities) {
+            for (const bool max : {false, true}) {
+                for (const bool prefix : {false, true}) {
+                    const std::string name = std::string(r.name) + "G" + std::to_string(g) + (max ? "Max" : "Mean") +
+                                             (prefix ? "Prefix" : "Context");
+                    cases.push_back({{name, {200, 0, 65}, r.queries, r.heads, 1, 64, 32, DType::kBFloat16},
+                                     g,
+                                     max ? MassScore::kMax : MassScore::kMean,
+                                     prefix ? MassNorm::kPrefix : MassNorm::kContext,
+                                     false});
+                }
+            }
+        }
+    }
+    return cases;
+}
+
+// The tensors of a case: attention's and those of the emission, mass NaN.
+struct MassOnDevice {
+    AttentionBuffers buffers;
+    std::vector<int32_t> prefix_lens;
+    std::vector<char> mask;
+    BlockAttentionMassParams params;
+    AttentionOnDevice attention;
+    DeviceArray<int32_t> device_prefix;
+    DeviceArray<char> device_mask;
+    int64_t mass_size;
+    DeviceArray<float> device_mass;
+    std::vector<float> mass;
+
+    explicit MassOnDevice(const CudaMassCase& m)
+        : buffers(m.attention),
+          prefix_lens(prefix_of(buffers)),
+          mask(mask_of(m)),
+          params(params_of(m, buffers)),
+          attention(buffers, cuda::block_attention_mass_workspace(params)),
+          device_prefix(prefix_lens),
+          device_mask(mask),
+          mass_size(buffers.params.num_requests * buffers.params.num_kv_heads *
+                    ((buffers.params.max_seq_len + m.granularity - 1) / m.granularity)),
+          device_mass(std::vector<float>(mass_size)) {
+        params.attention = attention.params;
+        params.row_mask = m.masked ? reinterpret_cast<const bool*>(device_mask.data()) : nullptr;
+        params.prefix_lens = m.norm == MassNorm::kPrefix ? device_prefix.data() : nullptr;
+        params.mass = device_mass.data();
+        poison();
+    }
+
+    // P inside of tiles and units.
+    static std::vector<int32_t> prefix_of(const AttentionBuffers& buffers) {
+        std::vector<int32_t> lens;
+        for (const int32_t len : buffers.test.seq_lens) lens.push_back(len * 2 / 3);
+        return lens;
+    }
+
+    static std::vector<char> mask_of(const CudaMassCase& m) {
+        std::vector<char> mask(m.attention.seq_lens.size() * m.attention.num_queries, 1);
+        for (size_t i = 0; i < mask.size(); ++i) mask[i] = !m.masked || i % 3 == 1;
+        return mask;
+    }
+
+    static BlockAttentionMassParams params_of(const CudaMassCase& m, const AttentionBuffers& buffers) {
+        BlockAttentionMassParams params;
+        params.attention = buffers.params;
+        params.granularity = m.granularity;
+        params.score = m.score;
+        params.norm = m.norm;
+        return params;
+    }
+
+    void poison() {
+        attention.poison();
+        MAGE_CUDA_CHECK("test", cudaMemset(device_mass.data(), 0xff, mass_size * sizeof(float)));
+        MAGE_CUDA_CHECK("test", cudaDeviceSynchronize());
+    }
+
+    void fetch() {
+        attention.fetch(buffers);
+        mass = device_mass.get();
+    }
+
+    void run() {
+        poison();
+        cuda::block_attention_mass(params, nullptr);
+        fetch();
+    }
+};
+
+void expect_naive_mass(const MassOnDevice& m) {
+    const std::vector<double> exact =
+        m.buffers.naive_mass(m.params.granularity, m.params.score, m.params.norm, m.mask, m.prefix_lens);
+    ASSERT_EQ(m.mass.size(), exact.size());
+    const size_t units = exact.size() / m.buffers.shares.size();
+    for (size_t i = 0; i < exact.size(); ++i) {
+        ASSERT_NEAR(m.mass[i], exact[i], 1e-3 * std::max(exact[i], 1e-6))
+            << "stream " << i / units << " unit " << i % units;
+        if (exact[i] == 0.0) {
+            ASSERT_EQ(m.mass[i], 0.0f) << "stream " << i / units << " unit " << i % units;
+        }
+    }
+}
+
+class BlockAttentionMassCuda : public testing::TestWithParam<CudaMassCase> {};
+
+TEST_P(BlockAttentionMassCuda, EqualsTheNaiveLoop) {
+    MAGE_NEEDS_GPU();
+    MassOnDevice m(GetParam());
+    m.run();
+    expect_naive_mass(m);
+    MAGE_EXPECT_CUDA_ATTENTION(m.buffers);
+    // Emission does not change attention.
+    const std::vector<char> out = m.buffers.out;
+    const std::vector<float> lse = m.buffers.lse;
+    m.poison();
+    cuda::block_attention(m.params.attention, nullptr);
+    m.fetch();
+    EXPECT_EQ(m.buffers.out, out);
+    EXPECT_EQ(m.buffers.lse, lse);
+}
+
+INSTANTIATE_TEST_SUITE_P(Cases, BlockAttentionMassCuda, testing::ValuesIn(cuda_mass_cases()),
+                         [](const auto& info) { return info.param.attention.name; });
+
+CudaMassCase small_case(int64_t queries, int64_t heads, std::vector<int32_t> lens) {
+    return {{"Small", std::move(lens), queries, heads, 1, 64, 16, DType::kBFloat16},
+            16,
+            MassScore::kMean,
+            MassNorm::kPrefix,
+            true};
+}
+
+TEST(BlockAttentionMassCudaRuns, AreBitwiseEqual) {
+    MAGE_NEEDS_GPU();
+    for (const RowCount& r : kRowCounts) {
+        for (const int64_t split_tokens : {0, 64}) {
+            CudaMassCase c = small_case(r.queries, r.heads, {700, 1, 0, 300});
+            c.attention.split_tokens = split_tokens;
+            MassOnDevice m(c);
+            m.run();
+            expect_naive_mass(m);
+            const std::vector<float> mass = m.mass;
+            for (int i = 1; i < 20; ++i) {
+                m.run();
+                ASSERT_EQ(m.mass, mass) << r.name << " run " << i;
+            }
+        }
+    }
+}
+
+// P is clamped to [0, S].
+TEST(BlockAttentionMassCudaPrefix, IsClamped) {
+    MAGE_NEEDS_GPU();
+    for (const RowCount& r : kRowCounts) {
+        MassOnDevice m(small_case(r.queries, r.heads, {150, 150, 150, 150, 150}));
+        m.prefix_lens = {-1, 0, INT_MAX, 151, INT_MIN};
+        m.device_prefix.set(m.prefix_lens);
+        m.run();
+        expect_naive_mass(m);
+    }
+}
+
+// A masked row may hold anything: its NaN reaches its own output and no mass.
+TEST(BlockAttentionMassCudaMask, HidesNan) {
+    MAGE_NEEDS_GPU();
+    for (const RowCount& r : kRowCounts) {
+        for (const MassScore score : {MassScore::kMean, MassScore::kMax}) {
+            CudaMassCase c = small_case(r.queries, r.heads, {700, 90});
+            c.score = score;
+            MassOnDevice m(c);
+            m.run();
+            const std::vector<float> mass = m.mass;
+            const size_t query = m.buffers.q.size() / m.mask.size();
+            for (size_t i = 0; i < m.mask.size(); ++i) {
+                if (!m.mask[i]) std::fill_n(m.buffers.q.begin() + static_cast<int64_t>(i * query), query, '\xff');
+            }
+            m.attention.q.set(m.buffers.q);
+            m.run();
+            EXPECT_EQ(m.mass, mass) << r.name;
+        }
+    }
+}
+
+TEST(BlockAttentionMassCudaGraph, ReplaysWithNewLengths) {
+    MAGE_NEEDS_GPU();
+    const auto graph_case = [](std::vector<int32_t> lens, uint32_t seed) {
+        CudaMassCase c = small_case(32, 7, std::move(lens));
+        c.attention.max_seq_len = 600;
+        c.attention.seed = seed;
+        return c;
+    };
+    MassOnDevice captured(graph_case({77, 0, 130}, 1));
+    Streams streams;
+    streams.capture([&](cudaStream_t stream) { cuda::block_attention_mass(captured.params, stream); });
+    const std::vector<std::vector<int32_t>> batches = {{600, 1, 0}, {0, 0, 0}, {64, 599, 600}};
+    for (size_t i = 0; i < batches.size(); ++i) {
+        MassOnDevice other(graph_case(batches[i], static_cast<uint32_t>(i) + 2));
+        captured.attention.set(other.buffers);
+        captured.device_prefix.set(other.prefix_lens);
+        captured.poison();
+        streams.replay();
+        captured.fetch();
+        other.buffers.out = captured.buffers.out;
+        other.buffers.lse = captured.buffers.lse;
+        other.mass = captured.mass;
+        expect_naive_mass(other);
+        MAGE_EXPECT_CUDA_ATTENTION(other.buffers);
+    }
+}
+
+TEST(BlockAttentionMassCudaStreams, RunAtOnce) {
+    MAGE_NEEDS_GPU();
+    MassOnDevice first(small_case(32, 7, {700, 90})), second(small_case(32, 6, {65, 0, 400}));
+    const Streams streams;
+    for (int i = 0; i < 10; ++i) {
+        cuda::block_attention_mass(first.params, streams.first);
+        cuda::block_attention_mass(second.params, streams.second);
+    }
+    for (MassOnDevice* m : {&first, &second}) {
+        m->fetch();
+        expect_naive_mass(*m);
+        MAGE_EXPECT_CUDA_ATTENTION(m->buffers);
+    }
+}
+
+TEST(BlockAttentionMassCudaErrors, NameTheArgument) {
+    MAGE_NEEDS_GPU();
+    const MassOnDevice m(small_case(8, 7, {70}));
+    const auto expect_error = [&](const BlockAttentionMassParams& bad, const std::string& message) {
+        expect_cuda_error([&] { cuda::block_attention_mass(bad, nullptr); }, "block_attention_mass: " + message);
+    };
+    BlockAttentionMassParams bad = m.params;
+    bad.attention.dtype = DType::kFloat32;
+    expect_error(bad, "q must be bfloat16 or float16 on CUDA, got float32");
+    bad = m.params;
+    bad.attention.head_dim = 96;
+    bad.attention.workspace_bytes = int64_t{1} << 40;
+    expect_error(bad, "the head dim of q must be 64 or 128 on CUDA, got 96");
+    bad = m.params;
+    bad.granularity = 1;
+    bad.attention.workspace_bytes = int64_t{1} << 40;
+    expect_error(bad, "g must be 16, 32 or 64 on CUDA (token_mass has g = 1), got 1");
+    bad.granularity = 8;
+    expect_error(bad, "g must be 1, 16, 32 or 64, got 8");
+    bad = m.params;
+    bad.attention.num_queries = 1000000;
+    bad.attention.workspace_bytes = int64_t{1} << 40;
+    expect_error(bad, "q must have at most ");
+    bad = m.params;
+    bad.attention.workspace_bytes -= 1;
+    expect_error(bad, "workspace must have at least " + std::to_string(m.params.attention.workspace_bytes) +
+                          " bytes, got " + std::to_string(m.params.attention.workspace_bytes - 1));
+    bad = m.params;
+    bad.prefix_lens = nullptr;
+    expect_error(bad, "prefix_lens must be given with norm prefix");
+    bad = m.params;
+    bad.score = MassScore::kRows;
+    expect_error(bad, "score must be mean or max, got rows");
+}
+
+}  // namespace
+}  // namespace mage::test
