@@ -10,10 +10,18 @@ import pytest
 import torch
 
 from mage_ext import ops, reference
-from mage_ext.testing.cases import ATTENTION_CASES, make_pools
-from mage_ext.testing.compare import assert_lse_close, assert_out_close, assert_same_bits, torch_attention
+from mage_ext.testing.cases import ATTENTION_CASES, BF16, CUDA_ATTENTION_CASES, FP16, AttentionCase, make_pools, on_cuda
+from mage_ext.testing.compare import (
+    assert_cuda_out_close,
+    assert_lse_close,
+    assert_out_close,
+    assert_same_bits,
+    exact_attention,
+    torch_attention,
+)
 
 ISAS = ("baseline", "avx2", "avx512")
+gpu = pytest.mark.gpu
 
 
 def run_and_check(case, seed=0):
@@ -362,3 +370,211 @@ def test_debug_switch_names_the_value():
             ops.block_attention(**tensors, max_seq_len=128, kv_lens=falling)
     finally:
         ops.set_debug(was_on)
+
+
+# --- CUDA ------------------------------------------------------------------------------------------------------------
+
+
+@gpu
+@pytest.mark.parametrize("name", CUDA_ATTENTION_CASES)
+def test_cuda_matches_reference(name):
+    case = CUDA_ATTENTION_CASES[name]
+    out, lse = ops.block_attention(**case.tensors(device="cuda"), **on_cuda(case.options))
+    assert out.is_cuda and lse.is_cuda and out.dtype == case.dtype and out.is_contiguous() and lse.is_contiguous()
+    tensors = case.tensors()
+    exact, exact_lse = reference.block_attention(**tensors, **case.options, upcast=True)
+    tensors["v_cache"] = tensors["v_cache"].abs()
+    size = reference.block_attention(**tensors, **case.options, upcast=True)[0]
+    assert_lse_close(lse.cpu(), exact_lse)
+    assert_cuda_out_close(out.cpu(), exact, size, case.longest)
+
+
+# Blocks of 32 of 8B, 7B, 1.5B and 135M models over thousands of tokens, and one of 64.
+LARGE_CASES = {
+    "8b": AttentionCase((4128,), 32, 32, 8, 128, dtype=BF16),
+    "7b": AttentionCase((0, 4128, 65), 32, 28, 4, 128, dtype=BF16),
+    "1.5b": AttentionCase((0, 1, 63, 2048, 5000), 32, 12, 2, 128, page=16, layout="hnd", dtype=FP16),
+    "135m": AttentionCase((300, 2077), 32, 9, 3, 64, page=256, layout="interleaved", dtype=BF16),
+    "block_of_64": AttentionCase((1500, 200), 64, 28, 4, 128, page=1, dtype=BF16),
+}
+
+
+@gpu
+@pytest.mark.parametrize("name", LARGE_CASES)
+def test_cuda_matches_float64_on_the_gpu(name):
+    case = LARGE_CASES[name]
+    tensors = case.tensors(device="cuda")
+    exact, size, exact_lse, _ = exact_attention(**tensors)
+    for split_tokens in (0, 320):
+        out, lse = ops.block_attention(**tensors, max_seq_len=case.longest, split_tokens=split_tokens)
+        assert_lse_close(lse, exact_lse)
+        assert_cuda_out_close(out, exact, size, case.longest)
+
+
+@gpu
+def test_cuda_lengths_are_clamped():
+    case = replace(CUDA_ATTENTION_CASES["ragged"], lens=(70, 70, 70))
+    tensors = case.tensors(device="cuda")
+    tensors["seq_lens"] = torch.tensor([-5, 2**31 - 1, 70], dtype=torch.int32, device="cuda")
+    kv_lens = torch.full((3, 8), 2**31 - 1, dtype=torch.int32, device="cuda")
+    kv_lens[2, 0] = -(2**31)
+    out, lse = ops.block_attention(**tensors, max_seq_len=70, kv_lens=kv_lens)
+    tensors["seq_lens"] = torch.tensor([0, 70, 70], dtype=torch.int32, device="cuda")
+    full, full_lse = ops.block_attention(**tensors, max_seq_len=70)
+    assert_same_bits(out[:2], full[:2])
+    assert_same_bits(out[2, 1:], full[2, 1:])
+    assert_same_bits(lse[1:, :, 1:], full_lse[1:, :, 1:])
+    assert (out[2, 0] == 0).all() and (lse[2, :, 0] == -math.inf).all()
+
+
+@gpu
+@pytest.mark.parametrize("scale", [65536.0, -65536.0, 0.0, 1e-300])
+def test_cuda_extreme_softmax_scales_give_no_nan(scale):
+    tensors = CUDA_ATTENTION_CASES["ragged"].tensors(device="cuda")
+    out, lse = ops.block_attention(**tensors, max_seq_len=250, softmax_scale=scale)
+    assert out.isfinite().all() and lse[1:].isfinite().all()
+    if abs(scale) < 1:
+        counts = tensors["seq_lens"][1:].float().log()[:, None, None]
+        assert torch.allclose(lse[1:], counts.expand_as(lse[1:]), atol=1e-4)
+
+
+@gpu
+@pytest.mark.parametrize("name", ["block_of_7b", "ragged", "prefill_chunk", "long", "many_rows", "split_by_64"])
+def test_cuda_repeats_bit_for_bit(name):
+    case = CUDA_ATTENTION_CASES[name]
+    tensors, options = case.tensors(device="cuda"), on_cuda(case.options)
+    expected = ops.block_attention(**tensors, **options)
+    for _ in range(20):
+        for actual, wanted in zip(ops.block_attention(**tensors, **options), expected, strict=True):
+            assert_same_bits(actual, wanted)
+
+
+@gpu
+@pytest.mark.parametrize("layout", ["hnd", "interleaved"])
+def test_cuda_layouts_give_the_same_bits(layout):
+    case = CUDA_ATTENTION_CASES["block_of_7b"]
+    expected = ops.block_attention(**replace(case, layout="nhd").tensors(device="cuda"), **case.options)
+    actual = ops.block_attention(**replace(case, layout=layout).tensors(device="cuda"), **case.options)
+    for ours, wanted in zip(actual, expected, strict=True):
+        assert_same_bits(ours, wanted)
+
+
+@gpu
+@pytest.mark.parametrize("name", ["ragged", "block_of_7b", "prefill_chunk", "split_by_64", "no_requests"])
+def test_cuda_out_twin_writes_everything(name):
+    case = CUDA_ATTENTION_CASES[name]
+    tensors, options = case.tensors(device="cuda"), on_cuda(case.options)
+    expected = ops.block_attention(**tensors, **options)
+    out, lse = (torch.full_like(t, math.nan) for t in expected)
+    size = ops.block_attention_workspace(
+        len(case.lens), case.q_len, case.heads, case.kv_heads, case.head_dim, case.longest, case.split_tokens
+    )
+    workspace = torch.full((size,), 255, dtype=torch.uint8, device="cuda")
+    ops.block_attention_out(**tensors, out=out, lse=lse, workspace=workspace, **options)
+    assert_same_bits(out, expected[0])
+    assert_same_bits(lse, expected[1])
+
+
+@gpu
+@pytest.mark.parametrize("split_tokens", [0, 128])
+def test_cuda_graph_follows_new_lengths(split_tokens):
+    """A captured call reads lengths, tables and tokens when the graph is replayed."""
+    case = replace(CUDA_ATTENTION_CASES["block_of_7b"], lens=(517, 517), layout="nhd")
+    tensors = case.tensors(device="cuda")
+    options = {"max_seq_len": 517, "split_tokens": split_tokens}
+    ops.block_attention(**tensors, **options)  # first use, outside the capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = ops.block_attention(**tensors, **options)
+    for seed, lens in enumerate([(517, 1), (0, 300), (0, 0), (64, 517)]):
+        for name, value in case.tensors(seed + 1, device="cuda").items():
+            tensors[name].copy_(value)
+        tensors["seq_lens"].copy_(torch.tensor(lens, dtype=torch.int32))
+        graph.replay()
+        torch.cuda.synchronize()
+        expected = ops.block_attention(**tensors, **options)
+        assert_same_bits(out, expected[0])
+        assert_same_bits(lse, expected[1])
+        exact, size, exact_lse, _ = exact_attention(**tensors)
+        assert_lse_close(lse, exact_lse)
+        assert_cuda_out_close(out, exact, size, 517)
+
+
+@gpu
+def test_cuda_streams_run_at_once():
+    names = ("block_of_7b", "block_of_135m")
+    calls = [(CUDA_ATTENTION_CASES[n].tensors(device="cuda"), CUDA_ATTENTION_CASES[n].options) for n in names]
+    expected = [ops.block_attention(**tensors, **options) for tensors, options in calls]
+    streams = [torch.cuda.Stream() for _ in calls]
+    torch.cuda.synchronize()
+    results = []
+    for _ in range(10):
+        for stream, (tensors, options) in zip(streams, calls, strict=True):
+            with torch.cuda.stream(stream):
+                results.append(ops.block_attention(**tensors, **options))
+    torch.cuda.synchronize()
+    for i, actual in enumerate(results):
+        assert_same_bits(actual[0], expected[i % 2][0])
+        assert_same_bits(actual[1], expected[i % 2][1])
+
+
+@gpu
+def test_cuda_nan_shows():
+    """As on the CPU: a NaN among the tokens is in out and lse of the rows of its KV head, and of no others."""
+    for lens in ((130,), (2000,)):  # one worker, several
+        case = replace(CUDA_ATTENTION_CASES["one_row"], lens=lens)
+        tensors = case.tensors(device="cuda")
+        tensors["k_cache"][tensors["block_table"][0, 4].item(), 3, 1, 5] = math.nan
+        out, lse = ops.block_attention(**tensors, **case.options)
+        assert out[:, :, 3:6].isnan().all() and lse[:, 3:6].isnan().all()
+        assert not out[:, :, :3].isnan().any() and not out[:, :, 6:].isnan().any()
+
+
+@gpu
+def test_cuda_opcheck():
+    case = CUDA_ATTENTION_CASES["causal"]
+    tensors, options = case.tensors(device="cuda"), on_cuda(case.options)
+    results = torch.library.opcheck(torch.ops.mage.block_attention.default, tuple(tensors.values()), options)
+    assert set(results.values()) == {"SUCCESS"}
+    size = ops.block_attention_workspace(2, 37, 4, 2, 64, 150)
+    out = torch.empty_like(tensors["q"], memory_format=torch.contiguous_format)
+    rest = (out, torch.empty(2, 4, 37, device="cuda"), torch.empty(size, dtype=torch.uint8, device="cuda"))
+    op = torch.ops.mage.block_attention_out.default
+    assert set(torch.library.opcheck(op, (*tensors.values(), *rest), options).values()) == {"SUCCESS"}
+
+
+BAD_CUDA = {
+    "float32": (
+        lambda a: {n: a[n].float() for n in ("q", "k_cache", "v_cache")},
+        "q must be bfloat16 or float16 on CUDA, got float32",
+    ),
+    "head_dim": (
+        lambda a: {n: a[n].new_zeros(*a[n].shape[:-1], 96) for n in ("q", "k_cache", "v_cache")},
+        "the head dim of q must be 64 or 128 on CUDA, got 96",
+    ),
+    "k_cache_device": (lambda a: {"k_cache": a["k_cache"].cpu()}, "k_cache must be on cuda:0.*, got cpu"),
+    "seq_lens_device": (lambda a: {"seq_lens": a["seq_lens"].cpu()}, "seq_lens must be on cuda:0.*, got cpu"),
+    "kv_lens_device": (lambda a: {"kv_lens": torch.zeros(2, 8, dtype=torch.int32)}, "kv_lens must be on cuda:0.*"),
+    "split_tokens": (lambda a: {"split_tokens": 100}, "split_tokens must be 0 or a positive multiple of 64, got 100"),
+    "table": (lambda a: {"max_seq_len": 129}, "block_table must have pages for max_seq_len = 129 tokens, got 4 pages"),
+}
+
+
+@gpu
+@pytest.mark.parametrize("name", BAD_CUDA)
+def test_cuda_refuses(name):
+    change, message = BAD_CUDA[name]
+    arguments = {**replace(REFUSAL_CASE, dtype=BF16).tensors(device="cuda"), "max_seq_len": 128}
+    arguments |= change(arguments)
+    with pytest.raises((ValueError, RuntimeError), match="block_attention: " + message):
+        ops.block_attention(**arguments)
+
+
+@gpu
+def test_cuda_refuses_a_small_workspace():
+    arguments = {**replace(REFUSAL_CASE, dtype=BF16).tensors(device="cuda"), "max_seq_len": 128}
+    arguments |= {"out": torch.full_like(arguments["q"], 7.0), "lse": torch.full((2, 4, 8), 7.0, device="cuda")}
+    workspace = torch.zeros(64, dtype=torch.uint8, device="cuda")
+    with pytest.raises(RuntimeError, match=r"block_attention: workspace must have at least .* bytes, got 64"):
+        ops.block_attention_out(**arguments, workspace=workspace)
+    assert (arguments["out"] == 7).all() and (arguments["lse"] == 7).all()

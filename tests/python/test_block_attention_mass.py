@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from mage_ext import ops, reference
-from mage_ext.testing.cases import ATTENTION_CASES
-from mage_ext.testing.compare import assert_lse_close, assert_mass_close, assert_same_bits
+from mage_ext.testing.cases import ATTENTION_CASES, BF16, CUDA_ATTENTION_CASES, AttentionCase, on_cuda
+from mage_ext.testing.compare import assert_lse_close, assert_mass_close, assert_same_bits, exact_attention
+
+gpu = pytest.mark.gpu
 
 
 def prefix_lens(case):
@@ -230,3 +232,142 @@ def test_out_twin_refuses(wrong):
     }
     with pytest.raises(RuntimeError, match=f"block_attention_mass: {wrong.split('_')[0]} must "):
         ops.block_attention_mass_out(**case.tensors(), **outputs, max_seq_len=128, g=32)
+
+
+# --- CUDA ------------------------------------------------------------------------------------------------------------
+
+CUDA_RUNS = [(name, options) for name, options in RUNS if name in CUDA_ATTENTION_CASES and options["g"] > 1]
+CUDA_RUNS += [(name, {**o, "g": 32}) for name, o in RUNS if name in CUDA_ATTENTION_CASES and o["g"] == 1]
+
+
+@gpu
+@pytest.mark.parametrize(
+    ("name", "options"), CUDA_RUNS, ids=lambda x: x if isinstance(x, str) else "-".join(map(str, x.values()))
+)
+def test_cuda_matches_reference(name, options):
+    """Mass within tolerance; out and lse are those of block_attention, bit for bit."""
+    case = CUDA_ATTENTION_CASES[name]
+    tensors, extra = case.tensors(device="cuda"), mass_options(case, options)
+    out, lse, mass = ops.block_attention_mass(**tensors, **on_cuda(case.options), **on_cuda(extra))
+    expected = ops.block_attention(**tensors, **on_cuda(case.options))
+    assert_same_bits(out, expected[0])
+    assert_same_bits(lse, expected[1])
+    exact = reference.block_attention_mass(**case.tensors(), **case.options, **extra, upcast=True)
+    assert_lse_close(lse.cpu(), exact[1])
+    assert_mass_close(mass.cpu(), exact[2])
+    assert mass.shape == (len(case.lens), case.kv_heads, -(-case.longest // options["g"]))
+
+
+@gpu
+@pytest.mark.parametrize("g", [16, 32, 64])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(28, 4), (32, 8), (12, 2), (7, 4)])
+def test_cuda_matches_float64_on_the_gpu(heads, kv_heads, g):
+    """Blocks of 32 over thousands of tokens: 224, 128, 192 rows, and 56 as blocks of 8."""
+    kv_heads = 1 if heads == 7 else kv_heads
+    case = AttentionCase((4128, 0, 1500, 65), 8 if heads == 7 else 32, heads, kv_heads, 128, dtype=BF16)
+    tensors = case.tensors(device="cuda")
+    shares = exact_attention(**tensors)[3]
+    shares = torch.nn.functional.pad(shares, (0, -shares.shape[-1] % g)).unflatten(-1, (-1, g)).sum(-1)
+    for score, exact in (("mean", shares.mean(2)), ("max", shares.amax(2))):
+        mass = ops.block_attention_mass(**tensors, max_seq_len=4128, g=g, score=score)[2]
+        assert_mass_close(mass, exact)
+
+
+@gpu
+def test_cuda_prefix_lens_are_clamped():
+    case = replace(CUDA_ATTENTION_CASES["block_of_7b"], lens=(200, 200, 200, 200))
+    tensors, options = case.tensors(), {"g": 16, "norm": "prefix"}
+    options["prefix_lens"] = torch.tensor([-(2**31), -1, 2**31 - 1, 201], dtype=torch.int32)
+    mass = ops.block_attention_mass(**case.tensors(device="cuda"), max_seq_len=200, **on_cuda(options))[2]
+    exact = reference.block_attention_mass(**tensors, max_seq_len=200, **options, upcast=True)[2]
+    assert_mass_close(mass.cpu(), exact)
+    assert (mass[:2] == 0).all()
+
+
+@gpu
+def test_cuda_masked_row_may_hold_nan():
+    case = CUDA_ATTENTION_CASES["page_of_128"]
+    tensors = case.tensors(device="cuda")
+    mask = torch.zeros(2, 16, dtype=torch.bool, device="cuda")
+    mask[:, 3:11] = True
+    expected = ops.block_attention_mass(**tensors, **case.options, g=32, row_mask=mask)
+    tensors["q"][:, 0] = math.nan
+    out, _, mass = ops.block_attention_mass(**tensors, **case.options, g=32, row_mask=mask)
+    assert_same_bits(mass, expected[2])
+    assert_same_bits(out[:, 3:], expected[0][:, 3:])
+
+
+@gpu
+@pytest.mark.parametrize("score", ["mean", "max"])
+def test_cuda_repeats_bit_for_bit(score):
+    case = CUDA_ATTENTION_CASES["block_of_7b"]
+    tensors = case.tensors(device="cuda")
+    options = on_cuda({**case.options, "g": 16, "score": score, "norm": "prefix", "prefix_lens": prefix_lens(case)})
+    expected = ops.block_attention_mass(**tensors, **options)[2]
+    for _ in range(20):
+        assert_same_bits(ops.block_attention_mass(**tensors, **options)[2], expected)
+
+
+@gpu
+@pytest.mark.parametrize(("name", "g"), [("ragged", 16), ("prefill_chunk", 64), ("room_to_spare", 32)])
+def test_cuda_out_twin_writes_everything(name, g):
+    case = CUDA_ATTENTION_CASES[name]
+    tensors = case.tensors(device="cuda")
+    options = on_cuda({**case.options, "g": g, "norm": "prefix", "prefix_lens": prefix_lens(case)})
+    expected = ops.block_attention_mass(**tensors, **options)
+    out, lse, mass = outputs = [torch.full_like(t, math.nan) for t in expected]
+    size = ops.block_attention_mass_workspace(
+        len(case.lens), case.q_len, case.heads, case.kv_heads, case.head_dim, case.longest, g, case.split_tokens
+    )
+    workspace = torch.full((size,), 255, dtype=torch.uint8, device="cuda")
+    ops.block_attention_mass_out(**tensors, out=out, lse=lse, mass=mass, workspace=workspace, **options)
+    for actual, wanted in zip(outputs, expected, strict=True):
+        assert_same_bits(actual, wanted)
+
+
+@gpu
+def test_cuda_graph_follows_new_lengths():
+    case = replace(CUDA_ATTENTION_CASES["block_of_7b"], lens=(517, 517), layout="nhd")
+    tensors = case.tensors(device="cuda")
+    options = {"max_seq_len": 517, "g": 32, "norm": "prefix"}
+    options["prefix_lens"] = torch.tensor([485, 485], dtype=torch.int32, device="cuda")
+    ops.block_attention_mass(**tensors, **options)  # first use, outside the capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = ops.block_attention_mass(**tensors, **options)
+    for seed, lens in enumerate([(517, 1), (0, 300), (0, 0), (64, 517)]):
+        for name, value in case.tensors(seed + 1, device="cuda").items():
+            tensors[name].copy_(value)
+        tensors["seq_lens"].copy_(torch.tensor(lens, dtype=torch.int32))
+        options["prefix_lens"].copy_(torch.tensor(lens, dtype=torch.int32) * 2 // 3)
+        graph.replay()
+        torch.cuda.synchronize()
+        for actual, wanted in zip(captured, ops.block_attention_mass(**tensors, **options), strict=True):
+            assert_same_bits(actual, wanted)
+        on_cpu = {name: t.cpu() for name, t in (tensors | options).items() if isinstance(t, torch.Tensor)}
+        exact = reference.block_attention_mass(**on_cpu, max_seq_len=517, g=32, norm="prefix", upcast=True)
+        assert_mass_close(captured[2].cpu(), exact[2])
+
+
+@gpu
+def test_cuda_opcheck():
+    case = CUDA_ATTENTION_CASES["causal"]
+    tensors = case.tensors(device="cuda")
+    extra = mass_options(case, {"g": 16, "norm": "prefix", "masked": True, "score": "max"})
+    options = on_cuda({**case.options, **extra})
+    op = torch.ops.mage.block_attention_mass.default
+    assert set(torch.library.opcheck(op, tuple(tensors.values()), options).values()) == {"SUCCESS"}
+
+
+@gpu
+def test_cuda_refuses():
+    case = replace(CUDA_ATTENTION_CASES["ragged"], lens=(100, 128))
+    tensors = case.tensors(device="cuda")
+    with pytest.raises(RuntimeError, match=r"block_attention_mass: g must be 16, 32 or 64 on CUDA .*, got 1$"):
+        ops.block_attention_mass(**tensors, max_seq_len=128, g=1)
+    with pytest.raises(RuntimeError, match="block_attention_mass: q must be bfloat16 or float16 on CUDA, got float32"):
+        ops.block_attention_mass(**replace(case, dtype=torch.float32).tensors(device="cuda"), max_seq_len=128)
+    with pytest.raises(
+        (ValueError, RuntimeError), match=r"block_attention_mass: row_mask must be on cuda:0.*, got cpu"
+    ):
+        ops.block_attention_mass(**tensors, max_seq_len=128, row_mask=torch.ones(2, 8, dtype=torch.bool))

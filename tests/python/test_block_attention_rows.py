@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from mage_ext import ops, reference
-from mage_ext.testing.cases import ATTENTION_CASES
-from mage_ext.testing.compare import assert_log_mass_close, assert_mass_close, assert_same_bits
+from mage_ext.testing.cases import ATTENTION_CASES, BF16, CUDA_ATTENTION_CASES, AttentionCase, on_cuda
+from mage_ext.testing.compare import assert_log_mass_close, assert_mass_close, assert_same_bits, exact_attention
+
+gpu = pytest.mark.gpu
 
 RUNS = [
     ("all_ones", 1),
@@ -137,3 +139,86 @@ def test_out_twin_refuses(wrong):
     }
     with pytest.raises(RuntimeError, match=f"block_attention_rows: {wrong} must "):
         ops.block_attention_rows_out(**case.tensors(), **outputs, max_seq_len=128, g=32)
+
+
+# --- CUDA ------------------------------------------------------------------------------------------------------------
+
+
+@gpu
+@pytest.mark.parametrize(("name", "g"), [(name, max(g, 16)) for name, g in RUNS if name in CUDA_ATTENTION_CASES])
+def test_cuda_matches_reference(name, g):
+    case = CUDA_ATTENTION_CASES[name]
+    tensors, options = case.tensors(device="cuda"), on_cuda(case.options)
+    out, lse, row_mass = ops.block_attention_rows(**tensors, **options, g=g)
+    expected = ops.block_attention(**tensors, **options)
+    assert_same_bits(out, expected[0])
+    assert_same_bits(lse, expected[1])
+    rows = case.q_len * case.heads // case.kv_heads
+    assert row_mass.shape == (len(case.lens), case.kv_heads, -(-case.longest // g), rows)
+    exact = reference.block_attention_rows(**case.tensors(), **case.options, g=g, upcast=True)[2]
+    assert_log_mass_close(row_mass.cpu(), exact, dim=2)
+
+
+@gpu
+@pytest.mark.parametrize("g", [16, 32, 64])
+def test_cuda_matches_float64_on_the_gpu(g):
+    case = AttentionCase((4128, 0, 65), 32, 28, 4, 128, dtype=BF16)
+    tensors = case.tensors(device="cuda")
+    shares = exact_attention(**tensors)[3]
+    shares = torch.nn.functional.pad(shares, (0, -shares.shape[-1] % g)).unflatten(-1, (-1, g)).sum(-1)
+    row_mass = ops.block_attention_rows(**tensors, max_seq_len=4128, g=g)[2]
+    assert_log_mass_close(row_mass, shares.transpose(2, 3).log(), dim=2)
+
+
+@gpu
+@pytest.mark.parametrize(("name", "g"), [("ragged", 16), ("prefill_chunk", 64), ("room_to_spare", 32)])
+def test_cuda_out_twin_writes_everything(name, g):
+    case = CUDA_ATTENTION_CASES[name]
+    tensors, options = case.tensors(device="cuda"), on_cuda(case.options)
+    expected = ops.block_attention_rows(**tensors, **options, g=g)
+    out, lse, row_mass = outputs = [torch.full_like(t, math.nan) for t in expected]
+    size = ops.block_attention_rows_workspace(
+        len(case.lens), case.q_len, case.heads, case.kv_heads, case.head_dim, case.longest, g, case.split_tokens
+    )
+    workspace = torch.full((size,), 255, dtype=torch.uint8, device="cuda")
+    ops.block_attention_rows_out(**tensors, out=out, lse=lse, row_mass=row_mass, workspace=workspace, **options, g=g)
+    for actual, wanted in zip(outputs, expected, strict=True):
+        assert_same_bits(actual, wanted)
+
+
+@gpu
+def test_cuda_graph_follows_new_lengths():
+    case = replace(CUDA_ATTENTION_CASES["block_of_7b"], lens=(517, 517), layout="nhd")
+    tensors = case.tensors(device="cuda")
+    ops.block_attention_rows(**tensors, max_seq_len=517, g=16)  # first use, outside the capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = ops.block_attention_rows(**tensors, max_seq_len=517, g=16)
+    for seed, lens in enumerate([(517, 1), (0, 300), (0, 0), (64, 517)]):
+        for name, value in case.tensors(seed + 1, device="cuda").items():
+            tensors[name].copy_(value)
+        tensors["seq_lens"].copy_(torch.tensor(lens, dtype=torch.int32))
+        graph.replay()
+        torch.cuda.synchronize()
+        for actual, wanted in zip(captured, ops.block_attention_rows(**tensors, max_seq_len=517, g=16), strict=True):
+            assert_same_bits(actual, wanted)
+        on_cpu = {name: t.cpu() for name, t in tensors.items()}
+        exact = reference.block_attention_rows(**on_cpu, max_seq_len=517, g=16, upcast=True)[2]
+        assert_log_mass_close(captured[2].cpu(), exact, dim=2)
+
+
+@gpu
+def test_cuda_opcheck():
+    case = CUDA_ATTENTION_CASES["causal"]
+    tensors, options = case.tensors(device="cuda"), on_cuda({**case.options, "g": 32})
+    op = torch.ops.mage.block_attention_rows.default
+    assert set(torch.library.opcheck(op, tuple(tensors.values()), options).values()) == {"SUCCESS"}
+
+
+@gpu
+def test_cuda_refuses():
+    case = replace(CUDA_ATTENTION_CASES["ragged"], lens=(100, 128))
+    with pytest.raises(RuntimeError, match=r"block_attention_rows: g must be 16, 32 or 64 on CUDA .*, got 1$"):
+        ops.block_attention_rows(**case.tensors(device="cuda"), max_seq_len=128, g=1)
+    with pytest.raises(RuntimeError, match="block_attention_rows: q must be bfloat16 or float16 on CUDA, got float32"):
+        ops.block_attention_rows(**replace(case, dtype=torch.float32).tensors(device="cuda"), max_seq_len=128)

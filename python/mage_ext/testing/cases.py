@@ -4,7 +4,7 @@ It knows how inputs are laid out and what of a pool may be read; it does not kno
 Test: pytest tests/python -k attention
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -171,3 +171,15 @@ ATTENTION_CASES = {
     "fused_projection": AttentionCase((110, 20), 12, 9, 3, 64, page=16, fused_q=True, dtype=BF16),
     "no_requests": AttentionCase((), 4, 4, 2, 64),
 }
+
+# Those that the CUDA kernels serve, float32 as 16 bits.
+CUDA_ATTENTION_CASES = {
+    name: replace(case, dtype=FP16 if case.dtype == torch.float32 else case.dtype)
+    for name, case in ATTENTION_CASES.items()
+    if case.head_dim in (64, 128)
+}
+
+
+def on_cuda(options: dict) -> dict:
+    """Keyword arguments with their tensors on the GPU."""
+    return {name: value.cuda() if isinstance(value, Tensor) else value for name, value in options.items()}

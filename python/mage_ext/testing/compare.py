@@ -4,6 +4,10 @@ out: at most twice the largest error that torch's own attention makes in the sam
 unit in the last place of the output. In float32 torch has two ways (fused, and plain products with a softmax between);
 both count, so that the measure does not hang on one lucky rounding where there are few rows. lse: 1e-4 * max(1, |lse|).
 Mass: 1e-3 relative for what is above 1e-6 of the row's total.
+
+out on CUDA, where the arithmetic of 16 bits is the measure, not torch: weights w that are rounded move out by
+at most u * sum w |v|, with u = 2^-8 (bfloat16) or 2^-11 (float16); rounding out adds u * |out|; float32 scores of up to
+about 100, rounded three times, add 1e-4 * sum w |v|; and float16 weights below 2^-14 are off by 2^-25 each.
 """
 
 import math
@@ -87,6 +91,45 @@ def assert_out_close(actual: Tensor, exact: Tensor, peer: Tensor) -> None:
         f"out is off by {error.flatten()[worst]:.3e} at {worst} ({exact.flatten()[worst]:.6e}), "
         f"allowed {allowed.flatten()[worst]:.3e}"
     )
+
+
+def exact_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """float64 attention where the tensors are, for shapes that are too large for the twin; pages must be valid.
+
+    Returns out [B, Q, H, D], sum w |v| likewise, lse [B, H, Q] and shares [B, Hkv, R, T], 0 past a request's tokens.
+    """
+    batch, q_len, heads, head_dim = q.shape
+    kv_heads, group = k_cache.shape[2], heads // k_cache.shape[2]
+    tokens = int(seq_lens.max()) if batch else 0
+    out = q.new_zeros(q.shape, dtype=torch.float64)
+    size, lse = torch.zeros_like(out), out.new_full((batch, heads, q_len), -math.inf)
+    shares = out.new_zeros(batch, kv_heads, q_len * group, tokens)
+    for b, length in enumerate(seq_lens.tolist()):
+        if length == 0:
+            continue
+        position = torch.arange(length, device=q.device)
+        page, slot = block_table[b].long()[position // k_cache.shape[1]], position % k_cache.shape[1]
+        k, v = (cache[page, slot].double() for cache in (k_cache, v_cache))  # [T, Hkv, D]
+        rows = q[b].double().unflatten(1, (kv_heads, group)).transpose(0, 1).flatten(1, 2)  # [Hkv, R, D]
+        scores = torch.einsum("hrd,thd->hrt", rows, k) * head_dim**-0.5
+        share = shares[b, :, :, :length] = scores.softmax(-1)
+        for result, values in ((out, v), (size, v.abs())):
+            by_row = torch.einsum("hrt,thd->hrd", share, values)
+            result[b] = by_row.unflatten(1, (q_len, group)).transpose(0, 1).flatten(1, 2)
+        lse[b] = scores.logsumexp(-1).unflatten(1, (q_len, group)).transpose(1, 2).flatten(0, 1)
+    return out, size, lse, shares
+
+
+def assert_cuda_out_close(actual: Tensor, exact: Tensor, size: Tensor, tokens: int) -> None:
+    """`actual` in 16 bits against float64 `exact`; size: sum w |v|. tokens: the most of a request; |v| is below 8."""
+    assert actual.shape == exact.shape == size.shape
+    assert not actual.isnan().any(), "out has NaN"
+    u, tiny = (2.0**-8, 0.0) if actual.dtype == torch.bfloat16 else (2.0**-11, 2.0**-25)
+    allowed = u * (size + exact.abs()) + 1e-4 * size + tiny * (8 * tokens + 1) + 1e-9
+    error = (actual.to(exact.device).double() - exact).abs()
+    assert (error <= allowed).all(), f"out is off by {error.max():.3e}, {(error / allowed).max():.2f} times what may be"
 
 
 def assert_lse_close(actual: Tensor, exact: Tensor) -> None:
