@@ -9,7 +9,7 @@ namespace mage::core {
 
 namespace {
 
-constexpr int64_t kMinKeys = 128;  // tokens that a worker should have: below, its partial result costs more
+constexpr int64_t kMinKeys = 128;  // tokens that a worker should have: below, its result costs more
 
 }  // namespace
 
@@ -46,6 +46,8 @@ AttentionPlan plan_attention(const BlockAttentionParams& p, int64_t sms) {
     s.fixed = p.split_tokens > 0;
     s.unit_tokens = s.fixed ? static_cast<int32_t>(p.split_tokens) : plan.shape.keys;
     s.max_workers = static_cast<int32_t>(std::min(sms, kMaxSms) / plan.shape.ctas);
+    for (s.unit_shift = 0; int64_t{1} << s.unit_shift < s.unit_tokens;) ++s.unit_shift;
+    if (int64_t{1} << s.unit_shift != s.unit_tokens) s.unit_shift = 0;
     s.min_units = s.fixed ? 1 : static_cast<int32_t>((kMinKeys + plan.shape.keys - 1) / plan.shape.keys);
     plan.slots = max_slots(s, p.max_seq_len);
     return plan;

@@ -23,12 +23,16 @@ struct Schedule {
     int32_t num_requests = 0;
     int32_t segments_per_request = 0;  // Hkv * row tiles
     int32_t unit_tokens = 0;           // tokens of a tile, or of a split
+    int32_t unit_shift = 0;            // 1 << unit_shift tokens, or 0: not a power of two
     int32_t max_workers = 0;
     int32_t min_units = 1;  // that a worker should have
     bool fixed = false;
 };
 
-MAGE_BOTH int32_t units_of(const Schedule& s, int32_t seq_len) { return (seq_len + s.unit_tokens - 1) / s.unit_tokens; }
+MAGE_BOTH int32_t units_of(const Schedule& s, int32_t seq_len) {
+    const int32_t rounded = seq_len + s.unit_tokens - 1;
+    return s.unit_shift > 0 ? rounded >> s.unit_shift : rounded / s.unit_tokens;
+}
 
 MAGE_BOTH int32_t workers_of(const Schedule& s, int32_t total_units) {
     const int32_t useful = (total_units - 1) / s.min_units + 1;
@@ -58,6 +62,13 @@ struct Pieces {
     int32_t first;  // worker of the first piece; with fixed splits its unit
 };
 
+// Of the segment that has `units` units from `begin` on; `worker` has the first of them.
+MAGE_BOTH Pieces pieces_of(const Schedule& s, int32_t total_units, int32_t workers, int32_t worker, int32_t begin,
+                           int32_t units) {
+    if (s.fixed) return {units, begin};
+    return {worker_of(total_units, workers, begin + units - 1) - worker + 1, worker};
+}
+
 MAGE_BOTH int32_t slot_of_piece(const Schedule& s, const Pieces& pieces, int32_t i) {
     return slot_of(s, pieces.first + i, pieces.first + i, i == 0);
 }
@@ -71,7 +82,8 @@ inline int64_t max_units(const Schedule& s, int64_t max_seq_len) {
 inline int64_t max_slots(const Schedule& s, int64_t max_seq_len) {
     const int64_t units = max_units(s, max_seq_len);
     if (s.fixed || units == 0) return units;
-    return int64_t{2} * workers_of(s, static_cast<int32_t>(units));
+    const int64_t most = INT32_MAX;
+    return int64_t{2} * workers_of(s, static_cast<int32_t>(units < most ? units : most));
 }
 
 // --- The plan of a launch of the attention kernel: host only ---------------------------------------------------------

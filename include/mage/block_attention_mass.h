@@ -57,7 +57,7 @@ int64_t block_attention_mass_workspace(const BlockAttentionMassParams& params);
 
 namespace cuda {
 
-// As block_attention; at most 4096 rows, g of 16, 32 or 64.
+// As block_attention; at most 1024 rows, g of 16, 32 or 64.
 void block_attention_mass(const BlockAttentionMassParams& params, CudaStream stream);
 
 int64_t block_attention_mass_workspace(const BlockAttentionMassParams& params);

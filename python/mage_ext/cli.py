@@ -32,7 +32,7 @@ def _demo(args: argparse.Namespace) -> int:
     texts = read_texts(args.text) if args.text else None
     loaded = load_builtin(adapter=args.adapter)
     if torch.cuda.is_available():
-        print("The demo runs on the CPU: the attention operators have no CUDA kernels yet.")
+        print("The demo runs on the CPU: selection and sparse attention have no CUDA kernels yet.")
     print(f"SmolLM2-135M adapted to block diffusion, loaded in {time.perf_counter() - begun:.1f} s.")
     run_demo(loaded, args.tokens, args.seed, texts)
     print(f"Whole demo: {time.perf_counter() - begun:.1f} s on {torch.get_num_threads()} threads.")

@@ -20,6 +20,7 @@ constexpr int64_t kFinishBlocks = 4;  // per multiprocessor: each reads the fina
 constexpr int64_t kMergePieces = 4;   // that a warp reads at once
 constexpr int32_t kMaxBoxTokens = 64;
 constexpr int64_t kMaxGrid = 65535;
+constexpr int32_t kFixedMergeWarps = 4;
 
 int32_t log2_of(int64_t value) {
     int32_t shift = 0;
@@ -78,6 +79,10 @@ void launch_block_attention(const char* op, const BlockAttentionParams& p, const
     const int64_t most_units = core::max_units(plan.schedule, p.max_seq_len);
     MAGE_CHECK(most_units < (int64_t{1} << 31), op, ": the call must have fewer than 2^31 tiles of keys, got ",
                most_units);
+    const int64_t group = p.num_heads / p.num_kv_heads;
+    MAGE_CHECK(plan.rows * group < (int64_t{1} << 32), op,
+               ": q must have fewer than 2^32 rows per KV head times heads per KV head on CUDA, got ", plan.rows, " x ",
+               group);
     const AttentionVariant& variant = variant_of(p.dtype, p.head_dim, plan.shape_index);
     MAGE_CHECK(variant.rows == plan.shape.rows && variant.ctas == plan.shape.ctas && variant.keys == plan.shape.keys,
                op, ": internal: the kernel of ", variant.rows, " rows must serve the shape of ", plan.shape.rows);
@@ -103,14 +108,15 @@ void launch_block_attention(const char* op, const BlockAttentionParams& p, const
     args.num_queries = static_cast<int32_t>(p.num_queries);
     args.num_heads = static_cast<int32_t>(p.num_heads);
     args.num_kv_heads = static_cast<int32_t>(p.num_kv_heads);
-    args.group = static_cast<int32_t>(p.num_heads / p.num_kv_heads);
+    args.group = static_cast<int32_t>(group);
     args.group_reciprocal = static_cast<uint32_t>(((uint64_t{1} << 32) + args.group - 1) / args.group);
     args.rows = static_cast<int32_t>(plan.rows);
     args.row_tiles = static_cast<int32_t>(plan.row_tiles);
     args.tile_rows = static_cast<int32_t>(plan.shape.rows);
     // Scores are scaled by a positive factor, so that the largest stays the largest: q takes the sign, or becomes 0.
-    const bool scaled = p.softmax_scale != 0.0;
-    args.scale_log2 = scaled ? static_cast<float>(std::abs(p.softmax_scale) * kLog2E) : 1.0f;
+    const auto scale_log2 = static_cast<float>(std::abs(p.softmax_scale) * kLog2E);
+    const bool scaled = scale_log2 > 0.0f;
+    args.scale_log2 = scaled ? scale_log2 : 1.0f;
     args.flip = p.softmax_scale < 0.0 ? 0x80008000u : 0u;
     args.keep = scaled ? ~0u : 0u;
     args.out = p.out;
@@ -129,10 +135,12 @@ void launch_block_attention(const char* op, const BlockAttentionParams& p, const
         const int64_t warps = core::multiprocessors(op) * kFinishBlocks * finish_variant().warps;
         args.units_per_warp = static_cast<int32_t>(std::max<int64_t>(1, streams * num_units / warps));
     }
-    const int64_t segments = streams * plan.row_tiles;
-    const int64_t pieces = plan.schedule.fixed ? most_units / segments : plan.schedule.max_workers / segments + 1;
-    args.merge_warps = 1;
-    while (args.merge_warps < variant.merge_warps && pieces > kMergePieces * args.merge_warps) args.merge_warps *= 2;
+    // Fixed splits are merged in the same order whatever else is in the batch, so by a fixed number of warps.
+    const int64_t pieces = plan.schedule.max_workers / (streams * plan.row_tiles) + 1;
+    args.merge_warps = plan.schedule.fixed ? kFixedMergeWarps : 1;
+    while (!plan.schedule.fixed && args.merge_warps < variant.merge_warps && pieces > kMergePieces * args.merge_warps) {
+        args.merge_warps *= 2;
+    }
     MAGE_CHECK(p.num_requests <= kMaxGrid && p.num_kv_heads <= kMaxGrid, op,
                ": q and k_cache must have at most 65535 requests and KV heads on CUDA, got ", p.num_requests, " and ",
                p.num_kv_heads);
@@ -172,6 +180,7 @@ void launch_block_attention(const char* op, const BlockAttentionParams& p, const
 }
 
 void block_attention(const BlockAttentionParams& params, CudaStream stream) {
+    check_block_attention(params);
     const int64_t needed = block_attention_workspace(params);
     MAGE_CHECK(params.workspace_bytes >= needed, kOp, ": workspace must have at least ", needed, " bytes, got ",
                params.workspace_bytes);

@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kFinishThreads)
             const float2 stats = reinterpret_cast<const float2*>(args.row_stats)[stream * args.rows + row];
             if (args.row_mask != nullptr) counts = args.row_mask[request * args.num_queries + query_of(args, row)];
             // A prefix below 2^-126 of the whole is as good as nothing.
-            const float below = stats.y - stats.x >= -126.0f ? stats.y : -INFINITY;
+            const float below = stats.y - stats.x < -126.0f ? -INFINITY : stats.y;
             sums[row] = !counts ? -INFINITY : args.prefix_lens == nullptr ? stats.x : below;
         }
         kept += __syncthreads_count(counts);
@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kFinishThreads)
         float* from = args.units + (stream * args.num_units + unit) * args.rows;
         if (args.mass == nullptr) {
             for (int32_t row = lane; row < args.rows; row += kWarp) {
-                const bool there = unit < used && sums[row] > -INFINITY;
+                const bool there = unit < used && sums[row] != -INFINITY;
                 from[row] = there ? (from[row] - sums[row]) * kLn2 : -INFINITY;
             }
             continue;
@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kFinishThreads)
 #pragma unroll 8
             for (int32_t row = lane; row < args.rows; row += kWarp) {
                 const float value = from[row];
-                const float own = sums[row] > -INFINITY ? exp2_fast(value - sums[row]) : 0.0f;
+                const float own = sums[row] == -INFINITY ? 0.0f : exp2_fast(value - sums[row]);
                 mass = args.score_max != 0 ? fmaxf(mass, own) : mass + own;
             }
 #pragma unroll

@@ -33,7 +33,8 @@ constexpr int kWarpgroup = 128;
 constexpr int kSpan = 64;  // elements of a swizzled row of 128 bytes
 constexpr int kRowBytes = 128;
 constexpr int kAtomBytes = 8 * kRowBytes;
-constexpr int kTailBarrier = 1, kGroupBarrier = 2, kStartBarrier = 5;  // named barriers; 2 to 4: a warpgroup's own
+constexpr int kTailBarrier = 1, kGroupBarrier = 2, kStartBarrier = 5,
+              kTurnBarrier = 6;  // named barriers; from 2 and from 6: one of each warpgroup
 
 template <typename T_, int kDim_, int kWarpgroups_, int kKeys_, int kStages_, int kCtas_>
 struct AttentionConfig {
@@ -50,15 +51,16 @@ struct AttentionConfig {
     static constexpr int kSpans = kDim / kSpan;
     static constexpr int kTileBytes = kKeys * kDim * 2;
     // Registers per thread: what remains of 65536 after the producer's share, in steps of 8.
-    static constexpr int kConsumerRegisters = kWarpgroups == 3 ? 152 : kWarpgroups == 2 ? 224 : 248;
-    static constexpr int kProducerRegisters = kWarpgroups == 3 ? 56 : kWarpgroups == 2 ? 56 : 120;
+    static constexpr int kConsumerRegisters = kWarpgroups == 3 ? 160 : kWarpgroups == 2 ? 224 : 248;
+    static constexpr int kProducerRegisters = kWarpgroups == 3 ? 32 : kWarpgroups == 2 ? 56 : 120;
 };
 
 struct Piece {
+    bool first;  // of its worker
     int32_t request, kv_head, row_tile;
     int32_t token_begin, token_end;
-    int32_t slot;          // -1: the piece is a whole segment
-    core::Pieces segment;  // count 0: a piece before this one wrote it down
+    int32_t prefix;  // tokens that count for mass
+    int32_t slot;    // -1: the piece is a whole segment
 };
 
 // Where a warp is in its worker's units; `at` is the first unit that no piece has had.
@@ -116,19 +118,14 @@ __device__ __forceinline__ bool next_piece(const AttentionArgs& args, const Shar
     const int32_t segment = offset / units;
     const int32_t first = offset - segment * units;
     const int32_t last = s.fixed ? first + 1 : min(units, first + (share.end - walk->at));
+    piece->first = false;
+    piece->prefix = args.prefix_lens != nullptr ? max(0, args.prefix_lens[walk->request]) : INT32_MAX;
     piece->request = walk->request;
     piece->kv_head = args.row_tiles == 1 ? segment : segment / args.row_tiles;
     piece->row_tile = segment - piece->kv_head * args.row_tiles;
     piece->token_begin = first * s.unit_tokens;
     piece->token_end = min(seq_len, last * s.unit_tokens);
     piece->slot = first == 0 && last == units ? -1 : core::slot_of(s, walk->at, share.worker, first == 0);
-    piece->segment = {0, s.fixed ? walk->at : share.worker};
-    if (first == 0) {
-        piece->segment.count =
-            last == units ? 1
-            : s.fixed     ? units
-                          : core::worker_of(share.total, share.workers, walk->at + units - 1) - share.worker + 1;
-    }
     walk->at += last - first;
     return true;
 }
@@ -188,6 +185,7 @@ __device__ __forceinline__ void find_start(const AttentionArgs& args, int32_t wo
     Piece piece;
     const Share share = {total, workers, worker, end};
     const bool any = next_piece(args, share, &walk, &piece);
+    piece.first = true;
     if (lane < kWarps) {
         shared.walk[lane] = walk;
         if (any) shared.piece[lane] = piece;
@@ -244,18 +242,18 @@ __device__ __forceinline__ void produce(const AttentionArgs& args, const CUtenso
 
     Ring<Config::kStages> ring;
     if (!shared.any) return;
-    bool started = false;
     do {
-        const Piece piece = shared.piece[0];
+        const Piece& piece = shared.piece[0];
+        const int32_t token_end = piece.token_end;
         const int32_t* table = args.block_table + piece.request * args.stride_table;
         const auto page_of = [&](int32_t token) {
-            return token < piece.token_end ? __ldg(table + (token >> args.page_shift)) : nowhere;
+            return token < token_end ? __ldg(table + (token >> args.page_shift)) : nowhere;
         };
         const auto is_broken = [&](int32_t token, int32_t page) {
-            return token < piece.token_end && (page < 0 || page >= args.num_pages);
+            return token < token_end && (page < 0 || page >= args.num_pages);
         };
         int32_t next_page = loose ? 0 : page_of(piece.token_begin + (own_box << args.box_shift));
-        for (int32_t token = piece.token_begin; token < piece.token_end; token += kKeys) {
+        for (int32_t token = piece.token_begin; token < token_end; token += kKeys) {
             // Pages of this tile; a broken one is marked and read as zeros.
             int32_t pages[kLoose];
             uint32_t broken[4] = {0, 0, 0, 0};
@@ -296,15 +294,32 @@ __device__ __forceinline__ void produce(const AttentionArgs& args, const CUtenso
             if (lane == 0) shared.broken[stage] = make_uint4(broken[0], broken[1], broken[2], broken[3]);
             fill(k_map, shared.k[stage], &shared.full_k[stage]);
             // Q is asked for before the ring is filled: behind all of K and V it would arrive when these have.
-            if (!started) device::named_barrier(kStartBarrier, Config::kConsumers + kWarp);
-            started = true;
+            if (piece.first && token == piece.token_begin)
+                device::named_barrier(kStartBarrier, Config::kConsumers + kWarp);
             device::mbarrier_wait(device::shared_address(&shared.empty_v[stage]), ring.parity ^ 1);
             fill(v_map, shared.v[stage], &shared.full_v[stage]);
             ring.advance();
         }
-        if (lane == 0 && rank == 0 && piece.segment.count > 0) {
+    } while (next_piece_of_warp<Config>(args, shared));
+}
+
+// One warp: writes down, for the merge, the pieces of the segments that begin in this worker's part.
+template <typename Config>
+__device__ __forceinline__ void write_pieces(const AttentionArgs& args, AttentionShared<Config>& shared) {
+    const core::Schedule& s = args.schedule;
+    const int32_t warp = threadIdx.x / kWarp;
+    if (!shared.any) return;
+    do {
+        const Piece& piece = shared.piece[warp];
+        if (piece.token_begin == 0 && threadIdx.x % kWarp == 0) {
+            const Share& share = shared.share;
+            const int32_t taken = s.fixed ? 1 : core::units_of(s, piece.token_end);
+            core::Pieces pieces =
+                core::pieces_of(s, share.total, share.workers, share.worker, shared.walk[warp].at - taken,
+                                core::units_of(s, clamped_length(args, piece.request)));
+            if (piece.slot < 0) pieces.count = 1;
             const int64_t stream = int64_t{piece.request} * args.num_kv_heads + piece.kv_head;
-            args.pieces[stream * args.row_tiles + piece.row_tile] = piece.segment;
+            args.pieces[stream * args.row_tiles + piece.row_tile] = pieces;
         }
     } while (next_piece_of_warp<Config>(args, shared));
 }
@@ -345,19 +360,18 @@ struct Consumer {
     const AttentionArgs& args;
     AttentionShared<Config>& shared;
     const int32_t thread, warpgroup, lane, rank;
-    const int32_t tile_row;  // row of the tile of the first of this thread's two rows; the other is 8 below
-    const Piece& piece;      // the one at hand
+    const Piece& piece;  // the one at hand
     int32_t token_end;
-    int32_t row[2];                             // rows of the stream
+    int32_t first_row;                          // of the stream; this thread's other row is 8 below
     int32_t limit[2];                           // tokens that each may see
-    int32_t prefix;                             // tokens that count for mass
     float reference[2], sum[2], prefix_sum[2];  // of the softmax, in log2
     float blocks[2][kBlocks];                   // sums of P per row and 16 keys of the last tile
     float* unit_out;                            // units of this thread's row of the quad's four values, see emit
 
-    // Where descriptors point to: this warpgroup's Q and of the first stage; tiles further on lie a multiple of 16
-    // bytes later.
-    const uint32_t q_tile, k_tile, v_tile;
+    // The shared memory as descriptors see it, in 16 bytes; the tiles lie one behind the other.
+    const uint32_t shared_tile;
+    static constexpr uint32_t kKTile = Config::kCtaRows * kDim * 2 / 16;
+    static constexpr uint32_t kVTile = kKTile + Config::kStages * Config::kTileBytes / 16;
 
     float s[kKeys / 2];
     float o[kDim / 2];
@@ -370,68 +384,75 @@ struct Consumer {
           warpgroup(__shfl_sync(~0u, thread / kWarpgroup, 0)),  // known to be the same in a warp
           lane(threadIdx.x % kWarp),
           rank(Config::kCtas == 1 ? 0 : static_cast<int32_t>(device::cluster_rank())),
-          tile_row(rank * Config::kCtaRows + thread / kWarp * 16 + lane / 4),
           piece(sh.piece[threadIdx.x / kWarp]),
-          q_tile(device::tile_address(device::shared_address(sh.q) + warpgroup * 64 * kRowBytes)),
-          k_tile(device::tile_address(device::shared_address(sh.k[0]))),
-          v_tile(device::tile_address(device::shared_address(sh.v[0]))) {}
+          shared_tile(device::tile_address(device::shared_address(&sh))) {}
+
+    __device__ __forceinline__ int32_t row_of(int i) const { return first_row + 8 * i; }
 
     // Q rows of this warpgroup into shared memory, swizzled; rows past R are zeros.
-    __device__ __forceinline__ void load_q(bool first_piece) {
+    __device__ __forceinline__ void load_q() {
         constexpr int kChunks = kDim / 8;               // of 16 bytes in a row; a thread keeps its chunk
         constexpr int kRowStep = kWarpgroup / kChunks;  // a multiple of 8: the swizzle is the same
         constexpr int kRounds = 64 / kRowStep;
         const int32_t chunk = thread % kChunks;
+        const int32_t own_group = thread / kWarpgroup;
         const int32_t group_row = thread % kWarpgroup / kChunks;
         const T* base = static_cast<const T*>(args.q) + piece.request * args.stride_q_request +
                         int64_t{piece.kv_head} * args.group * args.stride_q_head + chunk * 8;
         const uint32_t to = device::shared_address(shared.q) + chunk / 8 * (Config::kCtaRows * kRowBytes) +
-                            (warpgroup * 64 + group_row) * kRowBytes + ((chunk % 8) ^ (group_row % 8)) * 16;
-        int32_t r = piece.row_tile * Config::kTileRows + rank * Config::kCtaRows + warpgroup * 64 + group_row;
-        uint4 loaded[kRounds];
-#pragma unroll
-        for (int i = 0; i < kRounds; ++i, r += kRowStep) {
-            loaded[i] = make_uint4(0, 0, 0, 0);
+                            (own_group * 64 + group_row) * kRowBytes + ((chunk % 8) ^ (group_row % 8)) * 16;
+        int32_t r = piece.row_tile * Config::kTileRows + rank * Config::kCtaRows + own_group * 64 + group_row;
+        const auto load = [&](uint4& loaded) {
+            loaded = make_uint4(0, 0, 0, 0);
             if (r < args.rows) {
                 const int32_t query = query_of(args, r);
                 const T* at = base + query * args.stride_q_query + (r - query * args.group) * args.stride_q_head;
-                loaded[i] = *reinterpret_cast<const uint4*>(at);
+                loaded = *reinterpret_cast<const uint4*>(at);
             }
-        }
-        if (first_piece) device::named_barrier_arrive(kStartBarrier, Config::kConsumers + kWarp);
-#pragma unroll
-        for (int i = 0; i < kRounds; ++i) {
-            const uint4& x = loaded[i];
+            r += kRowStep;
+        };
+        const auto store = [&](int i, const uint4& x) {
             device::store_shared(to + i * kRowStep * kRowBytes,
                                  make_uint4((x.x & args.keep) ^ args.flip, (x.y & args.keep) ^ args.flip,
                                             (x.z & args.keep) ^ args.flip, (x.w & args.keep) ^ args.flip));
+        };
+        // As many loads in flight as there are registers for.
+        constexpr int kBatch = Config::kWarpgroups == 3 ? kRounds / 2 : kRounds;
+        uint4 loaded[kBatch];
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) load(loaded[i]);
+        if (piece.first) device::named_barrier_arrive(kStartBarrier, Config::kConsumers + kWarp);
+#pragma unroll
+        for (int i = 0; i < kRounds; ++i) {
+            store(i, loaded[i % kBatch]);
+            if (i + kBatch < kRounds) load(loaded[i % kBatch]);
         }
         device::fence_async_shared();
-        device::named_barrier(kGroupBarrier + warpgroup, kWarpgroup);
+        device::named_barrier(kGroupBarrier + own_group, kWarpgroup);
     }
 
     __device__ __forceinline__ void start_piece() {
         token_end = piece.token_end;
+        first_row = piece.row_tile * Config::kTileRows + rank * Config::kCtaRows + thread / kWarp * 16 + lane / 4;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            row[i] = piece.row_tile * Config::kTileRows + tile_row + 8 * i;
             limit[i] = piece.token_end;
-            if (args.kv_lens != nullptr && row[i] < args.rows) {
-                limit[i] = min(limit[i], args.kv_lens[piece.request * args.num_queries + query_of(args, row[i])]);
+            if (args.kv_lens != nullptr && row_of(i) < args.rows) {
+                limit[i] = min(limit[i], args.kv_lens[piece.request * args.num_queries + query_of(args, row_of(i))]);
             }
             reference[i] = -INFINITY;
             sum[i] = prefix_sum[i] = 0.0f;
         }
-        prefix = args.prefix_lens != nullptr ? args.prefix_lens[piece.request] : INT32_MAX;
         const int64_t stream = int64_t{piece.request} * args.num_kv_heads + piece.kv_head;
-        const int32_t emitted = (lane & 1) != 0 ? row[1] : row[0];
+        const int32_t emitted = first_row + (lane & 1) * 8;
         unit_out = args.units + stream * args.num_units * args.rows + emitted;
     }
 
     // S = Q K^T of a stage, asynchronous.
     __device__ __forceinline__ void start_scores(uint32_t stage) {
-        const uint64_t q = device::swizzled_tile(q_tile, kAtomBytes, 16);
-        const uint64_t k = device::swizzled_tile(k_tile + stage * (Config::kTileBytes / 16), kAtomBytes, 16);
+        const uint64_t q = device::swizzled_tile(shared_tile + warpgroup * (64 * kRowBytes / 16), kAtomBytes, 16);
+        const uint64_t k =
+            device::swizzled_tile(shared_tile + kKTile + stage * (Config::kTileBytes / 16), kAtomBytes, 16);
         device::pin_registers(s);
         device::wgmma_fence();
 #pragma unroll
@@ -445,8 +466,8 @@ struct Consumer {
 
     // O += P V of a stage, asynchronous.
     __device__ __forceinline__ void start_values(uint32_t stage) {
-        const uint64_t v =
-            device::swizzled_tile(v_tile + stage * (Config::kTileBytes / 16), kAtomBytes, kKeys * kRowBytes);
+        const uint64_t v = device::swizzled_tile(shared_tile + kVTile + stage * (Config::kTileBytes / 16), kAtomBytes,
+                                                 kKeys * kRowBytes);
         device::pin_registers(o);
         device::wgmma_fence();
 #pragma unroll
@@ -534,7 +555,7 @@ struct Consumer {
         float total = lower ? keep1 : keep0;
         total += __shfl_xor_sync(~0u, lower ? keep0 : keep1, 1);
         const int32_t own = unit + (second ? 1 : 0);
-        if ((own << args.unit_shift) < token_end && (lower ? row[1] : row[0]) < args.rows) {
+        if ((own << args.unit_shift) < token_end && first_row + (lower ? 8 : 0) < args.rows) {
             unit_out[int64_t{own} * args.rows] = log2_fast(total) + (lower ? reference[1] : reference[0]);
         }
     }
@@ -595,8 +616,8 @@ struct Consumer {
         sum[0] = sum[0] * scale[0] + added[0];
         sum[1] = sum[1] * scale[1] + added[1];
         if (args.units == nullptr) return;
-        if (token + kKeys > prefix) {
-            block_sums(token, prefix);
+        if (token + kKeys > piece.prefix) {
+            block_sums(token, piece.prefix);
             total_of_blocks(added);
         }
         prefix_sum[0] = prefix_sum[0] * scale[0] + added[0];
@@ -633,11 +654,11 @@ struct Consumer {
         for (int r = 0; r < 2; ++r) {
             const float all = quad_sum(sum[r]);
             const float below = quad_sum(prefix_sum[r]);
-            if (row[r] >= args.rows) continue;
+            if (row_of(r) >= args.rows) continue;
             if (piece.slot < 0) {
-                const int32_t query = query_of(args, row[r]);
-                const int32_t head = piece.kv_head * args.group + row[r] - query * args.group;
-                const float inverse = all > 0.0f ? 1.0f / all : 0.0f;
+                const int32_t query = query_of(args, row_of(r));
+                const int32_t head = piece.kv_head * args.group + row_of(r) - query * args.group;
+                const float inverse = all == 0.0f ? 0.0f : 1.0f / all;  // NaN stays
                 Pair* out = static_cast<Pair*>(args.out) +
                             ((int64_t{piece.request} * args.num_queries + query) * args.num_heads + head) * (kDim / 2);
 #pragma unroll
@@ -645,23 +666,24 @@ struct Consumer {
                     out[4 * i + lane % 4] = pack(o[4 * i + 2 * r] * inverse, o[4 * i + 2 * r + 1] * inverse, T());
                 }
                 if (lane % 4 == 0) {
-                    const float log2_sum = all > 0.0f ? reference[r] + log2f(all) : -INFINITY;
+                    const float log2_sum = all == 0.0f ? -INFINITY : reference[r] + log2f(all);
                     args.lse[(int64_t{piece.request} * args.num_heads + head) * args.num_queries + query] =
                         log2_sum * kLn2;
                     if (args.units != nullptr) {
-                        float* stats = args.row_stats + (stream * args.rows + row[r]) * 2;
+                        float* stats = args.row_stats + (stream * args.rows + row_of(r)) * 2;
                         stats[0] = log2_sum;
-                        stats[1] = below > 0.0f ? reference[r] + log2f(below) : -INFINITY;
+                        stats[1] = below == 0.0f ? -INFINITY : reference[r] + log2f(below);
                     }
                 }
             } else {
-                const int64_t at = int64_t{piece.slot} * Config::kTileRows + tile_row + 8 * r;
+                const int32_t tile_row = row_of(r) - piece.row_tile * Config::kTileRows;
+                const int64_t at = int64_t{piece.slot} * Config::kTileRows + tile_row;
                 float2* out = reinterpret_cast<float2*>(args.partial + at * kDim);
 #pragma unroll
                 for (int i = 0; i < kDim / 8; ++i)
                     out[4 * i + lane % 4] = make_float2(o[4 * i + 2 * r], o[4 * i + 2 * r + 1]);
                 if (lane % 4 == 0) {
-                    float* stats = args.partial_rows + int64_t{piece.slot} * 3 * Config::kTileRows + tile_row + 8 * r;
+                    float* stats = args.partial_rows + int64_t{piece.slot} * 3 * Config::kTileRows + tile_row;
                     stats[0] = reference[r];
                     stats[Config::kTileRows] = all;
                     stats[2 * Config::kTileRows] = below;
@@ -673,10 +695,11 @@ struct Consumer {
     __device__ __forceinline__ void run() {
         Ring<Config::kStages> k_ring, v_ring;
         if (!shared.any) return;
-        bool first_piece = true;
+        // Two warpgroups take turns at the tensor cores: one multiplies while the other is at its softmax.
+        constexpr bool kTurns = Config::kWarpgroups == 2;
+        if (kTurns && warpgroup == 1) device::named_barrier_arrive(kTurnBarrier, Config::kConsumers);
         do {
-            load_q(first_piece);
-            first_piece = false;
+            load_q();
             start_piece();
 #pragma unroll
             for (int i = 0; i < kDim / 2; ++i) o[i] = 0.0f;
@@ -703,9 +726,11 @@ struct Consumer {
                 pack_p();
                 if (last) break;
                 device::mbarrier_wait(device::shared_address(&shared.full_k[k_ring.stage]), k_ring.parity);
+                if (kTurns) device::named_barrier(kTurnBarrier + warpgroup, Config::kConsumers);
                 start_scores(k_ring.stage);
                 device::mbarrier_wait(device::shared_address(&shared.full_v[v_ring.stage]), v_ring.parity);
                 start_values(v_ring.stage);
+                if (kTurns) device::named_barrier_arrive(kTurnBarrier + 1 - warpgroup, Config::kConsumers);
                 emit_units(token);
                 device::wgmma_wait<1>();
             }
@@ -752,6 +777,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     if (warp < kWarpgroup / kWarp) {
         device::registers_shrink<Config::kProducerRegisters>();
         if (warp == 0) produce<Config>(args, &k_map, &v_map, shared);
+        if (warp == 1 && (Config::kCtas == 1 || device::cluster_rank() == 0)) write_pieces<Config>(args, shared);
     } else {
         device::registers_grow<Config::kConsumerRegisters>();
         Consumer<Config>(args, shared).run();

@@ -37,13 +37,16 @@ __global__ void __launch_bounds__(kMergeThreads)
     }
     float reference = -INFINITY, sum = 0.0f, prefix_sum = 0.0f;
     float result[kOwn] = {};
+    // Returns by what exponents are reduced: the largest reference, 0 where nothing was seen.
     const auto rebase = [&](float highest) {
-        const float scale = exp2_fast(reference - highest);
+        const float base = highest == -INFINITY ? 0.0f : highest;
+        const float scale = exp2_fast(reference - base);
         reference = highest;
         sum *= scale;
         prefix_sum *= scale;
 #pragma unroll
         for (int j = 0; j < kOwn; ++j) result[j] *= scale;
+        return base;
     };
     for (int32_t base = part; base < pieces.count && pieces.count > 1; base += kInFlight * args.merge_warps) {
         float stats[kInFlight][3], values[kInFlight][kOwn];
@@ -70,11 +73,10 @@ __global__ void __launch_bounds__(kMergeThreads)
         float highest = reference;
 #pragma unroll
         for (int i = 0; i < kInFlight; ++i) highest = fmaxf(highest, stats[i][0]);
-        if (highest == -INFINITY) continue;
-        rebase(highest);
+        const float base_reference = rebase(highest);
 #pragma unroll
         for (int i = 0; i < kInFlight; ++i) {
-            const float weight = exp2_fast(stats[i][0] - highest);
+            const float weight = exp2_fast(stats[i][0] - base_reference);
             sum += weight * stats[i][1];
             prefix_sum += weight * stats[i][2];
 #pragma unroll
@@ -95,10 +97,8 @@ __global__ void __launch_bounds__(kMergeThreads)
         __syncthreads();
         for (int32_t i = 1; i < args.merge_warps && part == 0; ++i) {
             const float* other = own + i * kRecord;
-            const float highest = fmaxf(reference, other[kDim]);
-            if (highest == -INFINITY) continue;
-            rebase(highest);
-            const float weight = exp2_fast(other[kDim] - highest);
+            const float weight_reference = other[kDim];
+            const float weight = exp2_fast(weight_reference - rebase(fmaxf(reference, weight_reference)));
             sum += weight * other[kDim + 1];
             prefix_sum += weight * other[kDim + 2];
 #pragma unroll
@@ -108,18 +108,18 @@ __global__ void __launch_bounds__(kMergeThreads)
     if (pieces.count == 1 || part != 0) return;
     const int32_t query = query_of(args, row);
     const int32_t head = kv_head * args.group + row - query * args.group;
-    const float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
+    const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
     uint32_t* out = static_cast<uint32_t*>(args.out) +
                     (((int64_t{request} * args.num_queries + query) * args.num_heads + head) * kDim + lane * kOwn) / 2;
 #pragma unroll
     for (int j = 0; j < kOwn; j += 2) out[j / 2] = pack(result[j] * inverse, result[j + 1] * inverse, T());
     if (lane == 0) {
-        const float log2_sum = sum > 0.0f ? reference + log2f(sum) : -INFINITY;
+        const float log2_sum = sum == 0.0f ? -INFINITY : reference + log2f(sum);
         args.lse[(int64_t{request} * args.num_heads + head) * args.num_queries + query] = log2_sum * kLn2;
         if (args.units != nullptr) {
             float* stats = args.row_stats + (int64_t{stream} * args.rows + row) * 2;
             stats[0] = log2_sum;
-            stats[1] = prefix_sum > 0.0f ? reference + log2f(prefix_sum) : -INFINITY;
+            stats[1] = prefix_sum == 0.0f ? -INFINITY : reference + log2f(prefix_sum);
         }
     }
 }
