@@ -343,6 +343,7 @@ __global__ void __launch_bounds__(kSelectThreads, 2)
             Search led = searches[warp];
             if (is_searching(led.stage)) {
                 narrow(bins + warp, eligible, &led, &picks[warp]);
+                __syncwarp();  // all lanes have read what is written now
                 if (lane == 0) searches[warp] = led;
                 goes_on = is_searching(led.stage);
             }
