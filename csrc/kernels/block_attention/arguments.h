@@ -41,11 +41,10 @@ struct AttentionArgs {
 
     // The merge and the finish alone.
     int32_t tile_rows;
-    int32_t merge_warps;     // that share a row: 1, 2, 4 or 8
-    float* mass;             // [B, Hkv, n]; null: units become natural logs of shares, in place
-    const bool* row_mask;    // [B, Q] or null
-    int32_t score_max;       // the largest share instead of the mean
-    int32_t units_per_warp;  // that a warp finishes
+    int32_t merge_warps;   // that share a row: 1, 2, 4 or 8
+    float* mass;           // [B, Hkv, n]; null: units become natural logs of shares, in place
+    const bool* row_mask;  // [B, Q] or null
+    int32_t score_max;     // the largest share instead of the mean
 };
 
 }  // namespace mage::cuda

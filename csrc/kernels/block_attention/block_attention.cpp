@@ -16,8 +16,8 @@ namespace {
 
 constexpr char kOp[] = "block_attention";
 constexpr double kLog2E = 1.4426950408889634;
-constexpr int64_t kFinishBlocks = 4;  // per multiprocessor: each reads the final sums of all rows
-constexpr int64_t kMergePieces = 4;   // that a warp reads at once
+constexpr int64_t kFewUnits = 132 * 64;  // one wave of warps: more units than that go four to a warp
+constexpr int64_t kMergePieces = 4;      // that a warp reads at once
 constexpr int32_t kMaxBoxTokens = 64;
 constexpr int64_t kMaxGrid = 65535;
 constexpr int32_t kFixedMergeWarps = 4;
@@ -63,8 +63,10 @@ std::vector<KernelEntry> block_attention_kernels() {
         entries.push_back(
             {variant.merge_name, reinterpret_cast<const void*>(variant.merge), 32 * variant.merge_warps, 0});
     }
-    const FinishVariant& finish = finish_variant();
-    entries.push_back({finish.name, reinterpret_cast<const void*>(finish.finish), finish.threads, 0});
+    for (const bool many_units : {false, true}) {
+        const FinishVariant& finish = finish_variant(many_units);
+        entries.push_back({finish.name, reinterpret_cast<const void*>(finish.finish), finish.threads, 0});
+    }
     return entries;
 }
 
@@ -132,8 +134,6 @@ void launch_block_attention(const char* op, const BlockAttentionParams& p, const
         args.mass = outputs.mass;
         args.row_mask = outputs.row_mask;
         args.score_max = outputs.score == MassScore::kMax ? 1 : 0;
-        const int64_t warps = core::multiprocessors(op) * kFinishBlocks * finish_variant().warps;
-        args.units_per_warp = static_cast<int32_t>(std::max<int64_t>(1, streams * num_units / warps));
     }
     // Fixed splits are merged in the same order whatever else is in the batch, so by a fixed number of warps.
     const int64_t pieces = plan.schedule.max_workers / (streams * plan.row_tiles) + 1;
@@ -174,9 +174,10 @@ void launch_block_attention(const char* op, const BlockAttentionParams& p, const
     merge.block[0] = static_cast<uint32_t>(32 * variant.merge_warps);
     core::launch(op, variant.merge, merge, stream, args);
     if (outputs.granularity == 0) return;
-    LaunchPlan finish = grid(num_units, int64_t{args.units_per_warp} * finish_variant().warps);
-    finish.block[0] = static_cast<uint32_t>(finish_variant().threads);
-    core::launch(op, finish_variant().finish, finish, stream, args);
+    const FinishVariant& finish_kernel = finish_variant(streams * num_units > kFewUnits);
+    LaunchPlan finish = grid(num_units, finish_kernel.units);
+    finish.block[0] = static_cast<uint32_t>(finish_kernel.threads);
+    core::launch(op, finish_kernel.finish, finish, stream, args);
 }
 
 void block_attention(const BlockAttentionParams& params, CudaStream stream) {

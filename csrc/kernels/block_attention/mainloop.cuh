@@ -84,7 +84,7 @@ struct alignas(1024) AttentionShared {
     // The worker's part, whether it has a piece, and every warp's walk through its pieces.
     Share share;
     bool any;
-    Piece piece[Config::kThreads / 32];
+    Piece piece[Config::kThreads / 32], next[Config::kThreads / 32];
     Walk walk[Config::kThreads / 32];
 };
 
@@ -132,7 +132,7 @@ __device__ __forceinline__ bool next_piece(const AttentionArgs& args, const Shar
 
 // The same for the calling warp, whose walk and piece lie in shared memory to spare registers.
 template <typename Config, typename Shared>
-__device__ __forceinline__ bool next_piece_of_warp(const AttentionArgs& args, Shared& shared) {
+__device__ __forceinline__ bool next_piece_of_warp(const AttentionArgs& args, Shared& shared, Piece* next) {
     const int32_t warp = threadIdx.x / kWarp;
     Walk walk = shared.walk[warp];
     Piece piece;
@@ -140,7 +140,7 @@ __device__ __forceinline__ bool next_piece_of_warp(const AttentionArgs& args, Sh
     __syncwarp();
     if (threadIdx.x % kWarp == 0) {
         shared.walk[warp] = walk;
-        shared.piece[warp] = piece;
+        *next = piece;
     }
     __syncwarp();
     return true;
@@ -300,7 +300,7 @@ __device__ __forceinline__ void produce(const AttentionArgs& args, const CUtenso
             fill(v_map, shared.v[stage], &shared.full_v[stage]);
             ring.advance();
         }
-    } while (next_piece_of_warp<Config>(args, shared));
+    } while (next_piece_of_warp<Config>(args, shared, &shared.piece[threadIdx.x / kWarp]));
 }
 
 // One warp: writes down, for the merge, the pieces of the segments that begin in this worker's part.
@@ -321,7 +321,7 @@ __device__ __forceinline__ void write_pieces(const AttentionArgs& args, Attentio
             const int64_t stream = int64_t{piece.request} * args.num_kv_heads + piece.kv_head;
             args.pieces[stream * args.row_tiles + piece.row_tile] = pieces;
         }
-    } while (next_piece_of_warp<Config>(args, shared));
+    } while (next_piece_of_warp<Config>(args, shared, &shared.piece[threadIdx.x / kWarp]));
 }
 
 // --- Consumers: kWarpgroups warpgroups of 64 rows each ---------------------------------------------------------------
@@ -389,46 +389,41 @@ struct Consumer {
 
     __device__ __forceinline__ int32_t row_of(int i) const { return first_row + 8 * i; }
 
-    // Q rows of this warpgroup into shared memory, swizzled; rows past R are zeros.
-    __device__ __forceinline__ void load_q() {
-        constexpr int kChunks = kDim / 8;               // of 16 bytes in a row; a thread keeps its chunk
-        constexpr int kRowStep = kWarpgroup / kChunks;  // a multiple of 8: the swizzle is the same
-        constexpr int kRounds = 64 / kRowStep;
-        const int32_t chunk = thread % kChunks;
-        const int32_t own_group = thread / kWarpgroup;
-        const int32_t group_row = thread % kWarpgroup / kChunks;
-        const T* base = static_cast<const T*>(args.q) + piece.request * args.stride_q_request +
-                        int64_t{piece.kv_head} * args.group * args.stride_q_head + chunk * 8;
-        const uint32_t to = device::shared_address(shared.q) + chunk / 8 * (Config::kCtaRows * kRowBytes) +
-                            (own_group * 64 + group_row) * kRowBytes + ((chunk % 8) ^ (group_row % 8)) * 16;
-        int32_t r = piece.row_tile * Config::kTileRows + rank * Config::kCtaRows + own_group * 64 + group_row;
-        const auto load = [&](uint4& loaded) {
-            loaded = make_uint4(0, 0, 0, 0);
-            if (r < args.rows) {
+    // Q rows of this warpgroup: into registers, then into shared memory, swizzled; rows past R are zeros. A thread
+    // keeps its chunk of 16 bytes and goes on by a multiple of 8 rows, so that the swizzle stays the same.
+    static constexpr int kChunks = kDim / 8;
+    static constexpr int kRowStep = kWarpgroup / kChunks;
+    static constexpr int kRounds = 64 / kRowStep;
+
+    __device__ __forceinline__ void load_q(const Piece& of, uint32_t rows, uint4 (&loaded)[kRounds]) const {
+        const T* base = static_cast<const T*>(args.q) + of.request * args.stride_q_request +
+                        int64_t{of.kv_head} * args.group * args.stride_q_head + thread % kChunks * 8;
+        int32_t r = of.row_tile * Config::kTileRows + rank * Config::kCtaRows + thread / kWarpgroup * 64 +
+                    thread % kWarpgroup / kChunks;
+#pragma unroll
+        for (int i = 0; i < kRounds; ++i, r += kRowStep) {
+            loaded[i] = make_uint4(0, 0, 0, 0);
+            if (static_cast<uint32_t>(r) < rows) {
                 const int32_t query = query_of(args, r);
                 const T* at = base + query * args.stride_q_query + (r - query * args.group) * args.stride_q_head;
-                loaded = *reinterpret_cast<const uint4*>(at);
+                loaded[i] = *reinterpret_cast<const uint4*>(at);
             }
-            r += kRowStep;
-        };
-        const auto store = [&](int i, const uint4& x) {
+        }
+    }
+
+    __device__ __forceinline__ void store_q(const uint4 (&loaded)[kRounds]) {
+        const int32_t chunk = thread % kChunks, group_row = thread % kWarpgroup / kChunks;
+        const uint32_t to = device::shared_address(shared.q) + chunk / 8 * (Config::kCtaRows * kRowBytes) +
+                            (thread / kWarpgroup * 64 + group_row) * kRowBytes + ((chunk % 8) ^ (group_row % 8)) * 16;
+#pragma unroll
+        for (int i = 0; i < kRounds; ++i) {
+            const uint4& x = loaded[i];
             device::store_shared(to + i * kRowStep * kRowBytes,
                                  make_uint4((x.x & args.keep) ^ args.flip, (x.y & args.keep) ^ args.flip,
                                             (x.z & args.keep) ^ args.flip, (x.w & args.keep) ^ args.flip));
-        };
-        // As many loads in flight as there are registers for.
-        constexpr int kBatch = Config::kWarpgroups == 3 ? kRounds / 2 : kRounds;
-        uint4 loaded[kBatch];
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i) load(loaded[i]);
-        if (piece.first) device::named_barrier_arrive(kStartBarrier, Config::kConsumers + kWarp);
-#pragma unroll
-        for (int i = 0; i < kRounds; ++i) {
-            store(i, loaded[i % kBatch]);
-            if (i + kBatch < kRounds) load(loaded[i % kBatch]);
         }
         device::fence_async_shared();
-        device::named_barrier(kGroupBarrier + own_group, kWarpgroup);
+        device::named_barrier(kGroupBarrier + thread / kWarpgroup, kWarpgroup);
     }
 
     __device__ __forceinline__ void start_piece() {
@@ -698,8 +693,13 @@ struct Consumer {
         // Two warpgroups take turns at the tensor cores: one multiplies while the other is at its softmax.
         constexpr bool kTurns = Config::kWarpgroups == 2;
         if (kTurns && warpgroup == 1) device::named_barrier_arrive(kTurnBarrier, Config::kConsumers);
-        do {
-            load_q();
+        {
+            uint4 q[kRounds];
+            load_q(piece, args.rows, q);
+            device::named_barrier_arrive(kStartBarrier, Config::kConsumers + kWarp);
+            store_q(q);
+        }
+        while (true) {
             start_piece();
 #pragma unroll
             for (int i = 0; i < kDim / 2; ++i) o[i] = 0.0f;
@@ -742,8 +742,17 @@ struct Consumer {
             device::pin_registers(o);
             release(&shared.empty_v[v_ring.stage]);
             v_ring.advance();
+            // The next Q is asked for before O is stored: behind 64 KB of stores it would arrive when these have left.
+            Piece& next = shared.next[threadIdx.x / kWarp];
+            const bool more = next_piece_of_warp<Config>(args, shared, &next);
+            uint4 q[kRounds];
+            load_q(next, more ? args.rows : 0, q);  // no next piece: nothing is read
             store();
-        } while (next_piece_of_warp<Config>(args, shared));
+            if (!more) break;
+            store_q(q);
+            if (lane == 0) shared.piece[threadIdx.x / kWarp] = next;
+            __syncwarp();
+        }
     }
 };
 

@@ -7,6 +7,7 @@ namespace mage::cuda {
 
 template <typename Config>
 AttentionVariant make_variant(const char* name, const char* merge_name) {
+    static_assert(sizeof(AttentionShared<Config>) + 1024 <= 232448, "a CTA may have 227 KB");
     return {name,
             merge_name,
             &mage_block_attention_kernel<Config>,

@@ -27,10 +27,11 @@ struct AttentionVariant {
 struct FinishVariant {
     const char* name;
     MergeKernel finish;
-    int threads, warps;
+    int threads, units;  // of a block
 };
 
-const FinishVariant& finish_variant();
+// many_units: four units to a warp instead of one.
+const FinishVariant& finish_variant(bool many_units);
 
 const AttentionVariant& attention_variant_bf16_d128(int row_shape);
 const AttentionVariant& attention_variant_bf16_d64(int row_shape);
