@@ -51,9 +51,12 @@ def check_device(owner: str, device: object) -> torch.device:
     """The device that an argument means; TypeError or ValueError if it is none."""
     check_type(owner, "device", device, (torch.device, str, int), "a torch.device or its name")
     try:
-        return torch.device(device)
+        found = torch.device(device)
     except RuntimeError:
         raise ValueError(f"{owner}: device must be a torch.device or its name, got {got(device)}") from None
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"{owner}: device must be one that this machine has (torch finds no CUDA), got {found}")
+    return found
 
 
 def check_path(owner: str, path: object, name: str = "path") -> None:

@@ -211,6 +211,8 @@ class RaggedBatch:
     def __init__(self, cache: PagedCache, num_requests: int):
         check_type("RaggedBatch", "cache", cache, PagedCache, "a PagedCache")
         _check_count("RaggedBatch: num_requests", num_requests)
+        if num_requests >= 1 << 24:
+            raise ValueError(f"RaggedBatch: num_requests must be below 2^24, got {num_requests}")
         self.cache = cache
         self._pages: list[list[int]] = [[] for _ in range(num_requests)]
         self.block_table = torch.full((num_requests, 1), -1, dtype=torch.int32, device=cache.device)

@@ -54,8 +54,8 @@ def _config(args: argparse.Namespace) -> "DenoiseConfig":
     )
     if not 1 <= args.tokens_per_step <= 4096:
         raise ValueError(f"generate: tokens_per_step must be in [1, 4096], got {args.tokens_per_step}")
-    if args.dense_layers < 0:
-        raise ValueError(f"generate: dense_layers must be at least 0, got {args.dense_layers}")
+    if not 0 <= args.dense_layers <= 1000:
+        raise ValueError(f"generate: dense_layers must be in [0, 1000], got {args.dense_layers}")
     selection = SelectionConfig(rule=args.rule, k=args.k, g=args.g, sinks=args.sinks, recents=args.recents)
     return DenoiseConfig(
         mode=args.mode,

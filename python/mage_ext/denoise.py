@@ -22,11 +22,12 @@ import torch
 from torch import Tensor
 
 from mage_ext import sampling
+from mage_ext._arguments import check_type, got
 from mage_ext.cache import PagedCache
 from mage_ext.carried_lists import CarriedLists
 from mage_ext.denoise_config import DenoiseConfig
 from mage_ext.paged_forward import NOT_WRITTEN, Emission, PagedForward, Write
-from mage_ext.prefill import DenoiseState, check_prompts, check_seeds, prefill
+from mage_ext.prefill import DenoiseState, check_prompts, check_run, check_seeds, prefill
 from mage_ext.results import FinishedBlock, Progress, Result, StepInfo
 
 __all__ = ["BlockStream", "DenoiseConfig", "DenoiseState", "generate", "prefill"]
@@ -93,7 +94,13 @@ def generate(
         prompt = loaded.tokenizer.chat([{"role": "user", "content": "Hello"}])
         print(generate(loaded.model, [prompt], tokenizer=loaded.tokenizer)[0].text)
     """
-    config = config or DenoiseConfig()
+    config = check_run("generate", model, config, cache)
+    if callback is not None and not callable(callback):
+        raise TypeError(f"generate: callback must be callable or None, got {got(callback)}")
+    if tokenizer is not None and not callable(getattr(tokenizer, "decode", None)):
+        raise TypeError(f"generate: tokenizer must have decode(ids) or be None, got {got(tokenizer)}")
+    for name, value in (("stream", stream), ("progress", progress)):
+        check_type("generate", name, value, bool, "a bool")
     layers = config.selecting_layers(model.config.num_layers)
     sub_block_size = config.sub_block_size or model.config.sub_block_size or model.config.block_size
     if model.config.block_size % sub_block_size:

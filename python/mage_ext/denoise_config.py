@@ -6,6 +6,7 @@ Test: pytest tests/python/test_bad_input.py
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from mage_ext._arguments import check_type
 from mage_ext.sampling import SamplerConfig
 from mage_ext.selection import BlockSelection, SelectionConfig
 
@@ -55,7 +56,7 @@ class DenoiseConfig:
 
     def __post_init__(self):
         for name, value, choices in (("mode", self.mode, MODES), ("refresh", self.refresh, REFRESH_POLICIES)):
-            if value not in choices:
+            if not isinstance(value, str) or value not in choices:
                 raise ValueError(f"DenoiseConfig: {name} must be one of {', '.join(choices)}, got {value!r}")
         for name in ("max_new_tokens", "refresh_blocks", "prefill_chunk", "sub_block_size"):
             value = getattr(self, name)
@@ -66,6 +67,8 @@ class DenoiseConfig:
         for name, kind in (("sampler", SamplerConfig), ("selection", SelectionConfig)):
             if not isinstance(getattr(self, name), kind):
                 raise TypeError(f"DenoiseConfig: {name} must be a {kind.__name__}, got {getattr(self, name)!r}")
+        for name in ("ignore_eos", "sub_block_cache"):
+            check_type("DenoiseConfig", name, getattr(self, name), bool, "a bool")
         bound = self.refresh_bound
         if not isinstance(bound, (int, float)) or isinstance(bound, bool) or not 0 <= bound <= 1:
             raise ValueError(f"DenoiseConfig: refresh_bound must be a number in [0, 1], got {bound!r}")

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from mage_ext import sampling
+from mage_ext._arguments import check_list, check_type, got
 from mage_ext.cache import OutOfPages, PagedCache, RaggedBatch
 from mage_ext.denoise_config import DenoiseConfig
 from mage_ext.paged_forward import PagedForward, Write
@@ -100,8 +101,11 @@ def _blocks_of(num_tokens: int, block_size: int) -> int:
 def check_prompts(model: torch.nn.Module, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
     """The prompts as lists, after a check of ids and lengths against the model."""
     config = model.config
-    if isinstance(prompts, (str, bytes)) or not all(isinstance(prompt, (list, tuple)) for prompt in prompts):
-        raise TypeError(f"generate: prompts must be a list of lists of token ids, got {type(prompts).__name__}")
+    expected = "a list of lists of token ids"
+    kind = type(prompts).__name__
+    prompts = check_list("generate", "prompts", prompts, expected)
+    if not all(isinstance(prompt, (list, tuple)) for prompt in prompts):
+        raise TypeError(f"generate: prompts must be {expected}, got {kind}")
     if not prompts:
         raise ValueError("generate: prompts must hold at least one prompt, got none")
     for i, prompt in enumerate(prompts):
@@ -121,10 +125,24 @@ def check_prompts(model: torch.nn.Module, prompts: Sequence[Sequence[int]], max_
     return [list(prompt) for prompt in prompts]
 
 
+def check_run(
+    owner: str, model: torch.nn.Module, config: DenoiseConfig | None, cache: PagedCache | None
+) -> DenoiseConfig:
+    """The configuration, the default for None, after a check of the types of what a run is made of."""
+    if not isinstance(model, torch.nn.Module) or not hasattr(model, "config"):
+        raise TypeError(f"{owner}: model must be a Transformer, got {got(model)}")
+    if config is not None:
+        check_type(owner, "config", config, DenoiseConfig, "a DenoiseConfig or None")
+    if cache is not None:
+        check_type(owner, "cache", cache, PagedCache, "a PagedCache or None")
+    return DenoiseConfig() if config is None else config
+
+
 def check_seeds(seeds: Sequence[int] | None, count: int) -> list[int]:
     """The seeds of `count` requests; the requests' numbers for None."""
     if seeds is None:
         return list(range(count))
+    seeds = check_list("generate", "seeds", seeds, f"{count} integers, one per prompt")
     if len(seeds) != count or not all(isinstance(s, int) and not isinstance(s, bool) for s in seeds):
         raise ValueError(f"generate: seeds must be {count} integers, one per prompt, got {list(seeds)!r}")
     if not all(-(1 << 63) <= seed < 1 << 63 for seed in seeds):
@@ -155,7 +173,7 @@ def prefill(
     Raises:
         ValueError, TypeError: naming the prompt and what is wrong with it.
     """
-    config = config or DenoiseConfig()
+    config = check_run("prefill", model, config, cache)
     prompts = check_prompts(model, prompts, config.max_new_tokens)
     seeds = check_seeds(seeds, len(prompts))
     block_size = model.config.block_size

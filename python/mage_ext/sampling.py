@@ -86,6 +86,8 @@ class SamplerConfig:
         if not isinstance(self.name, str) or self.name not in SAMPLERS:
             raise ValueError(f"SamplerConfig: name must be one of {', '.join(SAMPLERS)}, got {got(self.name)}")
         _check_int("SamplerConfig", "tokens_per_step", self.tokens_per_step, 1)
+        if self.tokens_per_step >= 1 << 31:
+            raise ValueError(f"SamplerConfig: tokens_per_step must be below 2^31, got {self.tokens_per_step}")
         _check_real("SamplerConfig", "threshold", self.threshold, 0.0, 1.0)
         _check_real("SamplerConfig", "entropy_bound", self.entropy_bound, 0.0, math.inf)
         _check_draw("SamplerConfig", self.temperature, self.top_k, self.top_p)

@@ -6,6 +6,7 @@ The operators' own bad inputs are in their test files. Run: pytest tests/python/
 
 import functools
 import json
+import re
 import struct
 
 import pytest
@@ -114,7 +115,7 @@ def test_model_config(case):
 
 _GENERATE = {
     "no_prompts": (lambda m: generate(m, []), "prompts must hold at least one prompt, got none"),
-    "text": (lambda m: generate(m, "hello"), "prompts must be a list of lists of token ids, got str"),
+    "text": (lambda m: generate(m, "hello"), "prompts must be a list of lists of token ids, got 'hello'"),
     "one_flat_prompt": (lambda m: generate(m, [1, 2, 3]), "prompts must be a list of lists"),
     "id_past_vocabulary": (
         lambda m: generate(m, [[1], [2, 97]]),
@@ -277,7 +278,7 @@ _JSON = {
     "nan_eps": (dict(rms_norm_eps=NAN), "rms_norm_eps must be a positive number, got nan"),
     "flag_as_text": (dict(tie_word_embeddings="no"), "tie_word_embeddings must be true or false, got 'no'"),
     "sub_block": (dict(sub_block_size=3), r"sub_block_size must divide block_size \(8\), got 3"),
-    "dtype": (dict(torch_dtype="int8"), "dtype must be one of float32, bfloat16, float16, got int8"),
+    "dtype": (dict(torch_dtype="int8"), "dtype must be one of float32, bfloat16, float16, got 'int8'"),
     "tied_with_another_head": (dict(tie_word_embeddings=True), "tie_word_embeddings must be false"),
 }
 
@@ -301,7 +302,7 @@ def test_files_that_are_not_there(tmp_path):
 
 
 def test_models_load_takes_names_and_folders(tmp_path):
-    _raises("dtype must be one of float32, .* got int8", lambda: models.load(builtin.NAME, dtype="int8"))
+    _raises("dtype must be one of float32, .* got 'int8'", lambda: models.load(builtin.NAME, dtype="int8"))
     _raises("overrides must not be given for", lambda: models.load(builtin.NAME, block_size=4))
     _raises("path must be a folder", lambda: models.load("no-such-model"), FileNotFoundError)
     assert models.load(_folder(tmp_path), "bfloat16").model.norm.weight.dtype == torch.bfloat16
@@ -545,3 +546,54 @@ def test_vocab_and_merges(tmp_path):
     config.write_text('{"tokenizer_class": "Qwen2Tokenizer", "chat_template": 3}')
     (tmp_path / "added_tokens.json").unlink()
     _raises("chat_template must be a text, got int", lambda: Tokenizer.from_folder(tmp_path))
+
+
+# --------------------------------------------------------------------------- types of what a run is made of
+
+_TYPES = {
+    "model None": (lambda: generate(None, [[1]]), "generate: model must be a Transformer, got None"),
+    "model text": (lambda: prefill("x", [[1]]), "prefill: model must be a Transformer, got 'x'"),
+    "config": (lambda: generate(_model(), [[1]], [1]), "generate: config must be a DenoiseConfig or None, got list"),
+    "config of prefill": (lambda: prefill(_model(), [[1]], {}), "prefill: config must be a DenoiseConfig or None"),
+    "cache": (lambda: generate(_model(), [[1]], cache="x"), "generate: cache must be a PagedCache or None, got 'x'"),
+    "tokenizer": (lambda: generate(_model(), [[1]], tokenizer=[1]), "generate: tokenizer must have decode"),
+    "callback": (
+        lambda: generate(_model(), [[1]], callback="x"),
+        "generate: callback must be callable or None",
+    ),
+    "stream": (lambda: generate(_model(), [[1]], stream="x"), "generate: stream must be a bool, got 'x'"),
+    "prompts None": (lambda: generate(_model(), None), "generate: prompts must be a list of lists of token ids, got"),
+    "prompts text": (lambda: generate(_model(), "x"), "generate: prompts must be a list of lists of token ids, got"),
+    "seeds": (
+        lambda: generate(_model(), [[1]], seeds=-1),
+        "generate: seeds must be 1 integers, one per prompt",
+    ),
+    "seeds bytes": (lambda: generate(_model(), [[1]], seeds=b"x"), "generate: seeds must be 1 integers"),
+    "ignore_eos": (lambda: DenoiseConfig(ignore_eos="False"), "DenoiseConfig: ignore_eos must be a bool, got 'False'"),
+    "sub_block_cache": (
+        lambda: DenoiseConfig(sub_block_cache=1),
+        "DenoiseConfig: sub_block_cache must be a bool",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(_TYPES))
+def test_wrong_types_are_refused(name):
+    call, message = _TYPES[name]
+    _raises("^" + re.escape(message), call, TypeError)
+
+
+def test_numbers_beyond_reason_are_refused():
+    _raises(
+        r"RaggedBatch: num_requests must be below 2\^24", lambda: RaggedBatch(PagedCache(1, 1, 8, num_pages=2), 10**30)
+    )
+    _raises(r"SamplerConfig: tokens_per_step must be below 2\^31", lambda: SamplerConfig(tokens_per_step=10**30))
+    _raises("DenoiseConfig: mode must be one of exact, mage", lambda: DenoiseConfig(mode=[1, 2]))
+
+
+def test_load_names_a_device_or_dtype_that_there_is_not():
+    if not torch.cuda.is_available():
+        _raises("load: device must be one that this machine has", lambda: models.load(builtin.NAME, device="cuda"))
+    _raises("load: device must be a torch.device or its name, got 'x'", lambda: models.load(builtin.NAME, device="x"))
+    _raises("load: dtype must be one of .*, got ''", lambda: models.load(builtin.NAME, dtype=""))
+    _raises("load: dtype must be one of .*, got list", lambda: models.load(builtin.NAME, dtype=[]))

@@ -30,10 +30,12 @@ def load(
     """
     from pathlib import Path
 
+    from mage_ext._arguments import check_device
     from mage_ext.models import builtin, huggingface
 
     if str(path) != builtin.NAME or Path(path).exists():
         return huggingface.load(path, dtype, device, **overrides)
     if overrides:
         raise ValueError(f"load: overrides must not be given for {builtin.NAME}, got {', '.join(sorted(overrides))}")
-    return builtin.load_builtin(huggingface.resolve_dtype(dtype or "float32"), device)
+    device = check_device("load", device)
+    return builtin.load_builtin(huggingface.resolve_dtype("float32" if dtype is None else dtype), device)

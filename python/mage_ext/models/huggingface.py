@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mage_ext._arguments import check_device, check_path
+from mage_ext._arguments import check_device, check_path, got
 from mage_ext.models.config import ModelConfig
 from mage_ext.models.tokenizer import Tokenizer, read_json
 from mage_ext.models.transformer import Transformer
@@ -350,8 +350,9 @@ def resolve_dtype(dtype: torch.dtype | str) -> torch.dtype:
     """A dtype that weights may have, of itself or its name. Raises ValueError for others."""
     if isinstance(dtype, str):
         dtype = DTYPES.get(dtype.removeprefix("torch."), dtype)
-    if dtype not in DTYPES.values():
-        raise ValueError(f"load: dtype must be one of {', '.join(DTYPES)}, got {dtype}")
+    if not isinstance(dtype, torch.dtype) or dtype not in DTYPES.values():
+        shown = dtype if isinstance(dtype, torch.dtype) else got(dtype)
+        raise ValueError(f"load: dtype must be one of {', '.join(DTYPES)}, got {shown}")
     return dtype
 
 
