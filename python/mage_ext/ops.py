@@ -201,7 +201,8 @@ def block_attention(
         softmax_scale: factor of the scores, in [-65536, 65536]; None: D^-0.5.
         kv_lens: [B, Q], int32, nondecreasing. Row q sees [0, min(S, kv_lens[b, q])); None: [0, S). It gives the
             staircase of a chunked prefill and causal masks.
-        split_tokens: 0 cuts the KV stream as the shapes suggest; a multiple of 64 cuts it at its multiples.
+        split_tokens: 0 cuts the KV stream as the shapes suggest, on CUDA the lengths too; a multiple of 64 cuts it at
+            its multiples, whatever else is in the batch.
 
     Returns:
         out: [B, Q, H, D], dtype of q.
