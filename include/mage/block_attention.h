@@ -21,10 +21,10 @@
 // weighs the tokens past its own L_r with 0, and 0 times NaN is NaN.
 //
 // The KV stream may be cut into splits whose partial results are merged. split_tokens > 0 (a multiple of 64) puts the
-// cuts at its multiples: a request's results then don't depend on its batch. 0 lets the backend choose: the CPU from the
-// shapes alone, CUDA from the lengths on the device too, so that all multiprocessors have the same work. Results are
-// bitwise equal from run to run and for any number of threads. float32 arithmetic whatever the dtype, exponent and sums
-// included.
+// cuts at its multiples: a request's results then don't depend on its batch. 0 lets the backend choose: the CPU from
+// the shapes alone, CUDA from the lengths on the device too, so that all multiprocessors have the same work. Results
+// are bitwise equal from run to run and for any number of threads. float32 arithmetic whatever the dtype, exponent and
+// sums included.
 //
 // Limits: D a multiple of 8, at most 512 (64 and 128 are fast); page 1, 16, 32, 64, 128 or 256.
 // Cost: 4 * B * H * Q * S * D flops; reads 2 * B * Hkv * S * D * dtype_bytes bytes per 240 rows of G * Q.
