@@ -2,9 +2,8 @@
 #include "kernels/block_attention/variants.h"
 
 // Purpose   masses from unit sums, whose last factor is the final lse: share[r, j] = 2^(unit[j, r] - log2 sum[r]).
-// Schedule  a warp adds over the rows of one or of four units; grid (units / units per block, Hkv, B). Blocks past the
-// last
-//           token of a request read nothing.
+// Schedule  a warp adds over the rows of one or of four units; grid (units / units per block, Hkv, B). Blocks past a
+//           request's last token read nothing.
 // Memory    the final sums of at most kMaxUnitRows rows in shared memory.
 // Ceiling   reads all unit sums once, from L2 where they fit.
 namespace mage::cuda {

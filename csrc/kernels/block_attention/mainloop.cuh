@@ -8,22 +8,22 @@
 #include "device/wgmma.cuh"
 #include "kernels/block_attention/arguments.h"
 
-// Purpose   out[r] = sum_t softmax(scale q[r] . k[t]) v[t] over the tokens of a paged KV stream, and on request the sum
-// of
-//           the softmax terms of every row and unit of g tokens; see mage/block_attention.h and block_attention_mass.h.
-// Schedule  persistent workers (schedule.h): a CTA, or a pair of CTAs that share the rows of a tile and multicast K and
-// V
-//           to one another. One producer warp feeds a ring of K and V tiles by TMA; each consumer warpgroup owns 64
-//           rows.
+// Purpose   out[r] = sum_t softmax(scale q[r] . k[t]) v[t] over the tokens of a paged KV stream, and on request the
+//           logarithm of every row's sum over every unit of g tokens; mage/block_attention.h, block_attention_mass.h.
+// Schedule  persistent workers (core/attention_schedule.h): a CTA, or a pair of CTAs that share the rows of a tile and
+//           multicast K and V to one another. Of the first warpgroup, warp 0 feeds a ring of K and V tiles by TMA, and
+//           warp 1 writes the pieces of segments down for the merge; each other warpgroup owns 64 rows.
 //             per tile j:  S = Q K(j)^T              tensor cores, asynchronous
 //                          O += P V(j - 1)           tensor cores, asynchronous, behind S
-//                          wait S; mask, maximum, exponentials, unit sums     while P V is running
-//                          wait O; rescale O; P = S in 16 bits
+//                          store the unit sums of tile j - 1                 while both are running
+//                          wait S; mask, maximum, exponentials, sums         while P V is running
+//                          wait O; rescale O if a maximum grew; P = S in 16 bits
+//           Two warpgroups take turns at issuing the products.
 // Memory    Q tile (64 rows x D per warpgroup), kStages x (K tile, V tile) of kKeys rows, all in the 128-byte swizzle;
 //           S, P and O in registers, float32 sums.
 // Sync      full_k/full_v[stage]: the producer's expectation and the copies' bytes. empty_k/empty_v[stage]: one arrival
-//           per consumer warp of every CTA of the pair. Named barrier 1: all consumers (V's tail), 2 + w: warpgroup w
-//           (Q).
+//           per consumer warp of every CTA of the pair. Named barriers: all consumers (V's tail is clear); one per
+//           warpgroup (its Q is stored); consumers and producer, once (Q is asked for); one per warpgroup (its turn).
 // Ceiling   max(bytes of K and V / HBM, 4 * rows padded to 64 * D * tokens / tensor cores); NOTES.md has the numbers.
 namespace mage::cuda {
 
