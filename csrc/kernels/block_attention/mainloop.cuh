@@ -361,12 +361,14 @@ struct Consumer {
     AttentionShared<Config>& shared;
     const int32_t thread, warpgroup, lane, rank;
     const Piece& piece;  // the one at hand
-    int32_t token_end;
+    int32_t token_end, prefix;
     int32_t first_row;                          // of the stream; this thread's other row is 8 below
     int32_t limit[2];                           // tokens that each may see
     float reference[2], sum[2], prefix_sum[2];  // of the softmax, in log2
     float blocks[2][kBlocks];                   // sums of P per row and 16 keys of the last tile
-    float* unit_out;                            // units of this thread's row of the quad's four values, see emit
+    bool emits;                                 // this thread's row of the quad's four values is one of R, see emit
+    float* unit_at;                             // where the one of this tile's first units goes
+    int64_t unit_step;                          // from tile to tile
 
     // The shared memory as descriptors see it, in 16 bytes; the tiles lie one behind the other.
     const uint32_t shared_tile;
@@ -428,6 +430,7 @@ struct Consumer {
 
     __device__ __forceinline__ void start_piece() {
         token_end = piece.token_end;
+        prefix = piece.prefix;
         first_row = piece.row_tile * Config::kTileRows + rank * Config::kCtaRows + thread / kWarp * 16 + lane / 4;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
@@ -440,7 +443,10 @@ struct Consumer {
         }
         const int64_t stream = int64_t{piece.request} * args.num_kv_heads + piece.kv_head;
         const int32_t emitted = first_row + (lane & 1) * 8;
-        unit_out = args.units + stream * args.num_units * args.rows + emitted;
+        emits = emitted < args.rows;
+        const int32_t unit = (piece.token_begin >> args.unit_shift) + (lane >> 1 & 1);
+        unit_at = args.units + (stream * args.num_units + unit) * args.rows + emitted;
+        unit_step = int64_t{kKeys >> args.unit_shift} * args.rows;
     }
 
     // S = Q K^T of a stage, asynchronous.
@@ -498,8 +504,7 @@ struct Consumer {
     }
 
     // Scores of tokens that a row must not see become -inf.
-    __device__ __forceinline__ void mask(int32_t token, const uint4& broken) {
-        const bool any_broken = (broken.x | broken.y | broken.z | broken.w) != 0;
+    __device__ __forceinline__ void mask(int32_t token, uint32_t stage, bool any_broken) {
         if (token + kKeys <= min(limit[0], limit[1]) && !any_broken) return;
 #pragma unroll
         for (int i = 0; i < kKeys / 2; ++i) {
@@ -507,6 +512,7 @@ struct Consumer {
             if (token + column >= limit[i / 2 % 2]) s[i] = -INFINITY;
         }
         if (!any_broken) return;
+        const uint4 broken = shared.broken[stage];
         const uint32_t words[4] = {broken.x, broken.y, broken.z, broken.w};
 #pragma unroll
         for (int i = 0; i < kKeys / 2; ++i) {
@@ -518,17 +524,14 @@ struct Consumer {
         }
     }
 
-    // Sums of p per row and block of 16 keys, this thread's columns only; tokens from `end` on count 0.
-    __device__ __forceinline__ void block_sums(int32_t token, int32_t end) {
-        if (token + kKeys <= end) {
-#pragma unroll
-            for (int i = 0; i < kBlocks; ++i) {
-                blocks[0][i] = (s[8 * i] + s[8 * i + 1]) + (s[8 * i + 4] + s[8 * i + 5]);
-                blocks[1][i] = (s[8 * i + 2] + s[8 * i + 3]) + (s[8 * i + 6] + s[8 * i + 7]);
-            }
-            return;
-        }
-        const int32_t left = end - token - lane % 4 * 2;
+    __device__ __forceinline__ bool is_broken(uint32_t stage) const {
+        const uint4 broken = shared.broken[stage];
+        return (broken.x | broken.y | broken.z | broken.w) != 0;
+    }
+
+    // The block sums again, of the first `end` columns alone.
+    __device__ __forceinline__ void block_sums(int32_t end) {
+        const int32_t left = end - lane % 4 * 2;
         const auto kept = [&](int i, int32_t column) { return column < left ? s[i] : 0.0f; };
 #pragma unroll
         for (int i = 0; i < kBlocks; ++i) {
@@ -541,24 +544,28 @@ struct Consumer {
     }
 
     // Adds four values over the quad (two rows x two units) so that each lane ends with one, and stores its logarithm:
-    // lane bit 0 is the row, bit 1 the unit.
-    __device__ __forceinline__ void emit(int32_t unit, float row0, float row1, float next0, float next1) {
+    // lane bit 0 is the row, bit 1 the unit. `offset` and `left` count units from the tile's first.
+    __device__ __forceinline__ void emit(int32_t offset, int32_t left, float row0, float row1, float next0,
+                                         float next1) const {
         const bool second = (lane & 2) != 0, lower = (lane & 1) != 0;
         float keep0 = second ? next0 : row0, keep1 = second ? next1 : row1;
         keep0 += __shfl_xor_sync(~0u, second ? row0 : next0, 2);
         keep1 += __shfl_xor_sync(~0u, second ? row1 : next1, 2);
-        float total = lower ? keep1 : keep0;
-        total += __shfl_xor_sync(~0u, lower ? keep0 : keep1, 1);
-        const int32_t own = unit + (second ? 1 : 0);
-        if ((own << args.unit_shift) < token_end && first_row + (lower ? 8 : 0) < args.rows) {
-            unit_out[int64_t{own} * args.rows] = log2_fast(total) + (lower ? reference[1] : reference[0]);
+        store_unit(offset, left, lower ? keep1 : keep0, lower ? keep0 : keep1);
+    }
+
+    __device__ __forceinline__ void store_unit(int32_t offset, int32_t left, float total, float other) const {
+        const bool second = (lane & 2) != 0, lower = (lane & 1) != 0;
+        total += __shfl_xor_sync(~0u, other, 1);
+        if (emits && offset + (second ? 1 : 0) < left) {
+            unit_at[int64_t{offset} * args.rows] = log2_fast(total) + (lower ? reference[1] : reference[0]);
         }
     }
 
     // Of the tile whose block sums are at hand.
     __device__ __forceinline__ void emit_units(int32_t token) {
         if (args.units == nullptr) return;
-        const int32_t unit = token >> args.unit_shift;
+        const int32_t left = (token_end - token - 1 >> args.unit_shift) + 1;
         if (args.unit_shift == 6) {
             float units[2][2] = {};
 #pragma unroll
@@ -566,25 +573,73 @@ struct Consumer {
                 units[0][i / 4] += blocks[0][i];
                 units[1][i / 4] += blocks[1][i];
             }
-            emit(unit, units[0][0], units[1][0], units[0][1], units[1][1]);
+            if constexpr (kKeys == 64) {  // one unit: the upper pair of the quad adds to the lower
+                const bool lower = (lane & 1) != 0;
+                units[0][0] += __shfl_xor_sync(~0u, units[0][0], 2);
+                units[1][0] += __shfl_xor_sync(~0u, units[1][0], 2);
+                store_unit(0, 1, lower ? units[1][0] : units[0][0], lower ? units[0][0] : units[1][0]);
+            } else {
+                emit(0, left, units[0][0], units[1][0], units[0][1], units[1][1]);
+            }
         } else if (args.unit_shift == 5) {
 #pragma unroll
             for (int i = 0; i < kBlocks; i += 4) {
-                emit(unit + i / 2, blocks[0][i] + blocks[0][i + 1], blocks[1][i] + blocks[1][i + 1],
+                emit(i / 2, left, blocks[0][i] + blocks[0][i + 1], blocks[1][i] + blocks[1][i + 1],
                      blocks[0][i + 2] + blocks[0][i + 3], blocks[1][i + 2] + blocks[1][i + 3]);
             }
         } else {
 #pragma unroll
             for (int i = 0; i < kBlocks; i += 2)
-                emit(unit + i, blocks[0][i], blocks[1][i], blocks[0][i + 1], blocks[1][i + 1]);
+                emit(i, left, blocks[0][i], blocks[1][i], blocks[0][i + 1], blocks[1][i + 1]);
         }
+        unit_at += unit_step;
     }
 
-    // Turns S into P (float32), updates references and sums, keeps the block sums for emit_units. Returns by what older
-    // results are scaled. A reference follows the maximum only when that has grown by more than 2^kSlack, so that most
-    // tiles scale nothing: terms stay below 2^kSlack, which 16-bit P and float32 sums hold as well as 1.
-    __device__ __forceinline__ void softmax(int32_t token, float (&scale)[2]) {
+    // Turns S into P, in 16 bits, and adds up its sums; keeps the block sums for emit_units. Exponents are taken against a
+    // reference that follows a row's maximum only when that has grown by more than 2^kSlack: terms stay below 2^kSlack,
+    // which 16-bit P and float32 sums hold as well as 1. So most tiles need no maximum, only the knowledge that nothing
+    // exceeds the slack, which one integer maximum over both rows gives: what is above a positive number is above it as
+    // an integer too, and what is negative is below it.
+    __device__ __forceinline__ void softmax(int32_t token) {
         constexpr float kSlack = 8.0f;
+        const bool unseen[2] = {reference[0] == -INFINITY, reference[1] == -INFINITY};
+        const float base[2] = {unseen[0] ? 0.0f : reference[0], unseen[1] ? 0.0f : reference[1]};
+        int32_t highest_bits[4] = {INT32_MIN, INT32_MIN, INT32_MIN, INT32_MIN};
+#pragma unroll
+        for (int i = 0; i < kKeys / 2; i += 2) {
+            s[i] = fmaf(s[i], args.scale_log2, -base[i / 2 % 2]);
+            s[i + 1] = fmaf(s[i + 1], args.scale_log2, -base[i / 2 % 2]);
+            highest_bits[i / 2 % 4] = __vimax3_s32(highest_bits[i / 2 % 4], __float_as_int(s[i]), __float_as_int(s[i + 1]));
+        }
+        const int32_t highest = max(__vimax3_s32(highest_bits[0], highest_bits[1], highest_bits[2]), highest_bits[3]);
+        if (__any_sync(~0u, highest > __float_as_int(kSlack) || unseen[0] || unseen[1])) rebase(kSlack);
+        float added[2] = {0.0f, 0.0f};
+#pragma unroll
+        for (int i = 0; i < kBlocks; ++i) {
+#pragma unroll
+            for (int j = 8 * i; j < 8 * i + 8; ++j) s[j] = exp2_fast(s[j]);
+            blocks[0][i] = (s[8 * i] + s[8 * i + 1]) + (s[8 * i + 4] + s[8 * i + 5]);
+            blocks[1][i] = (s[8 * i + 2] + s[8 * i + 3]) + (s[8 * i + 6] + s[8 * i + 7]);
+            added[0] += blocks[0][i];
+            added[1] += blocks[1][i];
+#pragma unroll
+            for (int j = 0; j < 4; ++j) p[i][j] = pack(s[8 * i + 2 * j], s[8 * i + 2 * j + 1], T());
+        }
+        sum[0] += added[0];
+        sum[1] += added[1];
+        if (args.units == nullptr) return;
+        if (token + kKeys > prefix) {
+            block_sums(prefix - token);
+            total_of_blocks(added);
+        }
+        prefix_sum[0] += added[0];
+        prefix_sum[1] += added[1];
+    }
+
+    // Moves the references of rows that have grown too far, or have seen nothing so far, to their maximum, and everything
+    // that was counted from the old ones along.
+    __device__ __forceinline__ void rebase(float slack) {
+        float scale[2];
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             float highest = s[2 * r];
@@ -592,31 +647,22 @@ struct Consumer {
             for (int i = 0; i < kKeys / 8; ++i) highest = fmaxf(highest, fmaxf(s[4 * i + 2 * r], s[4 * i + 2 * r + 1]));
             highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 1));
             highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 2));
-            highest *= args.scale_log2;
-            // A row that has seen nothing has reference -inf; a row that still sees nothing counts from 0.
-            const bool grows = highest > reference[r] + kSlack;
-            const float next = grows ? highest : reference[r];
-            const float base = next == -INFINITY ? 0.0f : next;
-            scale[r] = grows ? exp2_fast(reference[r] - base) : 1.0f;
-            reference[r] = next;
+            const bool unseen = reference[r] == -INFINITY;
+            const bool moves = unseen ? highest != -INFINITY : highest > slack;
+            const float by = moves ? highest : 0.0f;
+            scale[r] = exp2_fast(-by);
+            reference[r] = unseen ? (moves ? highest : -INFINITY) : reference[r] + by;
+            if (unseen) scale[r] = 1.0f;  // of nothing
 #pragma unroll
             for (int i = 0; i < kKeys / 8; ++i) {
-                s[4 * i + 2 * r] = exp2_fast(s[4 * i + 2 * r] * args.scale_log2 - base);
-                s[4 * i + 2 * r + 1] = exp2_fast(s[4 * i + 2 * r + 1] * args.scale_log2 - base);
+                s[4 * i + 2 * r] -= by;
+                s[4 * i + 2 * r + 1] -= by;
             }
+            sum[r] *= scale[r];
+            prefix_sum[r] *= scale[r];
         }
-        block_sums(token, token + kKeys);
-        float added[2];
-        total_of_blocks(added);
-        sum[0] = sum[0] * scale[0] + added[0];
-        sum[1] = sum[1] * scale[1] + added[1];
-        if (args.units == nullptr) return;
-        if (token + kKeys > piece.prefix) {
-            block_sums(token, piece.prefix);
-            total_of_blocks(added);
-        }
-        prefix_sum[0] = prefix_sum[0] * scale[0] + added[0];
-        prefix_sum[1] = prefix_sum[1] * scale[1] + added[1];
+#pragma unroll
+        for (int i = 0; i < kDim / 2; ++i) o[i] *= scale[i / 2 % 2];
     }
 
     __device__ __forceinline__ void total_of_blocks(float (&total)[2]) const {
@@ -626,20 +672,6 @@ struct Consumer {
             total[0] += blocks[0][i];
             total[1] += blocks[1][i];
         }
-    }
-
-    __device__ __forceinline__ void pack_p() {
-#pragma unroll
-        for (int i = 0; i < kBlocks; ++i) {
-#pragma unroll
-            for (int j = 0; j < 4; ++j) p[i][j] = pack(s[8 * i + 2 * j], s[8 * i + 2 * j + 1], T());
-        }
-    }
-
-    __device__ __forceinline__ void rescale_o(const float (&scale)[2]) {
-        if (!__any_sync(~0u, scale[0] != 1.0f || scale[1] != 1.0f)) return;
-#pragma unroll
-        for (int i = 0; i < kDim / 2; ++i) o[i] *= scale[i / 2 % 2];
     }
 
     __device__ __forceinline__ void store() {
@@ -690,9 +722,11 @@ struct Consumer {
     __device__ __forceinline__ void run() {
         Ring<Config::kStages> k_ring, v_ring;
         if (!shared.any) return;
-        // Two warpgroups take turns at the tensor cores: one multiplies while the other is at its softmax.
-        constexpr bool kTurns = Config::kWarpgroups == 2;
-        if (kTurns && warpgroup == 1) device::named_barrier_arrive(kTurnBarrier, Config::kConsumers);
+        // Warpgroups take turns at the tensor cores: one multiplies while the others are at their softmax.
+        constexpr bool kTurns = Config::kWarpgroups > 1;
+        constexpr int kTurnThreads = 2 * kWarpgroup;
+        const int32_t next_turn = warpgroup == Config::kWarpgroups - 1 ? 0 : warpgroup + 1;
+        if (kTurns && next_turn == 0) device::named_barrier_arrive(kTurnBarrier, kTurnThreads);
         {
             uint4 q[kRounds];
             load_q(piece, args.rows, q);
@@ -704,37 +738,33 @@ struct Consumer {
 #pragma unroll
             for (int i = 0; i < kDim / 2; ++i) o[i] = 0.0f;
             device::mbarrier_wait(device::shared_address(&shared.full_k[k_ring.stage]), k_ring.parity);
+            device::pin_registers(o);
             start_scores(k_ring.stage);
+            bool any_broken = is_broken(k_ring.stage);
             device::wgmma_wait<0>();
             int32_t token = piece.token_begin;
             for (;; token += kKeys) {
-                const bool first = token == piece.token_begin, last = token + kKeys >= token_end;
                 device::pin_registers(s);
-                mask(token, shared.broken[k_ring.stage]);
+                device::pin_registers(o);
+                mask(token, k_ring.stage, any_broken);
                 release(&shared.empty_k[k_ring.stage]);
                 k_ring.advance();
-                float scale[2];
-                softmax(token, scale);
-                // P V of the tile before this one.
-                device::wgmma_wait<0>();
-                device::pin_registers(o);
-                if (!first) {
-                    release(&shared.empty_v[v_ring.stage]);
-                    v_ring.advance();
-                }
-                rescale_o(scale);
-                pack_p();
-                if (last) break;
-                device::mbarrier_wait(device::shared_address(&shared.full_k[k_ring.stage]), k_ring.parity);
-                if (kTurns) device::named_barrier(kTurnBarrier + warpgroup, Config::kConsumers);
-                start_scores(k_ring.stage);
+                softmax(token);
                 device::mbarrier_wait(device::shared_address(&shared.full_v[v_ring.stage]), v_ring.parity);
+                if (token + kKeys >= token_end) break;
+                device::mbarrier_wait(device::shared_address(&shared.full_k[k_ring.stage]), k_ring.parity);
+                // P V of this tile, then S of the next. The tensor cores take P from registers, so that issuing P V lasts
+                // about as long as it does: S comes last, that other work of this warpgroup may run beside it.
+                if (kTurns) device::named_barrier(kTurnBarrier + warpgroup, kTurnThreads);
                 start_values(v_ring.stage);
-                if (kTurns) device::named_barrier_arrive(kTurnBarrier + 1 - warpgroup, Config::kConsumers);
+                start_scores(k_ring.stage);
+                if (kTurns) device::named_barrier_arrive(kTurnBarrier + next_turn, kTurnThreads);
+                any_broken = is_broken(k_ring.stage);
                 emit_units(token);
-                device::wgmma_wait<1>();
+                device::wgmma_wait<0>();
+                release(&shared.empty_v[v_ring.stage]);
+                v_ring.advance();
             }
-            device::mbarrier_wait(device::shared_address(&shared.full_v[v_ring.stage]), v_ring.parity);
             clear_tail(v_ring.stage, token);
             start_values(v_ring.stage);
             emit_units(token);
