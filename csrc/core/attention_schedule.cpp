@@ -10,6 +10,7 @@ namespace mage::core {
 namespace {
 
 constexpr int64_t kMinKeys = 128;  // tokens that a worker should have: below, its result costs more
+constexpr int64_t kPieceKeys = 384;  // as many tokens as take as long as starting and ending a piece
 
 }  // namespace
 
@@ -49,6 +50,7 @@ AttentionPlan plan_attention(const BlockAttentionParams& p, int64_t sms) {
     for (s.unit_shift = 0; int64_t{1} << s.unit_shift < s.unit_tokens;) ++s.unit_shift;
     if (int64_t{1} << s.unit_shift != s.unit_tokens) s.unit_shift = 0;
     s.min_units = s.fixed ? 1 : static_cast<int32_t>((kMinKeys + plan.shape.keys - 1) / plan.shape.keys);
+    s.piece_units = static_cast<int32_t>(kPieceKeys / plan.shape.keys);
     plan.slots = max_slots(s, p.max_seq_len);
     return plan;
 }

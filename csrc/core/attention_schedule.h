@@ -7,10 +7,15 @@
 // Who does what: the split of all KV streams of a launch over its workers. Pure arithmetic, the same on the host
 // (tests, plans), in the attention kernel and in the merge.
 //
-// A segment is one row tile of one (request, KV head): its stream is cut into units. With balanced work a unit is one
-// tile of keys, and every worker takes as many of all units in a row, or one more, so that a worker
-// holds whole segments and at most two pieces: the end of one, the start of another. With fixed splits a unit is a
-// split, and a piece is always one unit, whoever takes it: results then depend on nothing but the request itself.
+// A segment is one row tile of one (request, KV head): its stream is cut into units of one tile of keys.
+//   aligned   every segment has workers of its own, as many as it has times a number of units, the last fraction included,
+//             and they share its units evenly: a worker has one piece. That number is the least with which the workers
+//             suffice.
+//   balanced  where that is much more than an even share of all units: every worker takes as many units in a row, or one
+//             more, whatever they belong to, so that it holds whole segments and at most two pieces: the end of one, the
+//             start of another.
+//   fixed     a unit is a split, and a piece is always one unit, whoever takes it: results then depend on nothing but the
+//             request itself.
 #if defined(__CUDACC__)
 #define MAGE_BOTH __host__ __device__ __forceinline__
 #else
@@ -25,9 +30,12 @@ struct Schedule {
     int32_t unit_tokens = 0;           // tokens of a tile, or of a split
     int32_t unit_shift = 0;            // 1 << unit_shift tokens, or 0: not a power of two
     int32_t max_workers = 0;
-    int32_t min_units = 1;  // that a worker should have
+    int32_t min_units = 1;    // that a worker should have
+    int32_t piece_units = 0;  // what starting and ending a piece takes, in units
     bool fixed = false;
 };
+
+constexpr int32_t kMaxAligned = 32;  // requests: one per lane of the warp that looks
 
 MAGE_BOTH int32_t units_of(const Schedule& s, int32_t seq_len) {
     const int32_t rounded = seq_len + s.unit_tokens - 1;
@@ -49,6 +57,22 @@ MAGE_BOTH int32_t worker_of(int32_t total_units, int32_t workers, int32_t unit) 
     const int32_t each = total_units / workers, more = total_units - each * workers;
     const int32_t longer = more * (each + 1);
     return unit < longer ? unit / (each + 1) : more + (unit - longer) / each;
+}
+
+MAGE_BOTH int32_t ceil_div(int32_t value, int32_t by) { return (value + by - 1) / by; }
+
+// Units of a worker where every segment has its own workers, or 0: balanced is better. `workers_with(t)` counts the
+// workers that segments need with at most t units each.
+template <typename CountT>
+MAGE_BOTH int32_t aligned_units(const Schedule& s, int32_t total_units, const CountT& workers_with) {
+    if (s.fixed || s.num_requests > kMaxAligned || total_units == 0) return 0;
+    int32_t least = ceil_div(total_units, s.max_workers);
+    least = least < s.min_units ? s.min_units : least;
+    // A worker with two pieces pays for one more than a worker with one.
+    for (int32_t most = least; most <= least + s.piece_units; ++most) {
+        if (workers_with(most) <= s.max_workers) return most;
+    }
+    return 0;
 }
 
 // Where a piece that is not a whole segment leaves its partial result.
@@ -82,8 +106,7 @@ inline int64_t max_units(const Schedule& s, int64_t max_seq_len) {
 inline int64_t max_slots(const Schedule& s, int64_t max_seq_len) {
     const int64_t units = max_units(s, max_seq_len);
     if (s.fixed || units == 0) return units;
-    const int64_t most = INT32_MAX;
-    return int64_t{2} * workers_of(s, static_cast<int32_t>(units < most ? units : most));
+    return 2 * (units < s.max_workers ? units : s.max_workers);
 }
 
 // --- The plan of a launch of the attention kernel: host only ---------------------------------------------------------
@@ -111,10 +134,10 @@ struct AttentionPlan {
     int64_t slots = 0;  // partial results
     Schedule schedule;
 
-    // Workspace, in floats: O and three numbers of every row of every slot, the pieces of every segment; for masses two
-    // numbers of every row of the call.
-    int64_t partial_floats(int64_t head_dim) const { return slots * shape.rows * head_dim; }
-    int64_t partial_row_floats() const { return (slots * shape.rows * 3 + 3) / 4 * 4; }
+    // Workspace, in floats: O in 24 bits and three numbers of every row of every slot, the pieces of every segment; for
+    // masses two numbers of every row of the call.
+    int64_t partial_floats(int64_t head_dim) const { return slots * shape.rows * head_dim * 3 / 4; }
+    int64_t partial_row_floats() const { return slots * shape.rows * 3; }
     int64_t piece_floats(int64_t streams) const { return (streams * row_tiles * 2 + 3) / 4 * 4; }
     int64_t stat_floats(int64_t streams) const { return (streams * rows * 2 + 3) / 4 * 4; }
 };

@@ -16,7 +16,7 @@ struct UnitOutputs {
     float* units = nullptr;                // [B, Hkv, n, R]; null: in the workspace
 };
 
-// Two launches: attention, and the merge of what it left in pieces; with units a third that finishes them.
+// Two launches: attention, and the merge of what it left in pieces, which also finishes units.
 void launch_block_attention(const char* op, const BlockAttentionParams& params, const UnitOutputs& outputs,
                             CudaStream stream);
 

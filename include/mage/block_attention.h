@@ -58,7 +58,7 @@ struct BlockAttentionParams {
 
 // Bytes of workspace, enough for every backend: the larger of
 //   CPU   B * Hkv * tiles * splits * tile rows * (D + 2) * 4, the R = G * Q rows in tiles of at most 240
-//   CUDA  slots * tile rows * (D + 3) * 4 + 8 * B * Hkv * tiles up to a multiple of 16, the rows in tiles of 64, 128,
+//   CUDA  slots * tile rows * (3 * D + 12) + 8 * B * Hkv * tiles up to a multiple of 16, the rows in tiles of 64, 128,
 //         192 or 256; fixed splits have B * Hkv * tiles * splits slots, others at most 264 (132 for tiles of 256)
 // A backend itself asks for no more than its own.
 int64_t block_attention_workspace(int64_t num_requests, int64_t num_queries, int64_t num_heads, int64_t num_kv_heads,

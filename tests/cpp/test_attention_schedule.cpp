@@ -22,6 +22,35 @@ struct Piece {
     core::Pieces pieces;  // of the segment, if this is the first of them
 };
 
+int32_t aligned_units_of(const core::Schedule& s, const std::vector<int32_t>& lens) {
+    int32_t total = 0;
+    for (const int32_t len : lens) total += core::units_of(s, len) * s.segments_per_request;
+    return core::aligned_units(s, total, [&](int32_t most) {
+        int32_t workers = 0;
+        for (const int32_t len : lens) workers += core::ceil_div(core::units_of(s, len), most) * s.segments_per_request;
+        return workers;
+    });
+}
+
+// Workers of one segment each, in the order of the segments.
+std::vector<Piece> walk_aligned(const core::Schedule& s, const std::vector<int32_t>& lens, int32_t most) {
+    std::vector<Piece> pieces;
+    int32_t worker = 0;
+    for (int32_t request = 0; request < s.num_requests; ++request) {
+        const int32_t units = core::units_of(s, lens[request]);
+        const int32_t workers = core::ceil_div(units, most);
+        for (int32_t segment = 0; segment < s.segments_per_request; ++segment) {
+            for (int32_t i = 0; i < workers; ++i, ++worker) {
+                const core::Pieces named = {i == 0 ? workers : 0, worker};
+                pieces.push_back({request, segment, core::first_unit(units, workers, i),
+                                  core::first_unit(units, workers, i + 1), worker,
+                                  workers == 1 ? -1 : core::slot_of(s, 0, worker, i == 0), named});
+            }
+        }
+    }
+    return pieces;
+}
+
 // What the workers of a launch do, one after the other, as the attention kernel's walk does it: a worker finds the
 // request of its first unit, then takes pieces until its units are used up.
 std::vector<Piece> walk(const core::Schedule& s, const std::vector<int32_t>& lens) {
@@ -29,6 +58,8 @@ std::vector<Piece> walk(const core::Schedule& s, const std::vector<int32_t>& len
     int32_t total = 0;
     for (const int32_t len : lens) total += core::units_of(s, len) * s.segments_per_request;
     if (total == 0) return pieces;
+    const int32_t most = aligned_units_of(s, lens);
+    if (most > 0) return walk_aligned(s, lens, most);
     const int32_t workers = core::workers_of(s, total);
     for (int32_t worker = 0; worker < workers; ++worker) {
         int32_t at = core::first_unit(total, workers, worker);
@@ -108,8 +139,20 @@ void expect_sound(const core::Schedule& s, const std::vector<int32_t>& lens, int
     }
     ASSERT_EQ(next, pieces.size());
 
-    // Balanced: the units of two workers differ by at most one; few units have few workers.
     if (total == 0) return;
+    const int32_t most = aligned_units_of(s, lens);
+    if (most > 0) {
+        // Aligned: a worker has one piece, of hardly more units than an even share.
+        const int32_t least = std::max(s.min_units, core::ceil_div(total, s.max_workers));
+        ASSERT_LE(most, least + s.piece_units);
+        ASSERT_LE(pieces.back().worker, s.max_workers - 1);
+        for (size_t i = 0; i < pieces.size(); ++i) {
+            ASSERT_EQ(pieces[i].worker, static_cast<int32_t>(i));
+            ASSERT_LE(pieces[i].last - pieces[i].first, most);
+        }
+        return;
+    }
+    // Balanced: the units of two workers differ by at most one; few units have few workers.
     const int32_t workers = core::workers_of(s, total);
     ASSERT_EQ(workers, std::min(s.max_workers, (total + s.min_units - 1) / s.min_units));
     std::vector<int32_t> load(workers, 0);
@@ -119,13 +162,14 @@ void expect_sound(const core::Schedule& s, const std::vector<int32_t>& lens, int
 }
 
 core::Schedule make_schedule(size_t requests, int32_t segments, int32_t unit_tokens, int32_t workers, int32_t min_units,
-                             bool fixed) {
+                             bool fixed, int32_t piece_units = 0) {
     core::Schedule s;
     s.num_requests = static_cast<int32_t>(requests);
     s.segments_per_request = segments;
     s.unit_tokens = unit_tokens;
     s.max_workers = workers;
     s.min_units = min_units;
+    s.piece_units = piece_units;
     s.fixed = fixed;
     return s;
 }
@@ -148,9 +192,12 @@ TEST(AttentionSchedule, EveryUnitHasOneWorkerAndTheMergeFindsIt) {
             for (const int32_t workers : {1, 2, 3, 66, 132}) {
                 for (const int32_t unit_tokens : {64, 128, 320}) {
                     for (const int32_t min_units : {1, 2}) {
-                        expect_sound(make_schedule(lens.size(), segments, unit_tokens, workers, min_units, false), lens,
-                                     longest);
-                        if (HasFatalFailure()) return;
+                        for (const int32_t piece_units : {0, 3, 6}) {
+                            expect_sound(make_schedule(lens.size(), segments, unit_tokens, workers, min_units, false,
+                                                       piece_units),
+                                         lens, longest);
+                            if (HasFatalFailure()) return;
+                        }
                     }
                     expect_sound(make_schedule(lens.size(), segments, unit_tokens, workers, 1, true), lens, longest);
                     if (HasFatalFailure()) return;
@@ -169,7 +216,8 @@ TEST(AttentionSchedule, EveryUnitHasOneWorkerInRandomBatches) {
         const int32_t tiles[] = {64, 128, 192, 320};
         const core::Schedule s = make_schedule(lens.size(), static_cast<int32_t>(1 + random() % 12),
                                                tiles[random() % 4], static_cast<int32_t>(1 + random() % 132),
-                                               static_cast<int32_t>(1 + random() % 4), random() % 3 == 0);
+                                               static_cast<int32_t>(1 + random() % 4), random() % 3 == 0,
+                                               static_cast<int32_t>(random() % 7));
         expect_sound(s, lens, longest);
         if (HasFatalFailure()) return;
     }
@@ -184,7 +232,8 @@ TEST(AttentionSchedule, ShorterRequestsNeedNoMoreSlots) {
             for (int32_t total = 1; total < 1000; ++total) {
                 ASSERT_GE(core::workers_of(s, total), most);
                 most = core::workers_of(s, total);
-                ASSERT_EQ(core::max_slots(s, total * 64), 2 * most);
+                ASSERT_GE(core::max_slots(s, total * 64), 2 * most);
+                ASSERT_EQ(core::max_slots(s, total * 64), 2 * std::min(total, workers));
             }
         }
     }
@@ -292,23 +341,23 @@ TEST(AttentionPlan, WorkspaceInNumbers) {
     mass.attention = dimensions(1, 32, 28, 4, 128, 16384, 0);
     mass.granularity = 64;
     // 8 bytes name the pieces of a segment.
-    const int64_t partials = int64_t{2} * 66 * 256 * (128 + 3) * 4 + 4 * 8;
+    const int64_t partials = int64_t{2} * 66 * 256 * (3 * 128 + 12) + 4 * 8;
     EXPECT_EQ(cuda::block_attention_workspace(mass.attention), partials);
     BlockAttentionRowsParams rows;
     rows.attention = mass.attention;
     EXPECT_EQ(cuda::block_attention_rows_workspace(rows), partials + 8 * 4 * 224);
     EXPECT_EQ(cuda::block_attention_mass_workspace(mass), partials + 8 * 4 * 224 + 4 * 4 * 224 * 256);
-    // 1.5B: R = 192 in tiles of 64 tokens, at least two of them for a worker: 3 * 2 * 4 tiles for 12 workers.
+    // 1.5B: R = 192 in tiles of 64 tokens: 3 * 2 * 4 tiles for as many workers.
     EXPECT_EQ(cuda::block_attention_workspace(dimensions(3, 32, 12, 2, 128, 200, 0)),
-              2 * 12 * 192 * (128 + 3) * 4 + 3 * 2 * 8);
+              2 * 24 * 192 * (3 * 128 + 12) + 3 * 2 * 8);
     // Fixed: a slot per split of 320.
     EXPECT_EQ(cuda::block_attention_workspace(dimensions(3, 32, 12, 2, 64, 1000, 320)),
-              int64_t{3} * 2 * 4 * 192 * (64 + 3) * 4 + 3 * 2 * 8);
+              int64_t{3} * 2 * 4 * 192 * (3 * 64 + 12) + 3 * 2 * 8);
     // One row of one request: its pieces and its statistics take 8 bytes each, up to 16 for what follows.
     rows.attention = dimensions(1, 1, 1, 1, 64, 64, 0);
     mass.attention = rows.attention;
-    EXPECT_EQ(cuda::block_attention_rows_workspace(rows), 2 * 64 * (64 + 3) * 4 + 16 + 16);
-    EXPECT_EQ(cuda::block_attention_mass_workspace(mass), 2 * 64 * (64 + 3) * 4 + 16 + 16 + 4);
+    EXPECT_EQ(cuda::block_attention_rows_workspace(rows), 2 * 64 * (3 * 64 + 12) + 16 + 16);
+    EXPECT_EQ(cuda::block_attention_mass_workspace(mass), 2 * 64 * (3 * 64 + 12) + 16 + 16 + 4);
     rows.attention = dimensions(0, 1, 1, 1, 64, 64, 0);
     EXPECT_EQ(cuda::block_attention_rows_workspace(rows), 0);
 }

@@ -83,12 +83,12 @@ TEST(BlockAttentionWorkspace, FollowsTheFormula) {
     // keys, 8 bytes for each of 3 segments, up to a multiple of 16.
     BlockAttentionParams params = dimensions(1, 32, 9, 3, 64, 2048, 0);
     EXPECT_EQ(cpu::block_attention_workspace(params), 3 * 8 * 96 * (64 + 2) * 4);
-    EXPECT_EQ(cuda::block_attention_workspace(params), 2 * 3 * 16 * 128 * (64 + 3) * 4 + 32);
-    EXPECT_EQ(block_attention_workspace(1, 32, 9, 3, 64, 2048, 0), 2 * 3 * 16 * 128 * (64 + 3) * 4 + 32);
+    EXPECT_EQ(cuda::block_attention_workspace(params), 2 * 3 * 16 * 128 * (3 * 64 + 12) + 32);
+    EXPECT_EQ(block_attention_workspace(1, 32, 9, 3, 64, 2048, 0), 2 * 3 * 16 * 128 * (3 * 64 + 12) + 32);
     // CPU: 1024 rows in five tiles of 240; one split of 256. CUDA: four tiles of 256.
     params = dimensions(2, 64, 16, 1, 64, 200, 256);
     EXPECT_EQ(cpu::block_attention_workspace(params), 2 * 5 * 240 * (64 + 2) * 4);
-    EXPECT_EQ(cuda::block_attention_workspace(params), 2 * 4 * 256 * (64 + 3) * 4 + 64);
+    EXPECT_EQ(cuda::block_attention_workspace(params), 2 * 4 * 256 * (3 * 64 + 12) + 64);
     EXPECT_EQ(block_attention_workspace(2, 64, 16, 1, 64, 200, 256), 2 * 5 * 240 * (64 + 2) * 4);
 }
 

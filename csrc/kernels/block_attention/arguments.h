@@ -9,6 +9,7 @@ namespace mage::cuda {
 
 struct AttentionArgs {
     core::Schedule schedule;
+    int32_t guess_workers;  // of a segment, if all requests are as long as they may be; 0: the guess is not worth it
     const void* q;  // [B, Q, H, D]
     int64_t stride_q_request, stride_q_query, stride_q_head;
     const int32_t* block_table;
@@ -31,17 +32,19 @@ struct AttentionArgs {
     void* out;   // [B, Q, H, D]
     float* lse;  // [B, H, Q]
 
-    float* partial;        // [slots, tile rows, D], unnormalised
-    float* partial_rows;   // [slots, 3, tile rows]: reference (log2), sum, sum below P
+    uint8_t* partial;      // [slots, tile rows, 3 D]: O, unnormalised, as store_partial says
+    float* partial_rows;   // [slots, 3, tile rows]: log2 of the piece's sums, all and below P; what O is divided by, inverted
     core::Pieces* pieces;  // [B * Hkv * row tiles]; not written for empty requests
-    float* row_stats;      // [B * Hkv, R, 2]: log2 of the final sums: all, below P
+    float* row_stats;      // [B * Hkv, R, 2]: log2 of the sums, all and below P, of segments that are not in pieces
     float* units;          // [B * Hkv, n, R]: log2 of unit sums; null: no masses
     int32_t unit_shift;    // g = 1 << unit_shift
     int32_t num_units;     // n
 
-    // The merge and the finish alone.
-    int32_t tile_rows;
+    // The merge alone.
+    int32_t tile_rows, head_dim;
+    bool is_half;          // fp16, not bf16
     int32_t merge_warps;   // that share a row: 1, 2, 4 or 8
+    int32_t merge_blocks;  // of a stream; those behind them finish masses
     float* mass;           // [B, Hkv, n]; null: units become natural logs of shares, in place
     const bool* row_mask;  // [B, Q] or null
     int32_t score_max;     // the largest share instead of the mean

@@ -16,11 +16,14 @@ namespace {
 
 constexpr char kOp[] = "block_attention";
 constexpr double kLog2E = 1.4426950408889634;
-constexpr int64_t kFewUnits = 132 * 64;  // one wave of warps: more units than that go four to a warp
-constexpr int64_t kMergePieces = 4;      // that a warp reads at once
+constexpr int64_t kFewUnits = 132 * 16;  // half of the merge's warps: more units than that go four to a warp
+constexpr int64_t kMergePieces = 8;      // that a warp reads at once
+constexpr int32_t kMostMergeWarps = 8;   // that share a row
 constexpr int32_t kMaxBoxTokens = 64;
 constexpr int64_t kMaxGrid = 65535;
 constexpr int32_t kFixedMergeWarps = 4;
+constexpr int64_t kFewStreams = 32;
+constexpr int64_t kBlocksAtOnce = 2 * 132;  // of the merge, that run at once
 
 int32_t log2_of(int64_t value) {
     int32_t shift = 0;
@@ -59,13 +62,10 @@ std::vector<KernelEntry> block_attention_kernels() {
             entries.push_back({variant.name, reinterpret_cast<const void*>(variant.attention), variant.threads,
                                variant.shared_bytes});
         }
-        const AttentionVariant& variant = variants(0);
-        entries.push_back(
-            {variant.merge_name, reinterpret_cast<const void*>(variant.merge), 32 * variant.merge_warps, 0});
     }
-    for (const bool many_units : {false, true}) {
-        const FinishVariant& finish = finish_variant(many_units);
-        entries.push_back({finish.name, reinterpret_cast<const void*>(finish.finish), finish.threads, 0});
+    for (int work = 0; work < kMergeWorks; ++work) {
+        const MergeVariant& merge = merge_variant(static_cast<MergeWork>(work));
+        entries.push_back({merge.name, reinterpret_cast<const void*>(merge.merge), merge.threads, 0});
     }
     return entries;
 }
@@ -94,6 +94,11 @@ void launch_block_attention(const char* op, const BlockAttentionParams& p, const
         outputs.granularity == 0 ? 0 : (p.max_seq_len + outputs.granularity - 1) / outputs.granularity;
     AttentionArgs args = {};
     args.schedule = plan.schedule;
+    const auto units = static_cast<int32_t>(most_units / std::max(p.num_requests * args.schedule.segments_per_request, int64_t{1}));
+    const int32_t most = core::aligned_units(plan.schedule, static_cast<int32_t>(most_units), [&](int32_t t) {
+        return plan.schedule.num_requests * plan.schedule.segments_per_request * core::ceil_div(units, t);
+    });
+    args.guess_workers = most > 0 ? core::ceil_div(units, most) : 0;
     args.q = p.q;
     args.stride_q_request = p.stride_q_request;
     args.stride_q_query = p.stride_q_query;
@@ -115,6 +120,8 @@ void launch_block_attention(const char* op, const BlockAttentionParams& p, const
     args.rows = static_cast<int32_t>(plan.rows);
     args.row_tiles = static_cast<int32_t>(plan.row_tiles);
     args.tile_rows = static_cast<int32_t>(plan.shape.rows);
+    args.head_dim = static_cast<int32_t>(p.head_dim);
+    args.is_half = p.dtype == DType::kFloat16;
     // Scores are scaled by a positive factor, so that the largest stays the largest: q takes the sign, or becomes 0.
     const auto scale_log2 = static_cast<float>(std::abs(p.softmax_scale) * kLog2E);
     const bool scaled = scale_log2 > 0.0f;
@@ -123,8 +130,8 @@ void launch_block_attention(const char* op, const BlockAttentionParams& p, const
     args.keep = scaled ? ~0u : 0u;
     args.out = p.out;
     args.lse = p.lse;
-    args.partial = static_cast<float*>(p.workspace);
-    args.partial_rows = args.partial + plan.partial_floats(p.head_dim);
+    args.partial = static_cast<uint8_t*>(p.workspace);
+    args.partial_rows = static_cast<float*>(p.workspace) + plan.partial_floats(p.head_dim);
     args.pieces = reinterpret_cast<core::Pieces*>(args.partial_rows + plan.partial_row_floats());
     args.row_stats = args.partial_rows + plan.partial_row_floats() + plan.piece_floats(streams);
     if (outputs.granularity != 0) {
@@ -135,10 +142,13 @@ void launch_block_attention(const char* op, const BlockAttentionParams& p, const
         args.row_mask = outputs.row_mask;
         args.score_max = outputs.score == MassScore::kMax ? 1 : 0;
     }
+    const MergeVariant& merge = merge_variant(outputs.granularity == 0              ? MergeWork::kMerge
+                                              : streams * num_units > kFewUnits ? MergeWork::kMass4
+                                                                                : MergeWork::kMass);
     // Fixed splits are merged in the same order whatever else is in the batch, so by a fixed number of warps.
     const int64_t pieces = plan.schedule.max_workers / (streams * plan.row_tiles) + 1;
     args.merge_warps = plan.schedule.fixed ? kFixedMergeWarps : 1;
-    while (!plan.schedule.fixed && args.merge_warps < variant.merge_warps && pieces > kMergePieces * args.merge_warps) {
+    while (!plan.schedule.fixed && args.merge_warps < kMostMergeWarps && pieces > kMergePieces * args.merge_warps) {
         args.merge_warps *= 2;
     }
     MAGE_CHECK(p.num_requests <= kMaxGrid && p.num_kv_heads <= kMaxGrid, op,
@@ -162,22 +172,22 @@ void launch_block_attention(const char* op, const BlockAttentionParams& p, const
     attention.cluster = static_cast<uint32_t>(plan.shape.ctas);
     attention.overlap = true;
     core::launch(op, variant.attention, attention, stream, args, k_map, v_map);
-    const auto grid = [&](int64_t items, int64_t per_block) {
-        LaunchPlan launch;
-        launch.grid[0] = static_cast<uint32_t>((items + per_block - 1) / per_block);
-        launch.grid[1] = static_cast<uint32_t>(p.num_kv_heads);
-        launch.grid[2] = static_cast<uint32_t>(p.num_requests);
-        launch.overlap = true;
-        return launch;
-    };
-    LaunchPlan merge = grid(plan.rows, variant.merge_warps / args.merge_warps);
-    merge.block[0] = static_cast<uint32_t>(32 * variant.merge_warps);
-    core::launch(op, variant.merge, merge, stream, args);
-    if (outputs.granularity == 0) return;
-    const FinishVariant& finish_kernel = finish_variant(streams * num_units > kFewUnits);
-    LaunchPlan finish = grid(num_units, finish_kernel.units);
-    finish.block[0] = static_cast<uint32_t>(finish_kernel.threads);
-    core::launch(op, finish_kernel.finish, finish, stream, args);
+    // Blocks of a stream: one for every group of warps that share a row, and with masses enough to fill the GPU.
+    const int64_t groups = merge.warps / args.merge_warps;
+    args.merge_blocks = static_cast<int32_t>((plan.rows + groups - 1) / groups);
+    int64_t blocks = args.merge_blocks;
+    if (outputs.granularity != 0) {
+        const int64_t most = (num_units + merge.warps * merge.units - 1) / (merge.warps * merge.units);
+        const int64_t room = std::max(kBlocksAtOnce - args.merge_blocks * streams, streams < kFewStreams ? kBlocksAtOnce / 2 : kBlocksAtOnce);
+        blocks += std::min(most, (room + streams - 1) / streams);
+    }
+    LaunchPlan plan_of_merge;
+    plan_of_merge.grid[0] = static_cast<uint32_t>(blocks);
+    plan_of_merge.grid[1] = static_cast<uint32_t>(p.num_kv_heads);
+    plan_of_merge.grid[2] = static_cast<uint32_t>(p.num_requests);
+    plan_of_merge.block[0] = static_cast<uint32_t>(merge.threads);
+    plan_of_merge.overlap = true;
+    core::launch(op, merge.merge, plan_of_merge, stream, args);
 }
 
 void block_attention(const BlockAttentionParams& params, CudaStream stream) {

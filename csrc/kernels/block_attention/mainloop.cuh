@@ -61,6 +61,7 @@ struct Piece {
     int32_t token_begin, token_end;
     int32_t prefix;  // tokens that count for mass
     int32_t slot;    // -1: the piece is a whole segment
+    int32_t pieces;  // of its segment, or 0: to be counted
 };
 
 // Where a warp is in its worker's units; `at` is the first unit that no piece has had.
@@ -97,12 +98,6 @@ __device__ __forceinline__ int32_t query_of(const AttentionArgs& args, int32_t r
     return args.group == 1 ? row : static_cast<int32_t>(__umulhi(static_cast<uint32_t>(row), args.group_reciprocal));
 }
 
-__device__ __forceinline__ int32_t warp_sum(int32_t value) {
-#pragma unroll
-    for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(~0u, value, step);
-    return value;
-}
-
 // The next piece of a walk, if the worker has one more.
 __device__ __forceinline__ bool next_piece(const AttentionArgs& args, const Share& share, Walk* walk, Piece* piece) {
     if (walk->at >= share.end) return false;
@@ -119,6 +114,7 @@ __device__ __forceinline__ bool next_piece(const AttentionArgs& args, const Shar
     const int32_t first = offset - segment * units;
     const int32_t last = s.fixed ? first + 1 : min(units, first + (share.end - walk->at));
     piece->first = false;
+    piece->pieces = 0;
     piece->prefix = args.prefix_lens != nullptr ? max(0, args.prefix_lens[walk->request]) : INT32_MAX;
     piece->request = walk->request;
     piece->kv_head = args.row_tiles == 1 ? segment : segment / args.row_tiles;
@@ -146,28 +142,49 @@ __device__ __forceinline__ bool next_piece_of_warp(const AttentionArgs& args, Sh
     return true;
 }
 
-// Finds the units of a worker and its first piece; one warp.
-template <int kWarps, typename Shared>
-__device__ __forceinline__ void find_start(const AttentionArgs& args, int32_t worker, Shared& shared) {
+// The piece of a worker whose segments have workers of their own, `most` units to each at most; `length` is that of the
+// lane's request. One warp.
+__device__ __forceinline__ bool aligned_piece(const AttentionArgs& args, int32_t worker, int32_t most, int32_t length,
+                                              Piece* piece) {
     const core::Schedule& s = args.schedule;
     const int32_t lane = threadIdx.x % kWarp;
-    int32_t total = 0;
-    for (int32_t b = lane; b < s.num_requests; b += kWarp) total += core::units_of(s, clamped_length(args, b));
-    total = warp_sum(total) * s.segments_per_request;
-    const int32_t workers = total > 0 ? core::workers_of(s, total) : 0;
-    int32_t begin = 0, end = 0;
-    if (total > 0 && worker < workers) {
-        begin = core::first_unit(total, workers, worker);
-        end = core::first_unit(total, workers, worker + 1);
+    const int32_t each = core::ceil_div(core::units_of(s, length), most);  // workers of a segment
+    const int32_t own = each * s.segments_per_request;
+    int32_t until = own;
+    for (int step = 1; step < s.num_requests; step *= 2) {
+        const int32_t other = __shfl_up_sync(~0u, until, step);
+        if (lane >= step) until += other;
     }
-    int32_t reached = 0;
-    int32_t request = 0;
-    for (int32_t base = 0; base < s.num_requests && begin < end; base += kWarp) {
+    const uint32_t past = __ballot_sync(~0u, until > worker);
+    if (past == 0) return false;
+    const int32_t request = __ffs(past) - 1;
+    const int32_t workers = __shfl_sync(~0u, each, request);
+    const int32_t offset = worker - __shfl_sync(~0u, until - own, request);
+    const int32_t seq_len = __shfl_sync(~0u, length, request);
+    const int32_t segment = offset / workers, index = offset - segment * workers;
+    const int32_t units = core::units_of(s, seq_len);
+    piece->request = request;
+    piece->kv_head = args.row_tiles == 1 ? segment : segment / args.row_tiles;
+    piece->row_tile = segment - piece->kv_head * args.row_tiles;
+    piece->token_begin = core::first_unit(units, workers, index) * s.unit_tokens;
+    piece->token_end = min(seq_len, core::first_unit(units, workers, index + 1) * s.unit_tokens);
+    piece->prefix = args.prefix_lens != nullptr ? max(0, args.prefix_lens[request]) : INT32_MAX;
+    piece->slot = workers == 1 ? -1 : core::slot_of(s, 0, worker, index == 0);
+    piece->pieces = workers;
+    return true;
+}
+
+// The first piece of a worker that takes units in a row, and the walk to the next; one warp.
+__device__ __forceinline__ bool balanced_piece(const AttentionArgs& args, const Share& share, Walk* walk, Piece* piece) {
+    const core::Schedule& s = args.schedule;
+    const int32_t lane = threadIdx.x % kWarp;
+    const int32_t begin = walk->at;
+    int32_t reached = 0, request = 0;
+    for (int32_t base = 0; base < s.num_requests && begin < share.end; base += kWarp) {
         const int32_t b = base + lane;
-        int32_t sum = b < s.num_requests ? core::units_of(s, clamped_length(args, b)) : 0;
-        sum *= s.segments_per_request;
-        const int32_t own = sum;
-#pragma unroll
+        const int32_t own =
+            b < s.num_requests ? core::units_of(s, clamped_length(args, b)) * s.segments_per_request : 0;
+        int32_t sum = own;
         for (int step = 1; step < kWarp; step *= 2) {
             const int32_t other = __shfl_up_sync(~0u, sum, step);
             if (lane >= step) sum += other;
@@ -181,10 +198,37 @@ __device__ __forceinline__ void find_start(const AttentionArgs& args, int32_t wo
         }
         reached += __shfl_sync(~0u, sum, kWarp - 1);
     }
-    Walk walk = {begin, reached, request};
+    walk->request_begin = reached;
+    walk->request = request;
+    return next_piece(args, share, walk, piece);
+}
+
+// Finds the units of a worker and its first piece; one warp.
+template <int kWarps, typename Shared>
+__device__ __forceinline__ void find_start(const AttentionArgs& args, int32_t worker, Shared& shared) {
+    const core::Schedule& s = args.schedule;
+    const int32_t lane = threadIdx.x % kWarp;
+    const int32_t length = lane < s.num_requests ? clamped_length(args, lane) : 0;
+    int32_t total = core::units_of(s, length);
+    for (int32_t b = lane + kWarp; b < s.num_requests; b += kWarp) total += core::units_of(s, clamped_length(args, b));
+    total = __reduce_add_sync(~0u, total) * s.segments_per_request;
+    const int32_t most = core::aligned_units(s, total, [&](int32_t t) {
+        return __reduce_add_sync(~0u, core::ceil_div(core::units_of(s, length), t)) * s.segments_per_request;
+    });
+    Share share = {total, 0, worker, 0};
+    Walk walk = {0, 0, 0};
     Piece piece;
-    const Share share = {total, workers, worker, end};
-    const bool any = next_piece(args, share, &walk, &piece);
+    bool any;
+    if (most > 0) {
+        any = aligned_piece(args, worker, most, length, &piece);
+    } else {
+        share.workers = total > 0 ? core::workers_of(s, total) : 0;
+        if (worker < share.workers) {
+            walk.at = core::first_unit(total, share.workers, worker);
+            share.end = core::first_unit(total, share.workers, worker + 1);
+        }
+        any = balanced_piece(args, share, &walk, &piece);
+    }
     piece.first = true;
     if (lane < kWarps) {
         shared.walk[lane] = walk;
@@ -193,6 +237,41 @@ __device__ __forceinline__ void find_start(const AttentionArgs& args, int32_t wo
     if (lane == 0) {
         shared.any = any;
         shared.share = share;
+    }
+}
+
+// Before the launches ahead are known to be complete: brings what the worker's piece will need into L2, by the guess that
+// all requests are as long as they may be, so that lengths, pages and Q are not waited for one after the other.
+template <typename Config>
+__device__ __forceinline__ void prefetch_first(const AttentionArgs& args, int32_t worker) {
+    const core::Schedule& s = args.schedule;
+    const int32_t thread = threadIdx.x - kWarp;  // of those behind the first warp
+    if (thread < 0 || args.guess_workers == 0) return;
+    const int32_t index = worker / args.guess_workers;  // of the segment in the launch
+    const int32_t request = index / s.segments_per_request, segment = index - request * s.segments_per_request;
+    if (request >= s.num_requests) return;
+    if (thread < kWarpgroup - kWarp) {
+        constexpr int32_t kEntries = 32;  // of a line
+        const int32_t units = core::units_of(s, args.max_seq_len), part = worker - index * args.guess_workers;
+        const int32_t first = core::first_unit(units, args.guess_workers, part) * s.unit_tokens;
+        const int32_t last = min(args.max_seq_len, core::first_unit(units, args.guess_workers, part + 1) * s.unit_tokens) - 1;
+        const int32_t page = (first >> args.page_shift) + thread * kEntries;
+        if (page <= last >> args.page_shift)
+            device::prefetch_l2(args.block_table + request * args.stride_table + page);
+    } else {
+        constexpr int32_t kLines = (Config::kDim * 2 + 127) / 128;  // of a row
+        const int32_t kv_head = args.row_tiles == 1 ? segment : segment / args.row_tiles;
+        const uint32_t rank = Config::kCtas == 1 ? 0 : device::cluster_rank();
+        const int32_t first_row = (segment - kv_head * args.row_tiles) * Config::kTileRows + rank * Config::kCtaRows;
+        for (int32_t i = thread - (kWarpgroup - kWarp); i < Config::kCtaRows * kLines; i += Config::kConsumers) {
+            const int32_t row = first_row + i / kLines;
+            if (row >= args.rows) break;
+            const int32_t query = query_of(args, row);
+            device::prefetch_l2(static_cast<const uint16_t*>(args.q) + request * args.stride_q_request +
+                                query * args.stride_q_query +
+                                (int64_t{kv_head} * args.group + row - query * args.group) * args.stride_q_head +
+                                i % kLines * 64);
+        }
     }
 }
 
@@ -313,10 +392,12 @@ __device__ __forceinline__ void write_pieces(const AttentionArgs& args, Attentio
         const Piece& piece = shared.piece[warp];
         if (piece.token_begin == 0 && threadIdx.x % kWarp == 0) {
             const Share& share = shared.share;
-            const int32_t taken = s.fixed ? 1 : core::units_of(s, piece.token_end);
-            core::Pieces pieces =
-                core::pieces_of(s, share.total, share.workers, share.worker, shared.walk[warp].at - taken,
-                                core::units_of(s, clamped_length(args, piece.request)));
+            core::Pieces pieces = {piece.pieces, share.worker};
+            if (piece.pieces == 0) {
+                const int32_t taken = s.fixed ? 1 : core::units_of(s, piece.token_end);
+                pieces = core::pieces_of(s, share.total, share.workers, share.worker, shared.walk[warp].at - taken,
+                                         core::units_of(s, clamped_length(args, piece.request)));
+            }
             if (piece.slot < 0) pieces.count = 1;
             const int64_t stream = int64_t{piece.request} * args.num_kv_heads + piece.kv_head;
             args.pieces[stream * args.row_tiles + piece.row_tile] = pieces;
@@ -674,48 +755,63 @@ struct Consumer {
         }
     }
 
+    // The piece's result: a whole segment's goes to out and lse, any other into its slot.
     __device__ __forceinline__ void store() {
-        using Pair = uint32_t;
         const int64_t stream = int64_t{piece.request} * args.num_kv_heads + piece.kv_head;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const float all = quad_sum(sum[r]);
             const float below = quad_sum(prefix_sum[r]);
+            const float log2_all = all == 0.0f ? -INFINITY : reference[r] + log2_fast(all);
+            const float log2_below = below == 0.0f ? -INFINITY : reference[r] + log2_fast(below);
+            const float inverse = all == 0.0f ? 0.0f : __fdividef(1.0f, all);  // NaN stays
+            if (piece.slot >= 0) {
+                store_partial(r, inverse, log2_all, log2_below);
+                continue;
+            }
             if (row_of(r) >= args.rows) continue;
-            if (piece.slot < 0) {
-                const int32_t query = query_of(args, row_of(r));
-                const int32_t head = piece.kv_head * args.group + row_of(r) - query * args.group;
-                const float inverse = all == 0.0f ? 0.0f : 1.0f / all;  // NaN stays
-                Pair* out = static_cast<Pair*>(args.out) +
+            const int32_t query = query_of(args, row_of(r));
+            const int32_t head = piece.kv_head * args.group + row_of(r) - query * args.group;
+            uint32_t* out = static_cast<uint32_t*>(args.out) +
                             ((int64_t{piece.request} * args.num_queries + query) * args.num_heads + head) * (kDim / 2);
 #pragma unroll
-                for (int i = 0; i < kDim / 8; ++i) {
-                    out[4 * i + lane % 4] = pack(o[4 * i + 2 * r] * inverse, o[4 * i + 2 * r + 1] * inverse, T());
-                }
-                if (lane % 4 == 0) {
-                    const float log2_sum = all == 0.0f ? -INFINITY : reference[r] + log2f(all);
-                    args.lse[(int64_t{piece.request} * args.num_heads + head) * args.num_queries + query] =
-                        log2_sum * kLn2;
-                    if (args.units != nullptr) {
-                        float* stats = args.row_stats + (stream * args.rows + row_of(r)) * 2;
-                        stats[0] = log2_sum;
-                        stats[1] = below == 0.0f ? -INFINITY : reference[r] + log2f(below);
-                    }
-                }
-            } else {
-                const int32_t tile_row = row_of(r) - piece.row_tile * Config::kTileRows;
-                const int64_t at = int64_t{piece.slot} * Config::kTileRows + tile_row;
-                float2* out = reinterpret_cast<float2*>(args.partial + at * kDim);
+            for (int i = 0; i < kDim / 8; ++i)
+                out[4 * i + lane % 4] = pack(o[4 * i + 2 * r] * inverse, o[4 * i + 2 * r + 1] * inverse, T());
+            if (lane % 4 != 0) continue;
+            args.lse[(int64_t{piece.request} * args.num_heads + head) * args.num_queries + query] = log2_all * kLn2;
+            if (args.units == nullptr) continue;
+            reinterpret_cast<float2*>(args.row_stats)[stream * args.rows + row_of(r)] =
+                make_float2(log2_all, log2_below);
+        }
+    }
+
+    // Of one row: the upper 24 bits of each float32, 2^-15 of a value, which is nothing beside the rounding of P and of
+    // out. First the upper 16 of all columns, then the 8 below them. The pairs of columns that a lane of the quad holds of
+    // blocks of eight lie together, so that it writes 16 bytes at once: in units of elements, 32 b + 8 (lane % 4) + 2 i + j
+    // is column 32 b + 8 i + 2 (lane % 4) + j, in both halves.
+    __device__ __forceinline__ void store_partial(int r, float inverse, float log2_all, float log2_below) const {
+        if (row_of(r) >= args.rows) return;
+        const int32_t tile_row = row_of(r) - piece.row_tile * Config::kTileRows;
+        uint8_t* out = args.partial + (int64_t{piece.slot} * Config::kTileRows + tile_row) * (3 * kDim);
 #pragma unroll
-                for (int i = 0; i < kDim / 8; ++i)
-                    out[4 * i + lane % 4] = make_float2(o[4 * i + 2 * r], o[4 * i + 2 * r + 1]);
-                if (lane % 4 == 0) {
-                    float* stats = args.partial_rows + int64_t{piece.slot} * 3 * Config::kTileRows + tile_row;
-                    stats[0] = reference[r];
-                    stats[Config::kTileRows] = all;
-                    stats[2 * Config::kTileRows] = below;
-                }
+        for (int b = 0; b < kDim / 32; ++b) {
+            uint32_t upper[4], bytes[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const uint32_t x = __float_as_uint(o[16 * b + 4 * i + 2 * r]);
+                const uint32_t y = __float_as_uint(o[16 * b + 4 * i + 2 * r + 1]);
+                upper[i] = __byte_perm(x, y, 0x7632);
+                bytes[i] = __byte_perm(x, y, 0x0051);
             }
+            reinterpret_cast<uint4*>(out)[4 * b + lane % 4] = make_uint4(upper[0], upper[1], upper[2], upper[3]);
+            reinterpret_cast<uint2*>(out + 2 * kDim)[4 * b + lane % 4] =
+                make_uint2(__byte_perm(bytes[0], bytes[1], 0x5410), __byte_perm(bytes[2], bytes[3], 0x5410));
+        }
+        if (lane % 4 == 0) {
+            float* stats = args.partial_rows + int64_t{piece.slot} * 3 * Config::kTileRows + tile_row;
+            stats[0] = log2_all;
+            stats[Config::kTileRows] = log2_below;
+            stats[2 * Config::kTileRows] = inverse;
         }
     }
 
@@ -772,13 +868,11 @@ struct Consumer {
             device::pin_registers(o);
             release(&shared.empty_v[v_ring.stage]);
             v_ring.advance();
-            // The next Q is asked for before O is stored: behind 64 KB of stores it would arrive when these have left.
-            Piece& next = shared.next[threadIdx.x / kWarp];
-            const bool more = next_piece_of_warp<Config>(args, shared, &next);
-            uint4 q[kRounds];
-            load_q(next, more ? args.rows : 0, q);  // no next piece: nothing is read
             store();
-            if (!more) break;
+            Piece& next = shared.next[threadIdx.x / kWarp];
+            if (!next_piece_of_warp<Config>(args, shared, &next)) break;
+            uint4 q[kRounds];
+            load_q(next, args.rows, q);
             store_q(q);
             if (lane == 0) shared.piece[threadIdx.x / kWarp] = next;
             __syncwarp();
@@ -795,6 +889,10 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
         *reinterpret_cast<AttentionShared<Config>*>(raw_shared + (-device::shared_address(raw_shared) & 1023));
     const int32_t warp = threadIdx.x / kWarp;
     if (threadIdx.x == 0) {
+        device::prefetch_l2(args.seq_lens);
+        if (args.prefix_lens != nullptr) device::prefetch_l2(args.prefix_lens);
+    }
+    if (threadIdx.x == kWarp) {
         device::prefetch_tensor_map(&k_map);
         device::prefetch_tensor_map(&v_map);
         constexpr uint32_t kReleases = Config::kConsumers / kWarp * Config::kCtas;
@@ -807,10 +905,11 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
         }
         device::mbarrier_init_fence();
     }
+    prefetch_first<Config>(args, blockIdx.x / Config::kCtas);
     device::dependency_wait();
     device::dependency_release();
     if (warp == 0) find_start<Config::kThreads / kWarp>(args, blockIdx.x / Config::kCtas, shared);
-    if constexpr (Config::kCtas > 1) device::cluster_sync();
+    if constexpr (Config::kCtas > 1) device::cluster_sync_relaxed();  // its barriers are initialised
     __syncthreads();
 
     if (warp < kWarpgroup / kWarp) {
@@ -822,7 +921,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
         Consumer<Config>(args, shared).run();
     }
     // No CTA of a pair leaves while the other may still write to it.
-    if constexpr (Config::kCtas > 1) device::cluster_sync();
+    if constexpr (Config::kCtas > 1) device::cluster_sync_relaxed();
 }
 
 }  // namespace mage::cuda

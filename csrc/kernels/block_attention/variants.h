@@ -16,22 +16,23 @@ constexpr int kMaxUnitRows = 1024;  // rows per KV head where masses are emitted
 
 struct AttentionVariant {
     const char* name;
-    const char* merge_name;
     AttentionKernel attention;
-    MergeKernel merge;
     int threads, shared_bytes;
     int rows, ctas, keys;  // as the row shape says
-    int merge_warps;
 };
 
-struct FinishVariant {
+// What the launch after attention does: merge pieces; finish masses too; the same with four units to a warp.
+enum class MergeWork { kMerge = 0, kMass = 1, kMass4 = 2 };
+constexpr int kMergeWorks = 3;
+
+struct MergeVariant {
     const char* name;
-    MergeKernel finish;
-    int threads, units;  // of a block
+    MergeKernel merge;
+    int threads, warps;
+    int units;  // that a warp takes at once
 };
 
-// many_units: four units to a warp instead of one.
-const FinishVariant& finish_variant(bool many_units);
+const MergeVariant& merge_variant(MergeWork work);
 
 const AttentionVariant& attention_variant_bf16_d128(int row_shape);
 const AttentionVariant& attention_variant_bf16_d64(int row_shape);

@@ -1,0 +1,343 @@
+#include "kernels/block_attention/mainloop.cuh"
+#include "kernels/block_attention/variants.h"
+
+// Purpose   out and lse of the segments that the attention kernel left in pieces, zeros of empty ones; masses from unit
+//           sums, whose last factor is the final lse: share[r, j] = 2^(unit[j, r] - log2 sum[r]).
+// Schedule  grid (blocks, Hkv, B). The first merge_blocks blocks of a stream deal out its rows: merge_warps warps to a
+//           row, each over its own pieces, kInFlight of them read at once; the first warp adds the others' results in
+//           their order. The other blocks find the final sums of all rows, kParts threads to a row, and a warp of theirs
+//           adds over the rows of kUnits units at a time.
+// Memory    partial O in 24 bits, in the order of store_partial; results of the warps of a row, and the final sums, in
+//           shared memory.
+// Ceiling   reads all partial results and all unit sums once, from L2 where they fit.
+namespace mage::cuda {
+
+namespace {
+
+constexpr int kMergeWarps = 16;
+constexpr int kMergeThreads = kMergeWarps * kWarp;
+constexpr int kInFlight = 8;  // pieces
+constexpr int kParts = 2;     // threads that share the final sums of a row
+constexpr int kSumsInFlight = 8;  // pieces of a thread among them
+constexpr int kOwn = 4;        // elements of a lane
+constexpr int kRecord = kOwn * kWarp + 3;
+constexpr int kRows = 4;  // of a lane in the sum over rows that are read at once
+
+__device__ __forceinline__ float warp_max(float value) {
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) value = fmaxf(value, __shfl_xor_sync(~0u, value, step));
+    return value;
+}
+
+__device__ __forceinline__ float warp_total(float value) {
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(~0u, value, step);
+    return value;
+}
+
+__device__ __forceinline__ uint32_t pack_as(float low, float high, bool is_half) {
+    return is_half ? pack(low, high, __half()) : pack(low, high, __nv_bfloat16());
+}
+
+// A row's sums over several pieces, against a common reference: log2 of what they are of is reference + log2(sum).
+struct Sums {
+    float reference = -INFINITY, all = 0.0f, below = 0.0f;
+
+    __device__ __forceinline__ Sums() {}
+    __device__ __forceinline__ Sums(float r, float a, float b) : reference(r), all(a), below(b) {}
+
+    // Moves to a larger reference; returns the base of exponents, and by what older results are scaled.
+    __device__ __forceinline__ float rebase(float highest, float* scale) {
+        const float next = fmaxf(reference, highest);
+        const float base = next == -INFINITY ? 0.0f : next;
+        *scale = exp2_fast(reference - base);
+        reference = next;
+        all *= *scale;
+        below *= *scale;
+        return base;
+    }
+
+    __device__ __forceinline__ float log2_all() const { return log2_of(all); }
+    __device__ __forceinline__ float log2_below() const { return log2_of(below); }
+
+    __device__ __forceinline__ float log2_of(float sum) const {
+        return sum == 0.0f ? -INFINITY : reference + log2f(sum);
+    }
+};
+
+struct Row {
+    const AttentionArgs& args;
+    int64_t stream;
+    core::Pieces pieces;
+    int32_t row, tile_row;
+
+    __device__ __forceinline__ Row(const AttentionArgs& a, int64_t s, int32_t r, bool empty)
+        : args(a), stream(s), row(r) {
+        const int32_t tile = a.row_tiles == 1 ? 0 : r / a.tile_rows;
+        tile_row = r - tile * a.tile_rows;
+        pieces = a.pieces[s * a.row_tiles + tile];
+        if (empty) pieces.count = 0;
+    }
+
+    __device__ __forceinline__ int64_t slot(int32_t piece) const {
+        return core::slot_of_piece(args.schedule, pieces, piece);
+    }
+
+    __device__ __forceinline__ const float* stats(int32_t piece) const {
+        return args.partial_rows + slot(piece) * 3 * args.tile_rows + tile_row;
+    }
+};
+
+// The rows of this block whose segments are in pieces or empty: out and lse.
+__device__ __forceinline__ void merge_rows(const AttentionArgs& args, int64_t stream, bool empty, float* records) {
+    const int32_t lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+    const int32_t group = warp / args.merge_warps, part = warp - group * args.merge_warps;
+    const int32_t groups = kMergeWarps / args.merge_warps;
+    const int32_t request = blockIdx.z, kv_head = blockIdx.y;
+    const bool owns = lane * kOwn < args.head_dim;
+    for (int32_t first = blockIdx.x; first < args.rows; first += args.merge_blocks * groups) {
+        const int32_t index = first + group * args.merge_blocks;
+        const bool there = index < args.rows;
+        const Row row(args, stream, there ? index : first, empty);
+        const bool merges = there && row.pieces.count != 1;
+        Sums sums;
+        float result[kOwn] = {};
+        for (int32_t base = part; base < row.pieces.count && merges; base += kWarp * args.merge_warps) {
+            // Of the next 32 pieces of this warp, one per lane.
+            const int32_t own = base + lane * args.merge_warps;
+            const float* stats = row.stats(min(own, row.pieces.count - 1));
+            const float all = own < row.pieces.count ? stats[0] : -INFINITY;
+            const float own_inverse = stats[2 * args.tile_rows];
+            const int32_t count = min(kWarp, (row.pieces.count - base + args.merge_warps - 1) / args.merge_warps);
+            float weight = 0.0f;
+            for (int32_t i = 0; i < count; i += kInFlight) {
+                uint2 upper[kInFlight];
+                uint32_t bytes[kInFlight];
+#pragma unroll
+                for (int j = 0; j < kInFlight; ++j) {
+                    upper[j] = make_uint2(0, 0);
+                    bytes[j] = 0;
+                    if (i + j < count && owns) {
+                        const int64_t slot = row.slot(base + (i + j) * args.merge_warps);
+                        const uint8_t* from = args.partial + (slot * args.tile_rows + row.tile_row) * (3 * args.head_dim);
+                        upper[j] = reinterpret_cast<const uint2*>(from)[lane];
+                        bytes[j] = reinterpret_cast<const uint32_t*>(from + 2 * args.head_dim)[lane];
+                    }
+                }
+                if (i == 0) {
+                    float scale;
+                    const float from = sums.rebase(warp_max(all), &scale);
+                    weight = exp2_fast(all - from);
+                    sums.all += warp_total(weight);
+                    weight = all == -INFINITY ? 0.0f : weight * own_inverse;
+#pragma unroll
+                    for (int e = 0; e < kOwn; ++e) result[e] *= scale;
+                }
+#pragma unroll
+                for (int j = 0; j < kInFlight; ++j) {
+                    const float share = __shfl_sync(~0u, weight, (i + j) % kWarp);
+                    if (i + j >= count) continue;
+                    result[0] += share * __uint_as_float(__byte_perm(upper[j].x, bytes[j], 0x1044) & 0xFFFFFF00u);
+                    result[1] += share * __uint_as_float(__byte_perm(upper[j].x, bytes[j], 0x3255) & 0xFFFFFF00u);
+                    result[2] += share * __uint_as_float(__byte_perm(upper[j].y, bytes[j], 0x1066) & 0xFFFFFF00u);
+                    result[3] += share * __uint_as_float(__byte_perm(upper[j].y, bytes[j], 0x3277) & 0xFFFFFF00u);
+                }
+            }
+        }
+        if (args.merge_warps > 1) {
+            float* own = records + warp * kRecord;
+            __syncthreads();
+            if (part > 0) {
+#pragma unroll
+                for (int e = 0; e < kOwn; ++e) own[e * kWarp + lane] = result[e];
+                if (lane == 0) {
+                    own[kOwn * kWarp] = sums.reference;
+                    own[kOwn * kWarp + 1] = sums.all;
+                }
+            }
+            __syncthreads();
+            for (int32_t i = 1; i < args.merge_warps && part == 0; ++i) {
+                const float* other = own + i * kRecord;
+                float scale;
+                const float from = sums.rebase(other[kOwn * kWarp], &scale);
+                const float share = exp2_fast(other[kOwn * kWarp] - from);
+                sums.all += share * other[kOwn * kWarp + 1];
+#pragma unroll
+                for (int e = 0; e < kOwn; ++e) result[e] = result[e] * scale + share * other[e * kWarp + lane];
+            }
+        }
+        if (!merges || part != 0) continue;
+        const int32_t query = query_of(args, index);
+        const int32_t head = kv_head * args.group + index - query * args.group;
+        const float inverse = sums.all == 0.0f ? 0.0f : 1.0f / sums.all;  // NaN stays
+        if (owns) {
+            // Elements 4 lane .. 4 lane + 3 of the order in which store_partial leaves them: two pairs of columns.
+            const int32_t column = lane / 8 * 32 + lane % 2 * 16 + lane / 2 % 4 * 2;
+            uint32_t* out = static_cast<uint32_t*>(args.out) +
+                            (((int64_t{request} * args.num_queries + query) * args.num_heads + head) * args.head_dim +
+                             column) / 2;
+            out[0] = pack_as(result[0] * inverse, result[1] * inverse, args.is_half);
+            out[4] = pack_as(result[2] * inverse, result[3] * inverse, args.is_half);
+        }
+        if (lane == 0) {
+            args.lse[(int64_t{request} * args.num_heads + head) * args.num_queries + query] = sums.log2_all() * kLn2;
+        }
+    }
+}
+
+// log2 of what every row's shares are divided by; -inf: the row does not count. Returns how many rows count.
+__device__ __forceinline__ int32_t find_final_sums(const AttentionArgs& args, int64_t stream, float* sums) {
+    const int32_t part = threadIdx.x % kParts;
+    int32_t kept = 0;
+    for (int32_t base = 0; base < args.rows; base += kMergeThreads / kParts) {
+        const int32_t index = base + threadIdx.x / kParts;
+        bool counts = index < args.rows;
+        if (counts && args.row_mask != nullptr)
+            counts = args.row_mask[blockIdx.z * args.num_queries + query_of(args, index)];
+        float2 found = make_float2(-INFINITY, -INFINITY);
+        if (index < args.rows) {
+            const Row row(args, stream, index, false);
+            if (row.pieces.count == 1) {
+                found = reinterpret_cast<const float2*>(args.row_stats)[stream * args.rows + index];
+            } else {
+                Sums own;
+                for (int32_t first = part; first < row.pieces.count; first += kParts * kSumsInFlight) {
+                    float all[kSumsInFlight];
+                    float highest = -INFINITY, scale;
+#pragma unroll
+                    for (int i = 0; i < kSumsInFlight; ++i) {
+                        const int32_t piece = first + i * kParts;
+                        all[i] = piece < row.pieces.count ? row.stats(piece)[0] : -INFINITY;
+                        highest = fmaxf(highest, all[i]);
+                    }
+                    const float from = own.rebase(highest, &scale);
+#pragma unroll
+                    for (int i = 0; i < kSumsInFlight; ++i) own.all += exp2_fast(all[i] - from);
+                    if (args.prefix_lens == nullptr) continue;
+#pragma unroll
+                    for (int i = 0; i < kSumsInFlight; ++i) {
+                        const int32_t piece = first + i * kParts;
+                        if (piece < row.pieces.count) own.below += exp2_fast(row.stats(piece)[args.tile_rows] - from);
+                    }
+                }
+                // The parts of a row are neighbours in a warp, and all of them are here or none.
+                const uint32_t mask = ((1u << kParts) - 1) << (threadIdx.x % kWarp / kParts * kParts);
+#pragma unroll
+                for (int step = 1; step < kParts; step *= 2) {
+                    const Sums other = {__shfl_xor_sync(mask, own.reference, step), __shfl_xor_sync(mask, own.all, step),
+                                        __shfl_xor_sync(mask, own.below, step)};
+                    float scale;
+                    const float from = own.rebase(other.reference, &scale);
+                    const float share = exp2_fast(other.reference - from);
+                    own.all += share * other.all;
+                    own.below += share * other.below;
+                }
+                found = make_float2(own.log2_all(), own.log2_below());
+            }
+            // A prefix below 2^-126 of the whole is as good as nothing.
+            const float below = found.y - found.x < -126.0f ? -INFINITY : found.y;
+            if (part == 0) sums[index] = !counts ? -INFINITY : args.prefix_lens == nullptr ? found.x : below;
+        }
+        kept += __syncthreads_count(counts && part == 0);
+    }
+    return kept;
+}
+
+// The unit sums of a warp that are read at once: kRows rows per lane of kUnits units. Those past the end are -inf.
+template <int kUnits>
+struct UnitSums {
+    float values[kRows][kUnits];
+
+    __device__ __forceinline__ void load(const AttentionArgs& args, const float* units, int32_t base, int32_t there) {
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+            for (int j = 0; j < kUnits; ++j) {
+                const int32_t row = base + i * kWarp;
+                values[i][j] = row < args.rows && j < there ? units[int64_t{j} * args.rows + row] : -INFINITY;
+            }
+        }
+    }
+};
+
+// Masses, or the rows' log-shares, of the units of this block. The first sums are asked for before the final ones are
+// found, which they are divided by.
+template <int kUnits>
+__device__ __forceinline__ void finish_units(const AttentionArgs& args, int64_t stream, int32_t length, float* sums) {
+    const int32_t lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+    const int32_t used = (length + (1 << args.unit_shift) - 1) >> args.unit_shift;
+    const int32_t step = (gridDim.x - args.merge_blocks) * kMergeWarps * kUnits;
+    int32_t first = ((blockIdx.x - args.merge_blocks) * kMergeWarps + warp) * kUnits;
+    float* units = args.units + (stream * args.num_units + first) * args.rows;
+    UnitSums<kUnits> own;
+    own.load(args, units, lane, args.mass == nullptr ? 0 : min(kUnits, used - first));
+    const int32_t kept = length > 0 ? find_final_sums(args, stream, sums) : 0;
+    const float factor = kept > 0 && args.score_max == 0 ? 1.0f / static_cast<float>(kept) : 1.0f;
+    for (; first < args.num_units; first += step, units += int64_t{step} * args.rows) {
+        const int32_t there = max(0, min(kUnits, used - first));   // units that hold a token
+        const int32_t last = min(kUnits, args.num_units - first);  // and that there is room for
+        if (args.mass == nullptr) {
+            for (int32_t unit = 0; unit < last; ++unit) {
+                float* at = units + int64_t{unit} * args.rows;
+                for (int32_t row = lane; row < args.rows; row += kWarp) {
+                    at[row] = unit < there && sums[row] != -INFINITY ? (at[row] - sums[row]) * kLn2 : -INFINITY;
+                }
+            }
+            continue;
+        }
+        float mass[kUnits] = {};
+        for (int32_t base = lane; base < args.rows && there > 0; base += kRows * kWarp) {
+            if (base > lane) own.load(args, units, base, there);
+#pragma unroll
+            for (int i = 0; i < kRows; ++i) {
+                const int32_t row = base + i * kWarp;
+                const float sum = row < args.rows ? sums[row] : -INFINITY;
+                if (sum == -INFINITY) continue;
+#pragma unroll
+                for (int j = 0; j < kUnits; ++j) {
+                    const float share = exp2_fast(own.values[i][j] - sum);
+                    mass[j] = args.score_max != 0 ? fmaxf(mass[j], share) : mass[j] + share;
+                }
+            }
+        }
+        if (first + step < args.num_units)
+            own.load(args, units + int64_t{step} * args.rows, lane, min(kUnits, used - first - step));
+#pragma unroll
+        for (int j = 0; j < kUnits; ++j) {
+            mass[j] = args.score_max != 0 ? warp_max(mass[j]) : warp_total(mass[j]);
+            if (lane == 0 && j < last) args.mass[stream * args.num_units + first + j] = mass[j] * factor;
+        }
+    }
+}
+
+// kUnits: that a warp adds at once; 0: no masses.
+template <int kUnits>
+__global__ void __launch_bounds__(kMergeThreads, 2)
+    mage_block_attention_merge_kernel(const __grid_constant__ AttentionArgs args) {
+    const int64_t stream = int64_t{blockIdx.z} * args.num_kv_heads + blockIdx.y;
+    device::dependency_wait();
+    device::dependency_release();
+    const int32_t length = clamped_length(args, blockIdx.z);
+    if (kUnits == 0 || static_cast<int32_t>(blockIdx.x) < args.merge_blocks) {
+        __shared__ float records[kMergeWarps * kRecord];
+        merge_rows(args, stream, length == 0, records);
+    } else if constexpr (kUnits > 0) {
+        __shared__ float sums[kMaxUnitRows];
+        finish_units<kUnits>(args, stream, length, sums);
+    }
+}
+
+}  // namespace
+
+const MergeVariant& merge_variant(MergeWork work) {
+    static const MergeVariant variants[3] = {
+        {"mage_block_attention_merge_kernel", &mage_block_attention_merge_kernel<0>, kMergeThreads, kMergeWarps, 0},
+        {"mage_block_attention_merge_kernel_mass", &mage_block_attention_merge_kernel<1>, kMergeThreads, kMergeWarps,
+         1},
+        {"mage_block_attention_merge_kernel_mass4", &mage_block_attention_merge_kernel<4>, kMergeThreads, kMergeWarps,
+         4},
+    };
+    return variants[static_cast<int>(work)];
+}
+
+}  // namespace mage::cuda
