@@ -84,11 +84,6 @@ __device__ __forceinline__ void cluster_arrive() {
 
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
-// An arrival that says nothing of what was written.
-__device__ __forceinline__ void cluster_arrive_relaxed() {
-    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-}
-
 // The address, in the cluster's shared memory, of what lies at the same place in another CTA of it.
 __device__ __forceinline__ uint32_t cluster_address(uint32_t address, uint32_t cta) {
     uint32_t remote;
@@ -96,10 +91,13 @@ __device__ __forceinline__ uint32_t cluster_address(uint32_t address, uint32_t c
     return remote;
 }
 
-__device__ __forceinline__ void store_cluster(uint32_t address, uint4 value) {
-    asm volatile("st.shared::cluster.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(value.x), "r"(value.y),
-                 "r"(value.z), "r"(value.w)
-                 : "memory");
+// Stores into another CTA's shared memory and counts the 16 bytes on a barrier there.
+__device__ __forceinline__ void store_cluster_async(uint32_t address, uint4 value, uint32_t barrier) {
+    asm volatile(
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+            address),
+        "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w), "r"(barrier)
+        : "memory");
 }
 
 __device__ __forceinline__ void cluster_sync() {

@@ -15,7 +15,7 @@
 //   entropy  [N] float32  out
 //
 // NaN counts as -inf. If logits are +inf, those share the probability equally. A row without any logit above -inf gives
-// token 0, prob 0, entropy 0. V is 1 to kMaxVocab; on a GPU N is below 2^31 / 8.
+// token 0, prob 0, entropy 0. V is 1 to kMaxVocab; on a GPU N is below 2^31.
 // Sums are float32 within short runs; between them they are float64 or carry along what rounding lost. Their order
 // depends on V and the dtype alone: a row's results are bit-reproducible for any number of threads, any N and any
 // stride, on one instruction set or on CUDA. On CUDA e^x is within 2^-22 of its value, and 0 below e^-87.

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <random>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "gpu.h"
@@ -153,7 +154,7 @@ TEST(TokenConfidenceCuda, AgreesWithFloat64) {
 TEST(TokenConfidenceCuda, SameBitsWhereverARowLies) {
     MAGE_NEEDS_GPU();
     for (const DType dtype : kDTypes) {
-        for (const int64_t vocab : {5, 16, 1003, 20000, 70001}) {
+        for (const int64_t vocab : {5, 1003, 20000, 70001}) {
             const auto rows = normal_rows(5, vocab, 3);
             const Confidences expected = run(Memory(rows, dtype, 0, (vocab + 15) / 8 * 8));
             for (int64_t before = 0; before < 8; ++before) {
@@ -164,6 +165,17 @@ TEST(TokenConfidenceCuda, SameBitsWhereverARowLies) {
             for (int row = 0; row < 5; ++row) {
                 const Confidences one = run(Memory({rows[row]}, dtype, row, vocab));
                 EXPECT_EQ(one, (Confidences{{expected.token[row]}, {expected.prob[row]}, {expected.entropy[row]}}));
+            }
+            for (const int copies : {20, 40, 60, 120}) {  // fewer CTAs per row
+                std::vector<std::vector<float>> many;
+                Confidences repeated;
+                for (int i = 0; i < 5 * copies; ++i) {
+                    many.push_back(rows[i % 5]);
+                    repeated.token.push_back(expected.token[i % 5]);
+                    repeated.prob.push_back(expected.prob[i % 5]);
+                    repeated.entropy.push_back(expected.entropy[i % 5]);
+                }
+                EXPECT_EQ(run(Memory(many, dtype, 0, vocab)), repeated) << vocab << " x " << copies;
             }
         }
     }
@@ -227,24 +239,31 @@ TEST(TokenConfidenceCudaGraph, FollowsNewLogits) {
     cudaStreamDestroy(stream);
 }
 
-TEST(TokenConfidencePlan, ClustersGrowWithTheVocabulary) {
+TEST(TokenConfidencePlan, FewRowsFillTheGpuAndManyAreOneWave) {
     TokenConfidenceParams params;
-    params.num_rows = 5;
     params.dtype = DType::kBFloat16;
-    for (const auto& [vocab, cluster] : std::vector<std::pair<int64_t, uint32_t>>{
-             {1, 1}, {16384, 1}, {16385, 2}, {49152, 4}, {65537, 8}, {151936, 8}, {kMaxVocab, 8}}) {
+    for (const auto& [rows, vocab, cluster] : std::vector<std::tuple<int64_t, int64_t, uint32_t>>{{5, 1, 1},
+                                                                                                  {5, 16384, 1},
+                                                                                                  {5, 16385, 2},
+                                                                                                  {5, 49152, 4},
+                                                                                                  {5, 65537, 8},
+                                                                                                  {66, 151936, 8},
+                                                                                                  {67, 151936, 4},
+                                                                                                  {512, 151936, 1},
+                                                                                                  {1, kMaxVocab, 8}}) {
+        params.num_rows = rows;
         params.vocab_size = vocab;
         const LaunchPlan plan = cuda::token_confidence_plan(params);
-        EXPECT_EQ(plan.cluster, cluster) << vocab;
-        EXPECT_EQ(plan.grid[0], 5 * cluster);
+        EXPECT_EQ(plan.cluster, cluster) << rows << " x " << vocab;
+        EXPECT_EQ(plan.grid[0], rows * cluster);
         EXPECT_TRUE(plan.overlap);
     }
-    params.num_rows = int64_t{1} << 28;
+    params.num_rows = int64_t{1} << 31;
     try {
         cuda::token_confidence_plan(params);
         FAIL() << "must throw";
     } catch (const Error& error) {
-        EXPECT_NE(std::string(error.what()).find("token_confidence: logits must have fewer than 268435456 rows"),
+        EXPECT_NE(std::string(error.what()).find("token_confidence: logits must have fewer than 2^31 rows"),
                   std::string::npos)
             << error.what();
     }

@@ -211,6 +211,9 @@ def test_cuda_bits_do_not_depend_on_batch_stride_or_base(dtype, vocab):
         wide[1, i : i + vocab] = logits[i]
         alone = ops.token_confidence(wide[1:, i : i + vocab])
         assert all(torch.equal(a[0], b[i]) for a, b in zip(alone, batch, strict=True))
+    for copies in (20, 40, 90):  # fewer CTAs per row
+        many = ops.token_confidence(logits.repeat(copies, 1))
+        assert all(torch.equal(a, b.repeat(copies)) for a, b in zip(many, batch, strict=True))
 
 
 @gpu

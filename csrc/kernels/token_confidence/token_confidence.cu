@@ -1,17 +1,18 @@
 // Purpose   the most probable token of each row of logits, its probability and the row's entropy; see
 //           mage/token_confidence.h.
-// Schedule  a cluster of 1 to 8 CTAs per row, as many as V asks for (cluster_of), so that a few rows fill the GPU. A
-//           CTA has a contiguous slice of the row's vectors of 16 bytes; its threads take batches of 4 vectors, 256
-//           apart. A batch is added with the largest logit so far as reference, and what was added before is rescaled
-//           where it grew. A thread remembers in which batch its largest logit stood first; who has the CTA's largest
-//           reads that batch once more to find the place. CTAs send their sums to the first one of the cluster, which
-//           adds them.
-//           Vectors are counted from the row's first logit and not from a boundary of memory: sums have one order for
-//           every base and stride. Where a row is not aligned to 16 bytes, a vector is shifted out of two aligned ones
-//           (the second is the neighbour's and hits L1), and those at the ends are read logit by logit.
-// Memory    registers; 8 partial sums of the warps and of the CTAs in shared memory. Nothing outside a row is read.
-// Sync      cluster barriers: one arrival at the start says that every CTA runs before it is sent to, one after
-//           sending. No atomics on floats, no workspace.
+// Schedule  a row is 1 to 8 pieces by its length alone; a cluster of 1 to 8 CTAs has them, fewer where there are more
+//           rows, so that a few rows fill the GPU and many are one wave of CTAs. A CTA's threads take batches of 4
+//           vectors of 16 bytes, 256 apart, the next one loading while one is added. A batch is added with the largest
+//           logit so far as reference, and what was added before is rescaled where that grew. A thread remembers in
+//           which batch its largest logit stood first; who has the CTA's largest reads that batch once more to find the
+//           place. The parts of a piece's warps are joined, and those of the row's pieces, which are sent to the
+//           cluster's first CTA. So the sums of a row have one order, whoever computed its pieces.
+//           Vectors are counted from the row's first logit and not from a boundary of memory: the order is the same for
+//           every base and stride too. Where a row is not aligned to 16 bytes, a vector is shifted out of two aligned
+//           ones (the second is the neighbour's and hits L1), and those at the ends are read logit by logit.
+// Memory    registers; 64 parts of warps and 8 of pieces in shared memory. Nothing outside a row is read.
+// Sync      one cluster barrier, of which the wait comes before the first store to another CTA; those stores count down
+//           an mbarrier of the first CTA. Atomics on integers alone, no workspace.
 // Ceiling   N * V * dtype_bytes read once. Of the issue slots about half are needed for bf16: 8 instructions a logit.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -36,11 +37,12 @@ constexpr int kWarps = kThreads / kWarp;
 constexpr uint32_t kAllLanes = 0xffffffffu;
 constexpr int kVectorBytes = 16;
 constexpr int kBatch = 4;  // vectors that a thread reads at once
-constexpr int kMaxCluster = 8;
-constexpr int kCtaVectors = 2048;  // of a row: one more CTA for so many, up to a power of two
+constexpr int kMaxPieces = 8;
+constexpr int kPieceVectors = 2048;  // of a row: one more piece for so many, up to a power of two
+constexpr int kCtasPerSm = 4;
+constexpr int kHopperMultiprocessors = 132;
 constexpr float kLog2E = 1.44269504088896341f;
 constexpr float kLeast = -100.0f;  // e^x is 0 there; NaN and -inf are taken for it
-constexpr uint32_t kNoVector = 0xffffffffu;
 constexpr int32_t kNoToken = 0x7fffffff;
 
 struct TokenConfidenceArgs {
@@ -51,11 +53,12 @@ struct TokenConfidenceArgs {
     float* entropy;
     int32_t vocab_size;
     uint32_t vectors;  // of a row, the last one may be a part
-    uint32_t cluster;
+    uint32_t pieces;   // of a row
+    uint32_t cluster;  // CTAs of a row, a divisor of pieces
 };
 
-// What a CTA knows of its slice: sum of e^(x - top), of e^(x - top) (x - top), and where top stands first.
-struct alignas(16) SlicePart {
+// What is known of a part of a row: sum of e^(x - top), of e^(x - top) (x - top), and where top stands first.
+struct alignas(16) Part {
     double sum;
     double weighted;
     float top;
@@ -244,100 +247,168 @@ __device__ __forceinline__ int32_t place_of(const Row<T, kAligned>& row, uint32_
     return kNoToken;
 }
 
+// What a thread holds of a batch: vectors first, first + kThreads, ... below `end`.
 template <typename T, bool kAligned>
-__global__ void __launch_bounds__(kThreads, kAligned ? 6 : 4)
+__device__ __forceinline__ void load_batch(const Row<T, kAligned>& row, uint32_t first, uint32_t end,
+                                           uint4 (&vectors)[kBatch]) {
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+        if (first + i * kThreads < end) vectors[i] = row.load(first + i * kThreads);
+    }
+}
+
+template <typename T>
+__device__ __forceinline__ float largest_of(const uint4 (&vectors)[kBatch], uint32_t first, uint32_t end, float top) {
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+        if (first + i * kThreads < end) top = fmaxf(top, Logits<T>::largest(vectors[i]));
+    }
+    return top;
+}
+
+template <typename T>
+__device__ __forceinline__ void add_batch(const uint4 (&vectors)[kBatch], uint32_t first, uint32_t end, Sums* own) {
+    float sum = 0.0f, weighted = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+        if (first + i * kThreads < end) {
+            float values[Logits<T>::kElements];
+            Logits<T>::unpack(vectors[i], values);
+#pragma unroll
+            for (int j = 0; j < Logits<T>::kElements; ++j) {
+                const float below = below_of(values[j], own->top);
+                const float weight = exp_of(below);
+                sum += weight;
+                weighted = fmaf(weight, below, weighted);
+            }
+        }
+    }
+    own->sum.add(sum);
+    own->weighted.add(weighted);
+}
+
+// The sum over kLanes neighbouring lanes of their parts, relative to the largest top among them; token is the least.
+template <int kLanes>
+__device__ __forceinline__ Part joined(Part part) {
+    float top = part.top;
+#pragma unroll
+    for (int step = kLanes / 2; step > 0; step /= 2) top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, step));
+    const float below = below_of(part.top, top);
+    const double scale = expf(below);
+    part.weighted = lanes_sum<kLanes>(scale * (part.weighted + below * part.sum));
+    part.sum = lanes_sum<kLanes>(scale * part.sum);
+    part.top = top;
+    return part;
+}
+
+template <typename T, bool kAligned>
+__global__ void __launch_bounds__(kThreads, 4)
     mage_token_confidence_kernel(const __grid_constant__ TokenConfidenceArgs args) {
-    __shared__ SlicePart warp_parts[kWarps];
-    __shared__ SlicePart cta_parts[kMaxCluster];  // of the cluster's first CTA: what all of them sent
+    __shared__ Part warp_parts[kMaxPieces][kWarps];
+    __shared__ Part pieces[kMaxPieces];          // of the cluster's first CTA: what all of them sent
+    __shared__ alignas(8) uint64_t all_arrived;  // of it: the bytes of all pieces have come
     __shared__ int32_t shared_token, shared_ties;
 
-    device::cluster_arrive_relaxed();
-    const uint32_t rank = device::cluster_rank();
+    const uint32_t rank = args.cluster > 1 ? device::cluster_rank() : 0;
     const int64_t row_idx = blockIdx.x / args.cluster;
-    const uint32_t slice = (args.vectors + args.cluster - 1) / args.cluster;
-    const uint32_t begin = min(rank * slice, args.vectors), end = min(begin + slice, args.vectors);
+    const uint32_t own_pieces = args.pieces / args.cluster, first_piece = rank * own_pieces;
+    const uint32_t piece_vectors = (args.vectors + args.pieces - 1) / args.pieces;
     const Row<T, kAligned> row(args, row_idx);
-    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    const uint32_t warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    const uint32_t barrier = device::shared_address(&all_arrived);
     if (threadIdx.x == 0) {
         shared_token = kNoToken;
         shared_ties = 0;
+        if (args.cluster > 1) {
+            device::mbarrier_init(barrier, 1);
+            device::mbarrier_init_fence();
+            if (rank == 0) device::mbarrier_arrive_expect(barrier, args.pieces * sizeof(Part));
+        }
     }
+    __syncthreads();  // whole warps arrive, so thread 0 is to be back with its own
+    if (args.cluster > 1) device::cluster_arrive();
     device::dependency_wait();
 
-    Sums own;
-    uint32_t top_batch = kNoVector;
-    for (uint32_t first = begin + threadIdx.x; first < end; first += kBatch * kThreads) {
-        uint4 vectors[kBatch];
-        float top = own.top;
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-            if (first + i * kThreads < end) vectors[i] = row.load(first + i * kThreads);
-        }
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-            if (first + i * kThreads < end) top = fmaxf(top, Logits<T>::largest(vectors[i]));
-        }
-        if (top > own.top) top_batch = first;
-        own.raise(top);
-        float sum = 0.0f, weighted = 0.0f;
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-            if (first + i * kThreads < end) {
-                float values[Logits<T>::kElements];
-                Logits<T>::unpack(vectors[i], values);
-#pragma unroll
-                for (int j = 0; j < Logits<T>::kElements; ++j) {
-                    const float below = below_of(values[j], top);
-                    const float weight = exp_of(below);
-                    sum += weight;
-                    weighted = fmaf(weight, below, weighted);
-                }
+    float best = -INFINITY;  // of all pieces of this CTA, and the batch that it came in first
+    uint32_t best_first = 0, best_end = 0;
+    for (uint32_t piece = 0; piece < own_pieces; ++piece) {
+        const uint32_t begin = min((first_piece + piece) * piece_vectors, args.vectors);
+        const uint32_t end = min(begin + piece_vectors, args.vectors);
+        Sums own;
+        uint4 vectors[kBatch], next[kBatch];
+        uint32_t first = begin + threadIdx.x;
+        const auto add = [&](const uint4(&batch)[kBatch], uint32_t from) {
+            const float top = largest_of<T>(batch, from, end, own.top);
+            if (top > best) {
+                best = top;
+                best_first = from;
+                best_end = end;
+            }
+            own.raise(top);
+            add_batch<T>(batch, from, end, &own);
+        };
+        if constexpr (kAligned) {  // the next batch is on its way while one is added
+            load_batch(row, first, end, vectors);
+            while (first < end) {
+                load_batch(row, first + kBatch * kThreads, end, next);
+                add(vectors, first);
+                first += kBatch * kThreads;
+                if (first >= end) break;
+                load_batch(row, first + kBatch * kThreads, end, vectors);
+                add(next, first);
+                first += kBatch * kThreads;
+            }
+        } else {
+            for (; first < end; first += kBatch * kThreads) {
+                load_batch(row, first, end, vectors);
+                add(vectors, first);
             }
         }
-        own.sum.add(sum);
-        own.weighted.add(weighted);
+        own.raise(warp_max(own.top));
+        const float sum = lanes_sum<kWarp>(own.sum.sum - own.sum.lost);
+        const float weighted = lanes_sum<kWarp>(own.weighted.sum - own.weighted.lost);
+        if (lane == 0) warp_parts[piece][warp] = {sum, weighted, own.top, 0, {0, 0}};
     }
     device::dependency_release();
 
-    // The warp's sums, then the CTA's.
-    const float own_top = own.top;
-    own.raise(warp_max(own_top));
-    const float sum = lanes_sum<kWarp>(own.sum.sum - own.sum.lost);
-    const float weighted = lanes_sum<kWarp>(own.weighted.sum - own.weighted.lost);
-    if (lane == 0) warp_parts[warp] = {sum, weighted, own.top, 0, {0, 0}};
+    // The pieces of this CTA, a warp to each, and the place of its largest logit.
     __syncthreads();
-    float top = warp_parts[0].top;
-#pragma unroll
-    for (int i = 1; i < kWarps; ++i) top = fmaxf(top, warp_parts[i].top);
-    if (own_top == top && top_batch != kNoVector) {
-        atomicMin(&shared_token, place_of(row, top_batch, end, top));
+    float top = -INFINITY;
+    for (uint32_t i = 0; i < own_pieces * kWarps; i += kWarp) {
+        top = fmaxf(top, i + lane < own_pieces * kWarps ? warp_parts[0][i + lane].top : -INFINITY);
     }
-    device::cluster_wait();  // every CTA of the cluster runs
+    top = warp_max(top);
+    if (best == top && best_end != 0) atomicMin(&shared_token, place_of(row, best_first, best_end, top));
+    Part whole = warp < own_pieces ? joined<kWarps>(warp_parts[warp][lane % kWarps]) : Part{};
     __syncthreads();
-    if (warp == 0) {
-        const SlicePart part = warp_parts[lane % kWarps];
-        const float below = below_of(part.top, top);
-        const double scale = exp(static_cast<double>(below));
-        SlicePart whole = {};
-        whole.sum = lanes_sum<kWarps>(scale * part.sum);
-        whole.weighted = lanes_sum<kWarps>(scale * (part.weighted + below * part.sum));
-        whole.top = top;
-        whole.token = shared_token;
-        if (lane == 0) {
+    // Every CTA of the cluster runs, and the first one's barrier is ready.
+    if (args.cluster > 1) device::cluster_wait();
+    // The first of equal logits may lie in another piece of this CTA than the one that names it: the least token wins.
+    whole.token = whole.top == top ? shared_token : kNoToken;
+    if (lane == 0 && warp < own_pieces) {
+        if (args.cluster > 1) {
             const auto* const words = reinterpret_cast<const uint4*>(&whole);
-            const uint32_t to = device::cluster_address(device::shared_address(&cta_parts[rank]), 0);
-            device::store_cluster(to, words[0]);
-            device::store_cluster(to + sizeof(uint4), words[1]);
+            const uint32_t to = device::cluster_address(device::shared_address(&pieces[first_piece + warp]), 0);
+            const uint32_t remote = device::cluster_address(barrier, 0);
+            device::store_cluster_async(to, words[0], remote);
+            device::store_cluster_async(to + sizeof(uint4), words[1], remote);
+        } else {
+            pieces[warp] = whole;
         }
     }
-    device::cluster_arrive();
     if (rank != 0) return;
-    device::cluster_wait();
+    if (args.cluster > 1) {
+        device::mbarrier_wait(barrier, 0);
+    } else {
+        __syncthreads();
+    }
 
-    // The first CTA: the row.
-    top = cta_parts[0].top;
-    for (uint32_t i = 1; i < args.cluster; ++i) top = fmaxf(top, cta_parts[i].top);
-    if (top == INFINITY) {  // their number is all that matters, and the sums do not know it
+    // The row.
+    Part part =
+        lane % kMaxPieces < args.pieces ? pieces[lane % kMaxPieces] : Part{0.0, 0.0, -INFINITY, kNoToken, {0, 0}};
+    const float part_top = part.top;
+    part = joined<kMaxPieces>(part);
+    if (part.top == INFINITY) {  // their number is all that matters, and the sums do not know it
         int32_t ties = 0;
         for (uint32_t vector = threadIdx.x; vector < args.vectors; vector += kThreads) {
             float values[Logits<T>::kElements];
@@ -347,32 +418,23 @@ __global__ void __launch_bounds__(kThreads, kAligned ? 6 : 4)
         }
         atomicAdd(&shared_ties, ties);
         __syncthreads();
+        part.sum = shared_ties;
+        part.weighted = 0.0;
     }
     if (warp != 0) return;
-    const SlicePart part = cta_parts[lane % args.cluster];
-    const bool counts = lane < args.cluster;
-    int32_t token = counts && part.top == top ? part.token : kNoToken;
-    token = __reduce_min_sync(kAllLanes, token);
-    const float below = below_of(part.top, top);
-    const double scale = counts ? exp(static_cast<double>(below)) : 0.0;
-    double row_sum = lanes_sum<kMaxCluster>(scale * part.sum);
-    double row_weighted = lanes_sum<kMaxCluster>(scale * (part.weighted + below * part.sum));
-    if (top == INFINITY) {
-        row_sum = shared_ties;
-        row_weighted = 0.0;
-    }
+    const int32_t token = __reduce_min_sync(kAllLanes, part_top == part.top ? part.token : kNoToken);
     if (lane != 0) return;
-    const bool has_token = top > -INFINITY;
+    const bool has_token = part.top > -INFINITY;
     args.token[row_idx] = has_token ? token : 0;
-    args.prob[row_idx] = has_token ? static_cast<float>(1.0 / row_sum) : 0.0f;
-    args.entropy[row_idx] = has_token ? static_cast<float>(fmax(log(row_sum) - row_weighted / row_sum, 0.0)) : 0.0f;
+    args.prob[row_idx] = has_token ? static_cast<float>(1.0 / part.sum) : 0.0f;
+    args.entropy[row_idx] = has_token ? static_cast<float>(fmax(log(part.sum) - part.weighted / part.sum, 0.0)) : 0.0f;
 }
 
 // The same for all rows of a vocabulary, so that a row's sums do not depend on the others.
-uint32_t cluster_of(int64_t vectors) {
-    uint32_t cluster = 1;
-    while (cluster < kMaxCluster && vectors > int64_t{cluster} * kCtaVectors) cluster *= 2;
-    return cluster;
+uint32_t pieces_of(int64_t vectors) {
+    uint32_t pieces = 1;
+    while (pieces < kMaxPieces && vectors > int64_t{pieces} * kPieceVectors) pieces *= 2;
+    return pieces;
 }
 
 int64_t vectors_of(const TokenConfidenceParams& p) {
@@ -390,6 +452,7 @@ void confidence(const TokenConfidenceParams& p, const LaunchPlan& plan, CudaStre
     args.entropy = p.entropy;
     args.vocab_size = static_cast<int32_t>(p.vocab_size);
     args.vectors = static_cast<uint32_t>(vectors_of(p));
+    args.pieces = pieces_of(args.vectors);
     args.cluster = plan.cluster;
     const bool aligned =
         reinterpret_cast<uintptr_t>(p.logits) % kVectorBytes == 0 && args.row_bytes % kVectorBytes == 0;
@@ -416,10 +479,12 @@ std::vector<KernelEntry> token_confidence_kernels() {
 
 LaunchPlan token_confidence_plan(const TokenConfidenceParams& p) {
     check_token_confidence(p);
+    // As many CTAs of a row as fit the GPU at once: no second wave, and few rows still fill it.
+    const int64_t most = int64_t{kHopperMultiprocessors} * kCtasPerSm;
+    const uint32_t pieces = pieces_of(vectors_of(p));
     LaunchPlan plan;
-    plan.cluster = cluster_of(vectors_of(p));
-    MAGE_CHECK(p.num_rows < (int64_t{1} << 31) / plan.cluster, kOp, ": logits must have fewer than ",
-               (int64_t{1} << 31) / plan.cluster, " rows of ", p.vocab_size, " entries on CUDA, got ", p.num_rows);
+    while (plan.cluster < pieces && 2 * plan.cluster * p.num_rows <= most) plan.cluster *= 2;
+    MAGE_CHECK(p.num_rows < int64_t{1} << 31, kOp, ": logits must have fewer than 2^31 rows on CUDA, got ", p.num_rows);
     plan.grid[0] = static_cast<uint32_t>(p.num_rows * plan.cluster);
     plan.block[0] = kThreads;
     plan.overlap = true;
