@@ -160,7 +160,7 @@ class _LaggingFlags:
         copy = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
         copy.copy_(flags, non_blocking=True)
         event = torch.cuda.Event()
-        event.record()
+        event.record(torch.cuda.current_stream(flags.device))
         self._queue.append((copy, event))
 
     def read(self) -> list[bool] | None:
