@@ -77,9 +77,56 @@ __device__ __forceinline__ uint32_t cluster_rank() {
     return rank;
 }
 
-// A barrier of the cluster that orders nothing but execution, which spares a fence of all memory (1000 clocks and more).
+__device__ __forceinline__ uint32_t cluster_index() {
+    uint32_t index;
+    asm volatile("mov.u32 %0, %%clusterid.x;" : "=r"(index));
+    return index;
+}
+
+// The barrier of a cluster in two halves; a thread that has exited counts as one that arrived.
+__device__ __forceinline__ void cluster_arrive() {
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+
+// This arrival orders no writes but those of mbarrier_init_fence, which spares a fence of all memory (1000 clocks).
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+
+__device__ __forceinline__ void cluster_sync() {
+    cluster_arrive();
+    cluster_wait();
+}
+
+// Orders nothing but execution.
 __device__ __forceinline__ void cluster_sync_relaxed() {
-    asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+    cluster_arrive_relaxed();
+    asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+}
+
+// The address, in the cluster's shared memory, of what lies at the same place in another CTA of it (or in this one).
+__device__ __forceinline__ uint32_t cluster_address(uint32_t address, uint32_t cta) {
+    uint32_t remote;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(cta));
+    return remote;
+}
+
+// Stores into the shared memory of a CTA and counts the bytes on a barrier there; addresses in the cluster.
+__device__ __forceinline__ void store_cluster_async(uint32_t address, uint4 value, uint32_t barrier) {
+    asm volatile(
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+            address),
+        "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w), "r"(barrier)
+        : "memory");
+}
+
+__device__ __forceinline__ void store_cluster_async(uint32_t address, uint2 value, uint32_t barrier) {
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::"r"(
+                     address),
+                 "r"(value.x), "r"(value.y), "r"(barrier)
+                 : "memory");
 }
 
 // Asks for the line of 128 bytes at an address, which must be one of a tensor, to be brought into L2.

@@ -34,7 +34,12 @@ void call(TokenConfidenceParams& params, const Tensor& token, const Tensor& prob
     params.token = static_cast<int64_t*>(token.mutable_data_ptr());
     params.prob = static_cast<float*>(prob.mutable_data_ptr());
     params.entropy = static_cast<float*>(entropy.mutable_data_ptr());
+#if defined(MAGE_BACKEND_CUDA)
+    const torch::stable::accelerator::DeviceGuard guard(token.get_device_index());
+    cuda::token_confidence(params, current_stream(token));
+#else
     cpu::token_confidence(params);
+#endif
 }
 
 std::tuple<Tensor, Tensor, Tensor> token_confidence(const Tensor& logits) {

@@ -1,5 +1,7 @@
 #pragma once
 
+#include "mage/kernel_info.h"
+#include "mage/stream.h"
 #include "mage/types.h"
 
 // token_confidence: the most probable token of each row of logits, its probability and the row's entropy.
@@ -7,11 +9,18 @@
 //   token = argmax_v x_v (ties: lowest id)      prob = softmax(x)[token]      entropy = -sum_v softmax(x)_v ln
 //           softmax(x)_v, in nats
 //
-// NaN counts as -inf. If logits are +inf, those share the probability equally. A row without any logit above -inf gives
-// token 0, prob 0, entropy 0. Sums are float32 within short runs and float64 between them, always in the
-// same order: results are bit-reproducible for any number of threads and any N, on one instruction set.
+//   logits   [N, V]       in    bfloat16, float16 or float32; last stride 1, any base and row stride
+//   token    [N] int64    out   contiguous, as the two others
+//   prob     [N] float32  out
+//   entropy  [N] float32  out
 //
-// Cost: N * V logits, read once from memory (and once more from cache), one exponential each.
+// NaN counts as -inf. If logits are +inf, those share the probability equally. A row without any logit above -inf gives
+// token 0, prob 0, entropy 0. V is 1 to kMaxVocab; on a GPU N is below 2^31.
+// Sums are float32 within short runs; between them they are float64 or carry along what rounding lost. Their order
+// depends on V and the dtype alone: a row's results are bit-reproducible for any number of threads, any N and any
+// stride, on one instruction set or on CUDA. On CUDA e^x is within 2^-22 of its value, and 0 below e^-87.
+//
+// Cost: N * V logits, read once from memory (on the CPU once more from cache), one exponential each.
 namespace mage {
 
 // Vocabulary entries that a row may have.
@@ -31,7 +40,7 @@ struct TokenConfidenceParams {
     float* entropy = nullptr;  // [N], nats
 };
 
-// Bytes of workspace, for every backend the same. NOTE: 0 today, the CPU backend needs none; callers ask nevertheless.
+// Bytes of workspace, for every backend the same: 0, none needs memory of its own; callers ask nevertheless.
 int64_t token_confidence_workspace(int64_t num_rows, int64_t vocab_size);
 
 // Throws mage::Error if a dimension does not hold. Backends call it; a binding calls it before it allocates.
@@ -43,4 +52,15 @@ namespace cpu {
 void token_confidence(const TokenConfidenceParams& params);
 
 }  // namespace cpu
+
+namespace cuda {
+
+// Asynchronous on `stream`, one launch; allocates nothing; can be captured in a graph. Throws mage::Error if an
+// argument does not hold.
+void token_confidence(const TokenConfidenceParams& params, CudaStream stream);
+
+// How it is launched: looks at the dims and the dtype only.
+LaunchPlan token_confidence_plan(const TokenConfidenceParams& params);
+
+}  // namespace cuda
 }  // namespace mage

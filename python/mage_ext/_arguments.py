@@ -59,6 +59,11 @@ def check_device(owner: str, device: object) -> torch.device:
     return found
 
 
+def first_sentence(error: Exception) -> str:
+    """Of its text: torch says in it which operator has no kernel for which device, and adds pages of advice."""
+    return str(error).partition("\n")[0].partition(". ")[0].removesuffix(".")
+
+
 def check_path(owner: str, path: object, name: str = "path") -> None:
     """Raises TypeError if path is neither a string nor a path."""
     check_type(owner, name, path, (str, os.PathLike), "a path")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mage_ext._arguments import check_device, check_index, check_list, check_type, got
+from mage_ext._upload import upload
 
 PAGE_SIZES = (1, 16, 32, 64, 128, 256)
 
@@ -180,8 +181,7 @@ class PagedCache:
         if len(sources) != len(targets):
             raise ValueError(f"PagedCache: targets must be as many as sources, {len(sources)}, got {len(targets)}")
         if sources:
-            source = torch.tensor(sources, device=self.device)
-            self._pools[:, :, torch.tensor(targets, device=self.device)] = self._pools[:, :, source]
+            self._pools[:, :, upload(targets, self.device)] = self._pools[:, :, upload(sources, self.device)]
 
     def _checked(self, pages: Sequence[int], name: str = "pages") -> list[int]:
         pages = check_list("PagedCache", name, pages, "a list of page numbers")
@@ -302,4 +302,4 @@ class RaggedBatch:
         if len(pages) > width:
             self.block_table = torch.nn.functional.pad(self.block_table, (0, len(pages) - width), value=-1)
         row = pages + [-1] * (self.block_table.shape[1] - len(pages))
-        self.block_table[request] = torch.tensor(row, dtype=torch.int32).to(self.block_table.device)
+        self.block_table[request] = upload(row, self.block_table.device, torch.int32)

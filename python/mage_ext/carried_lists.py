@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mage_ext import selection as selections
+from mage_ext._upload import upload
 from mage_ext.denoise_config import DenoiseConfig
 from mage_ext.selection import BlockSelection
 
@@ -49,7 +50,7 @@ class CarriedLists:
         """The selection with one row per request of `requests`, in their order."""
         if self.requests != requests:
             numbers = [self.requests.index(request) for request in requests]
-            self.selection = _rows(self.selection, torch.tensor(numbers, device=self.selection.indices.device))
+            self.selection = _rows(self.selection, upload(numbers, self.selection.indices.device))
             self.requests = requests
         return self.selection
 
@@ -73,7 +74,7 @@ class CarriedLists:
                 nothing waits) lists or tails that don't hold.
         """
         config = self._config.selection
-        chosen = torch.tensor([way == "select" for way in plan], device=mass.device)
+        chosen = upload([way == "select" for way in plan], mass.device)
         selection = self._select(mass, torch.where(chosen, prefix_lens, 0), config, votes=votes)
         if not isinstance(selection, BlockSelection):
             raise TypeError(f"generate: select_override must return a BlockSelection, got {type(selection).__name__}")
@@ -90,7 +91,7 @@ class CarriedLists:
         if self._config.select_override is not None and mass.device.type == "cpu":
             _check_override(selection, requests, plan, prefix_lens.tolist())
         if "carry" in plan:
-            carried = torch.tensor([way == "carry" for way in plan], device=mass.device)
+            carried = upload([way == "carry" for way in plan], mass.device)
             selection = _merge(selection, self.rows(requests), carried)
         self.selection, self.requests = selection, requests
         for request, way in zip(requests, plan, strict=True):

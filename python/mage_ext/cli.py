@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
+
     from mage_ext.denoise import DenoiseConfig
+    from mage_ext.models.huggingface import LoadedModel
 
 
 def _info(args: argparse.Namespace) -> int:
@@ -30,13 +33,48 @@ def _demo(args: argparse.Namespace) -> int:
     if not 512 <= args.tokens <= 8000:
         raise ValueError(f"demo: tokens must be in [512, 8000] (the model has 8192 positions), got {args.tokens}")
     texts = read_texts(args.text) if args.text else None
-    loaded = load_builtin(adapter=args.adapter)
-    if torch.cuda.is_available():
-        print("The demo runs on the CPU: selection and sparse attention have no CUDA kernels yet.")
+    device, dtype = _device_and_dtype("demo", args)
+    loaded = load_builtin(dtype, device, args.adapter)
     print(f"SmolLM2-135M adapted to block diffusion, loaded in {time.perf_counter() - begun:.1f} s.")
     run_demo(loaded, args.tokens, args.seed, texts)
-    print(f"Whole demo: {time.perf_counter() - begun:.1f} s on {torch.get_num_threads()} threads.")
+    where = f"{torch.get_num_threads()} threads" if device.type == "cpu" else _device_name(device)
+    print(f"Whole demo: {time.perf_counter() - begun:.1f} s on {where}.")
     return 0
+
+
+def _device_and_dtype(owner: str, args: argparse.Namespace) -> "tuple[torch.device, torch.dtype | None]":
+    """What --device and --dtype mean; the attention kernels on CUDA take no float32."""
+    import torch
+
+    from mage_ext._arguments import check_device
+    from mage_ext.models.huggingface import resolve_dtype
+
+    device = check_device(owner, args.device)
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"{owner}: device must be cpu or cuda, got {device}")
+    dtype = None if args.dtype is None else resolve_dtype(args.dtype)
+    if device.type == "cuda" and dtype == torch.float32:
+        raise ValueError(f"{owner}: dtype must be bfloat16 or float16 on cuda, got float32")
+    return device, dtype
+
+
+def _device_name(device: "torch.device") -> str:
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _load(owner: str, args: argparse.Namespace) -> "LoadedModel":
+    """The model of --model on --device."""
+    import torch
+
+    from mage_ext import models
+
+    device, dtype = _device_and_dtype(owner, args)
+    loaded = models.load(args.model, dtype, device)
+    if device.type == "cuda" and loaded.model.embed_tokens.weight.dtype == torch.float32:
+        raise ValueError(f"{owner}: dtype must be bfloat16 or float16 on cuda, got float32, which config.json names")
+    return loaded
 
 
 def _config(args: argparse.Namespace) -> "DenoiseConfig":
@@ -67,11 +105,11 @@ def _config(args: argparse.Namespace) -> "DenoiseConfig":
 
 
 def _generate(args: argparse.Namespace) -> int:
-    from mage_ext import models, terminal
+    from mage_ext import terminal
 
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     config = _config(args)
-    loaded = models.load(args.model, args.dtype)
+    loaded = _load("generate", args)
     tokenizer = loaded.tokenizer
     ids = tokenizer.encode(prompt) if args.raw else tokenizer.chat([{"role": "user", "content": prompt}])
     result = terminal.write(loaded, ids, config, args.seed)
@@ -80,12 +118,12 @@ def _generate(args: argparse.Namespace) -> int:
 
 
 def _chat(args: argparse.Namespace) -> int:
-    from mage_ext import models, terminal
+    from mage_ext import terminal
 
     if not sys.stdin.isatty() or not sys.stdout.isatty():
         raise ValueError("chat: needs a terminal; use `mage generate` in pipes")
     config = _config(args)
-    loaded = models.load(args.model, args.dtype)
+    loaded = _load("chat", args)
     messages: list[dict[str, str]] = []
     print("An empty line ends the chat.")
     while True:
@@ -120,13 +158,15 @@ def _eval(args: argparse.Namespace) -> int:
     texts = tasks.read_texts(args.text) if args.text else None
     if texts is not None and len(texts) > 9:
         texts = tasks.held_out_texts(texts)[1]  # of a collection, those that training left out
-    runner = needles.Runner(args.jobs, texts, args.adapter, args.batch, lambda line: print(line, file=sys.stderr))
+    device, dtype = _device_and_dtype("eval", args)
+    tell = lambda line: print(line, file=sys.stderr)  # noqa: E731
+    runner = needles.Runner(args.jobs, texts, args.adapter, args.batch, tell, device, dtype)
     rows = []
-    for row in needles.suite(runner, args.n, args.tasks):
+    for row in needles.suite(runner, args.n, args.tasks, args.methods):
         rows.append(row)
         print(needles.row_line(row), flush=True)
         if args.out:
-            needles.write_rows(args.out, "eval/needles", builtin.NAME, "cpu", commit(), rows)
+            needles.write_rows(args.out, "eval/needles", builtin.NAME, _device_name(device), commit(), rows)
     runner.close()
     return 0
 
@@ -138,13 +178,19 @@ def _train_adapter(args: argparse.Namespace) -> int:
     return 0 if train_adapter(args.text, args.out, **{name: getattr(args, name) for name in names}) else 1
 
 
+def _add_device_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="cpu", help="cpu (default), or cuda, a Hopper GPU")
+    parser.add_argument(
+        "--dtype",
+        help="float32 (on the CPU), bfloat16 or float16; default: what the model is stored in, for the one in the box "
+        "float32, on cuda bfloat16",
+    )
+
+
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", default="smollm2-135m-block", help="a Hugging Face folder, or the model in the box (default)")
-    add(
-        "--dtype",
-        help="float32, bfloat16 or float16; default: what the model is stored in, float32 for the one in the box",
-    )
+    _add_device_arguments(parser)
     add("--mode", default="mage", choices=("exact", "mage"))
     add("--max-new-tokens", type=int, default=128, metavar="N")
     add(
@@ -186,6 +232,7 @@ def make_parser() -> argparse.ArgumentParser:
     demo.add_argument("--tokens", type=int, default=2048, help="length of the prompt (default 2048)")
     demo.add_argument("--seed", type=int, default=1, help="of text, facts and question")
     demo.add_argument("--adapter", metavar="FILE", help="an adapter of `mage train` in place of the shipped one")
+    _add_device_arguments(demo)
     demo.set_defaults(run=_demo)
 
     generate = commands.add_parser("generate", help="write one answer")
@@ -206,6 +253,14 @@ def make_parser() -> argparse.ArgumentParser:
     )
     needle.add_argument("--n", type=int, default=200, help="cases per task (default 200)")
     needle.add_argument("--tasks", nargs="+", default=["four_keys", "needle"], choices=["four_keys", "needle"])
+    needle.add_argument(
+        "--methods",
+        nargs="+",
+        default=["exact", "mage", "recency", "random"],
+        choices=["exact", "mage", "recency", "random"],
+        help="exact always runs; the others are held against it",
+    )
+    _add_device_arguments(needle)
     needle.add_argument("--jobs", type=int, default=1, help="processes that share the cores")
     needle.add_argument("--batch", type=int, default=1, help="cases per batch")
     needle.add_argument("--adapter", metavar="FILE", help="an adapter of `mage train` in place of the shipped one")
@@ -242,10 +297,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of a pipe has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, TypeError, OSError, OverflowError) as error:
+    except (ValueError, TypeError, OSError, OverflowError, NotImplementedError) as error:
         if os.environ.get("MAGE_TRACEBACK"):
             raise
-        print(f"mage: error: {error}", file=sys.stderr)
+        text = str(error)
+        if isinstance(error, NotImplementedError):  # an operator without a kernel for the device
+            from mage_ext._arguments import first_sentence
+
+            text = first_sentence(error)
+        print(f"mage: error: {text}", file=sys.stderr)
         return 2
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from mage_ext import sampling
 from mage_ext._arguments import check_type, got
+from mage_ext._upload import upload
 from mage_ext.cache import PagedCache
 from mage_ext.carried_lists import CarriedLists
 from mage_ext.denoise_config import DenoiseConfig
@@ -159,7 +160,7 @@ class _LaggingFlags:
         copy = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
         copy.copy_(flags, non_blocking=True)
         event = torch.cuda.Event()
-        event.record()
+        event.record(torch.cuda.current_stream(flags.device))
         self._queue.append((copy, event))
 
     def read(self) -> list[bool] | None:
@@ -177,7 +178,7 @@ class _Block:
 
     Fields:
         requests: [A] batch index of each row (host). starts: [A] position of the first token (host), start: the same,
-            int32.
+            int32. eos_ids: tokens that end a request (host).
         tokens: [A, Q], int64, mask id where open. open: [A, Q], bool, undecided. ended: [A], bool.
         candidates: [A, Q], bool, open positions of each request's current sub-block. live: [A], bool, has candidates.
         sub_start: [A], int64, first position of the current sub-block. first_open: [A], bool, that position is a
@@ -195,19 +196,20 @@ class _Block:
         known = [state.pending[request] for request in self.requests]
         tokens = [tail + [model_config.mask_id] * (size - len(tail)) for tail in known]
         prompt_ends = [len(state.prompts[r]) - start for r, start in zip(self.requests, self.starts, strict=True)]
-        self.tokens = torch.tensor(tokens, device=device)
+        self.tokens = upload(tokens, device)
         index = torch.arange(size, device=device)
-        per_request = torch.tensor([[len(tail) for tail in known], prompt_ends, self.starts], device=device)[..., None]
+        per_request = upload([[len(tail) for tail in known], prompt_ends, self.starts], device)[..., None]
         self.open = index >= per_request[0]
         self._may_end = index >= per_request[1]  # EOS of the prompt's tail ends nothing
         self._is_last = index == per_request[1] + config.max_new_tokens - 1
-        self._eos = torch.tensor(() if config.ignore_eos else model_config.eos_ids, dtype=torch.int64, device=device)
+        self.eos_ids = () if config.ignore_eos else tuple(model_config.eos_ids)
+        self._eos = upload(self.eos_ids, device, torch.int64)
         self.positions = per_request[2] + index  # [A, Q]
         self.start = per_request[2, :, 0].to(torch.int32)
         self.index = index
         self.ended = torch.zeros(len(self.requests), dtype=torch.bool, device=device)
-        self.seeds = torch.tensor([state.seeds[request] for request in self.requests], device=device)
-        self.block_table = state.batch.block_table[self.requests]
+        self.seeds = upload([state.seeds[request] for request in self.requests], device)
+        self.block_table = state.batch.block_table[upload(self.requests, device)]
         self.max_seq_len = max(self.starts) + size
         self.steps = torch.zeros(len(self.requests), dtype=torch.int64, device=device)
         shift = model_config.token_shift
@@ -375,7 +377,7 @@ class _Run:
             return "sparse" if ways == {"sparse"} else "mixed"
         forward.exact_lens = forward.seq_lens
         if "sparse" in ways:
-            carried = torch.tensor([way == "carry" for way in plan], device=forward.seq_lens.device)
+            carried = upload([way == "carry" for way in plan], forward.seq_lens.device)
             forward.selection = self.lists.rows(block.requests)
             forward.sparse_lens = torch.where(carried, forward.seq_lens, 0)
             forward.exact_lens = torch.where(carried, 0, forward.seq_lens)
@@ -388,7 +390,7 @@ class _Run:
         state = self.state
         seconds = time.perf_counter() - self.begun
         tokens, ended = block.tokens.tolist(), block.ended.tolist()
-        eos = block._eos.tolist()
+        eos = block.eos_ids
         self._count(block, plan)
         finished = []
         for row, request in enumerate(block.requests):
@@ -443,7 +445,7 @@ class _Run:
             return
         requests = [block.requests[row] for row in rows]
         size, device = model.config.block_size, block.tokens.device
-        pick = torch.tensor(rows, device=device)
+        pick = upload(rows, device)
         start = block.start[pick]
         max_seq_len = max(block.starts[row] for row in rows) + size
         forward = PagedForward(state.batch.cache, block.block_table[pick], max_seq_len, [Write(start)], start + size)

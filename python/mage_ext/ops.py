@@ -1208,8 +1208,8 @@ def token_confidence(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         TypeError: logits is no tensor. RuntimeError: it is not as above.
 
     Notes:
-        Bit-reproducible for any number of threads and rows on one instruction set. Reference:
-        mage_ext.reference.token_confidence.
+        Bit-reproducible for any number of threads and rows and any stride, on one instruction set or on CUDA.
+        Reference: mage_ext.reference.token_confidence.
     """
     return torch.ops.mage.token_confidence(logits)
 

@@ -89,6 +89,7 @@ class PagedForward:
     sparse_lens: Tensor | None = None
     selection: BlockSelection | None = None
     emission: Emission | None = None
+    _launches: list[tuple[slice, Tensor | None, Tensor]] = field(default_factory=list, init=False)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         k_cache, v_cache = self.cache.layer(layer)
@@ -126,20 +127,28 @@ class PagedForward:
         ops.append_kv(k, v, k_cache, v_cache, self.block_table, write.start)
 
     def _exact(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor) -> Tensor:
-        rows = _CUDA_ROWS if q.is_cuda else q.shape[1]
         outs = []
-        for begin in range(0, q.shape[1], rows):
+        for rows, kv_lens, lens in self._launches_of(q, seq_lens):
             out, _ = ops.block_attention(
-                q[:, begin : begin + rows],
-                k_cache,
-                v_cache,
-                self.block_table,
-                seq_lens,
-                max_seq_len=self.max_seq_len,
-                kv_lens=None if self.kv_lens is None else self.kv_lens[:, begin : begin + rows].contiguous(),
+                q[:, rows], k_cache, v_cache, self.block_table, lens, max_seq_len=self.max_seq_len, kv_lens=kv_lens
             )
             outs.append(out)
         return outs[0] if len(outs) == 1 else torch.cat(outs, 1)
+
+    def _launches_of(self, q: Tensor, seq_lens: Tensor) -> list[tuple[slice, Tensor | None, Tensor]]:
+        """Rows, their kv_lens and lengths of each launch. With kv_lens, once per forward: the layers share them."""
+        if self._launches:
+            return self._launches
+        num_rows = q.shape[1]
+        step = min(num_rows, _CUDA_ROWS) if q.is_cuda else num_rows
+        pieces = [slice(begin, min(begin + step, num_rows)) for begin in range(0, num_rows, step)]
+        if self.kv_lens is None:
+            return [(rows, None, seq_lens) for rows in pieces]
+        for rows in pieces:
+            kv_lens = self.kv_lens[:, rows].contiguous()
+            # No row of the piece attends more than its last one, so no more is read.
+            self._launches.append((rows, kv_lens, torch.minimum(seq_lens, kv_lens[:, -1])))
+        return self._launches
 
     def _emit(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor) -> Tensor:
         """Exact attention whose mass (and votes, for rule "layer") is collected."""

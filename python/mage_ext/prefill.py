@@ -11,6 +11,7 @@ import torch
 
 from mage_ext import sampling
 from mage_ext._arguments import check_list, check_type, got
+from mage_ext._upload import upload
 from mage_ext.cache import OutOfPages, PagedCache, RaggedBatch
 from mage_ext.denoise_config import DenoiseConfig
 from mage_ext.paged_forward import PagedForward, Write
@@ -193,6 +194,8 @@ def prefill(
             line.show(f"prefill {begin}/{longest}")
             _prefill_chunk(state, begin, chunk)
     line.clear()
+    if cache.device.type == "cuda":
+        torch.cuda.current_stream(cache.device).synchronize()  # the seconds are to be those of the work
     state.prefill_seconds = time.perf_counter() - begun
     return state
 
@@ -219,12 +222,12 @@ def _prefill_chunk(state: DenoiseState, begin: int, chunk: int) -> None:
     ends = [min(begin + chunk, state.prefix_lens[request]) for request in requests]
     width = max(ends) - begin
     rows = [state.prompts[r][begin:end] + [0] * (begin + width - end) for r, end in zip(requests, ends, strict=True)]
-    tokens = torch.tensor(rows, device=device)  # [A, width]
+    tokens = upload(rows, device)  # [A, width]
     positions = torch.arange(begin, begin + width, device=device).expand(len(requests), -1)
-    seq_lens = torch.tensor(ends, dtype=torch.int32, device=device)
+    seq_lens = upload(ends, device, torch.int32)
     forward = PagedForward(
         state.batch.cache,
-        state.batch.block_table[requests],
+        state.batch.block_table[upload(requests, device)],
         begin + width,
         [Write(torch.full_like(seq_lens, begin))],
         seq_lens,
@@ -240,7 +243,7 @@ def _prefill_chunk(state: DenoiseState, begin: int, chunk: int) -> None:
         if config.token_shift and end == len(state.prompts[request])
     ]
     if last:
-        index = torch.tensor([row for row, _ in last], device=device)
+        index = upload([row for row, _ in last], device)
         logits = model.logits(hidden[index, (seq_lens[index] - begin - 1).long()])
         tokens = sampling.draw_tokens(logits, mask_id=config.mask_id).token.tolist()
         for (_, request), predicted in zip(last, tokens, strict=True):

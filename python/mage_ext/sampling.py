@@ -221,20 +221,9 @@ def _check_rows(owner: str, name: str, value: object, open: object) -> None:
 
 
 def _most_probable(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """ops.token_confidence over [..., V]. That op runs on the CPU alone so far; elsewhere its definition in float32
-    torch."""
-    if logits.is_cpu:
-        rows = ops.token_confidence(logits.reshape(-1, logits.shape[-1]))
-        return tuple(row.view(logits.shape[:-1]) for row in rows)
-    scores = _finite_scores(logits)
-    top, token = scores.max(-1)
-    has_token = top > -math.inf
-    shifted = torch.where(has_token[..., None], scores - top[..., None], scores)
-    weight = shifted.exp()
-    total = weight.sum(-1)
-    surprise = torch.where(weight > 0, -shifted * weight, 0).sum(-1)
-    confidence = torch.where(has_token, 1 / total, 0)
-    return token, confidence, torch.where(has_token, total.log() + surprise / total, 0)
+    """ops.token_confidence over [..., V]."""
+    rows = ops.token_confidence(logits.reshape(-1, logits.shape[-1]))
+    return tuple(row.view(logits.shape[:-1]) for row in rows)
 
 
 def _finite_scores(logits: Tensor) -> Tensor:

@@ -152,3 +152,19 @@ def test_table_on_the_cpu_with_the_timer_replaced(bench, monkeypatch, capsys, tm
     missed = [line for line in lines if "MISSED" in line]
     assert len(missed) == 2 and "1.43" in missed[0]
     assert "targets missed: 4" in lines  # two speeds, two masses of g = 16
+
+
+def test_token_confidence_cases_and_table(bench, monkeypatch, capsys):
+    """Every variant of the kernel has a row; the table on the CPU, checks against float64 included."""
+    import bench_token_confidence as module
+
+    cases = module.all_cases()
+    assert len({json.dumps(case) for case in cases}) == len(cases)
+    assert {(case["dtype"], case["odd"]) for case in cases} == {(d, odd) for d in module.DTYPES for odd in (0, 1)}
+    small = [case | {"rows": 3, "vocab": 1000} for case in module.all_cases()[-6:]]
+    monkeypatch.setattr(module, "all_cases", lambda: small)
+    module.main(["--replays", "1", "--rows", "3"])
+    lines = capsys.readouterr().out.splitlines()
+    result = json.loads(lines[-1])
+    assert len(lines) == 3 + len(small) and [row["case"] for row in result["rows"]] == small
+    assert result["name"] == "token_confidence" and all(row["peer"] == "torch" for row in result["rows"])

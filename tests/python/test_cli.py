@@ -4,6 +4,7 @@ import io
 import re
 
 import pytest
+import torch
 
 from mage_ext import cli, terminal
 from mage_ext.denoise import DenoiseConfig
@@ -30,6 +31,9 @@ from mage_ext.sampling import SamplerConfig
         (["eval", "needles", "--n", "0"], "n must be at least 1, got 0"),
         (["eval", "needles", "--jobs", "0"], "jobs must be at least 1, got 0"),
         (["chat"], "needs a terminal"),
+        (["generate", "--prompt", "x", "--device", "gpu"], "device must be a torch.device or its name, got 'gpu'"),
+        (["demo", "--device", "meta"], "demo: device must be cpu or cuda, got meta"),
+        (["eval", "needles", "--dtype", "int8"], "dtype must be one of"),
         (["train", "adapter", "--text", "no-such-file", "--out", "x", "--minutes", "1", "--device", "cpu"], "no-such"),
     ],
 )
@@ -37,6 +41,26 @@ def test_mistakes_are_one_line_and_status_2(arguments, message, capsys):
     assert cli.main(arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("mage: error: ") and error.count("\n") == 1 and message in error
+
+
+def test_float32_is_for_the_cpu(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert cli.main(["generate", "--prompt", "x", "--device", "cuda", "--dtype", "float32"]) == 2
+    assert "generate: dtype must be bfloat16 or float16 on cuda, got float32" in capsys.readouterr().err
+
+
+def test_an_operator_without_a_kernel_is_one_line(monkeypatch, capsys):
+    def without_kernel(*arguments, **options):
+        torch.ops.mage.select_kv.default.redispatch(
+            torch._C.DispatchKeySet(torch._C.DispatchKey.XLA),
+            *(torch.zeros(1), torch.zeros(1)),
+            **dict(g=1, capacity=1),
+        )
+
+    monkeypatch.setattr("mage_ext.info.info_lines", without_kernel)
+    assert cli.main(["info"]) == 2
+    error = capsys.readouterr().err
+    assert error == "mage: error: Could not run 'mage::select_kv' with arguments from the 'XLA' backend\n"
 
 
 def test_info_names_package_torch_and_libraries(capsys):

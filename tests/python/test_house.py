@@ -153,7 +153,7 @@ def test_copies_for_instruction_sets_share_no_code():
 
 # Later groups may import earlier ones and their own; `reference` and `testing` are for tests and benches alone.
 PYTHON_LAYERS = [
-    {"_version", "_build_info", "_library", "_arguments", "_C"},
+    {"_version", "_build_info", "_library", "_arguments", "_upload", "_C"},
     {"ops", "info", "counter_random", "profiling"},
     {"reference", "cache", "selection", "sampling"},
     {"results", "paged_forward", "denoise_config", "carried_lists", "prefill", "denoise"},
@@ -265,10 +265,10 @@ def test_op_without_cuda_kernel_names_itself(op):
 @pytest.mark.gpu
 def test_cuda_tensor_without_cuda_kernel_names_the_op():
     missing = [op for op in STEMS if not torch._C._dispatch_has_kernel_for_dispatch_key(f"mage::{op}", "CUDA")]
-    if "token_confidence" not in missing:
-        pytest.skip("token_confidence has a CUDA kernel")
-    with pytest.raises(NotImplementedError, match="mage::token_confidence"):
-        ops.token_confidence(torch.zeros(2, 8, device="cuda"))
+    if "select_kv" not in missing:
+        pytest.skip("select_kv has a CUDA kernel")
+    with pytest.raises(NotImplementedError, match="mage::select_kv"):
+        ops.select_kv(torch.zeros(1, 1, 1, 4).cuda(), torch.zeros(1).int().cuda(), g=16, capacity=1, k=16)
 
 
 # --- what importing does --------------------------------------------------------------------------------------------

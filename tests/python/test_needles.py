@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from mage_ext.evaluation import needles
+from mage_ext.evaluation import demo, needles
 from mage_ext.models import builtin
 from mage_ext.sampling import SamplerConfig
 
@@ -30,6 +30,34 @@ def test_sparse_method_charges_what_it_always_keeps():
 def test_unknown_method_is_named():
     with pytest.raises(ValueError, match=r"name must be one of mage, recency, random, got 'oracle'"):
         needles.sparse_method("oracle", STATIC, 128)
+
+
+def test_suite_runs_the_methods_that_are_asked_for():
+    class Runner:
+        def compare(self, methods, n, num_tokens, asked, distractors):
+            self.seen = [str(method) for method in methods]
+            return [needles.Score(method) for method in methods]
+
+    runner = Runner()
+    rows = list(needles.suite(runner, 1, ["needle"], ["exact"]))
+    assert runner.seen == ["exact", "exact"] and [row["method"] for row in rows] == ["exact", "exact"]
+    list(needles.suite(runner, 1, ["needle"], ["mage"]))
+    assert len(runner.seen) == 6 and sum(name.startswith("mage K=128") for name in runner.seen) == 4
+    assert len(list(needles.suite(runner, 1, ["needle"]))) == 10
+
+
+def test_demo_says_which_methods_have_no_kernels(loaded, monkeypatch):
+    def generate(model, state, config, **options):
+        if config.mode == "mage":
+            state.release()
+            raise NotImplementedError("Could not run 'mage::select_kv' on it. More of this.\nAnd more.")
+        return demo_generate(model, state, config, **options)
+
+    demo_generate = demo.generate
+    monkeypatch.setattr(demo, "generate", generate)
+    lines = []
+    assert demo.run_demo(loaded, 512, 1, say=lines.append) == {"exact": 4}
+    assert sum(line.endswith("Could not run 'mage::select_kv' on it") for line in lines) == 5
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from mage_ext import ops, reference
 
+gpu = pytest.mark.gpu
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 INF = math.inf
 
@@ -23,9 +24,12 @@ def generator(seed):
 def assert_as_good_as_torch(logits, actual):
     """Tokens are exact; errors against float64 are at most twice those of float32 torch, plus a rounding of the result.
 
-    The largest errors of the batch are compared: a single row of torch may be right by chance.
+    The largest errors of the batch are compared: a single row of torch may be right by chance. torch runs on the device
+    of the logits, whose e^x it has to live with too.
     """
-    assert torch.equal(actual[0], reference.token_confidence(logits)[0]) and actual[0].dtype == torch.int64
+    assert torch.equal(actual[0].cpu(), reference.token_confidence(logits.cpu())[0])
+    assert actual[0].dtype == torch.int64
+    assert all(tensor.device == logits.device for tensor in actual)
     scores = logits.float().nan_to_num(nan=-INF, posinf=INF, neginf=-INF)
     infinite = scores == INF
     scores = torch.where(infinite.any(-1, keepdim=True), torch.where(infinite, 0.0, -INF), scores)
@@ -42,8 +46,7 @@ def assert_as_good_as_torch(logits, actual):
         assert error.max() <= 2 * allowed.max() + 2**-23
 
 
-@settings(max_examples=150, deadline=None)
-@given(
+CASES = st.tuples(
     st.integers(0, 2**20),
     st.integers(1, 6),
     st.sampled_from([1, 2, 3, 15, 16, 17, 100, 4095, 4096, 4097, 9000]),
@@ -51,7 +54,9 @@ def assert_as_good_as_torch(logits, actual):
     st.sampled_from([0.0, 0.5, 3.0, 30.0]),
     st.sampled_from(["plain", "ties", "nan", "inf", "none"]),
 )
-def test_equals_its_twin(seed, rows, vocab, dtype, scale, kind):
+
+
+def make_logits(seed, rows, vocab, dtype, scale, kind):
     g = generator(seed)
     logits = torch.randn(rows, vocab, generator=g) * scale
     hit = torch.rand(rows, vocab, generator=g)
@@ -66,7 +71,13 @@ def test_equals_its_twin(seed, rows, vocab, dtype, scale, kind):
     if kind == "none":
         logits[0] = -INF
         logits[-1] = math.nan
-    logits = logits.to(dtype)
+    return logits.to(dtype)
+
+
+@settings(max_examples=150, deadline=None)
+@given(CASES)
+def test_equals_its_twin(case):
+    logits = make_logits(*case)
     assert_as_good_as_torch(logits, ops.token_confidence(logits))
 
 
@@ -155,5 +166,90 @@ def test_debug_names_a_nan():
         with pytest.raises(RuntimeError, match=r"token_confidence: logits must have values .*, got nan at element 7"):
             ops.token_confidence(torch.tensor([[0.0] * 5, [0.0, -INF, math.nan, 1.0, 2.0]]).bfloat16())
         ops.token_confidence(torch.tensor([[0.0, -INF]]))
+    finally:
+        ops.set_debug(before)
+
+
+# --- CUDA -----------------------------------------------------------------------------------------------------------
+
+
+@gpu
+@settings(max_examples=150, deadline=None)
+@given(CASES)
+def test_cuda_equals_the_twin(case):
+    logits = make_logits(*case).cuda()
+    assert_as_good_as_torch(logits, ops.token_confidence(logits))
+
+
+@gpu
+@pytest.mark.parametrize("offset", [0, 1, 6])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab", [49_152, 50_257, 151_936, 262_144])
+def test_cuda_equals_the_twin_over_a_vocabulary(dtype, vocab, offset):
+    """Rows that are aligned and rows that are not, of 1, 4 and 8 CTAs; nothing between the rows is read."""
+    wide = torch.full((5, vocab + 8), math.nan, device="cuda", dtype=dtype)
+    logits = wide[:, offset : offset + vocab]
+    logits.copy_(torch.randn(5, vocab, generator=generator(vocab)) * 4)
+    logits[0] = 0
+    actual = ops.token_confidence(logits)
+    assert_as_good_as_torch(logits, actual)
+    assert actual[0][0] == 0
+    assert actual[1][0].item() == pytest.approx(1 / vocab, rel=2**-22)
+    assert actual[2][0].item() == pytest.approx(math.log(vocab), rel=2**-22)
+
+
+@gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab", [1000, 40_001])
+def test_cuda_bits_do_not_depend_on_batch_stride_or_base(dtype, vocab):
+    logits = (torch.randn(7, vocab, generator=generator(1)) * 3).to(dtype).cuda()
+    batch = ops.token_confidence(logits)
+    for _ in range(3):
+        assert all(torch.equal(a, b) for a, b in zip(ops.token_confidence(logits), batch, strict=True))
+    for i in range(7):
+        wide = torch.full((2, vocab + 16), math.nan, device="cuda", dtype=dtype)
+        wide[1, i : i + vocab] = logits[i]
+        alone = ops.token_confidence(wide[1:, i : i + vocab])
+        assert all(torch.equal(a[0], b[i]) for a, b in zip(alone, batch, strict=True))
+    for copies in (20, 40, 90):  # fewer CTAs per row
+        many = ops.token_confidence(logits.repeat(copies, 1))
+        assert all(torch.equal(a, b.repeat(copies)) for a, b in zip(many, batch, strict=True))
+
+
+@gpu
+def test_cuda_out_twin_in_a_graph():
+    """A captured call writes everything, follows new logits, and works behind kernels that write them."""
+    logits = torch.randn(6, 70_000, device="cuda").bfloat16()
+    outs = [torch.empty_like(tensor) for tensor in ops.token_confidence(logits)]
+    workspace = torch.empty(ops.token_confidence_workspace(6, 70_000), dtype=torch.uint8, device="cuda")
+    noise = torch.zeros_like(logits)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        shown = logits + noise
+        ops.token_confidence_out(shown, *outs, workspace)
+    for seed in range(3):
+        noise.copy_(torch.randn(6, 70_000, generator=generator(seed)) * 3)
+        for out in outs:
+            out.view(torch.uint8).fill_(255)
+        graph.replay()
+        expected = ops.token_confidence(logits + noise)
+        assert all(torch.equal(a, b) for a, b in zip(outs, expected, strict=True))
+    assert [tuple(tensor.shape) for tensor in ops.token_confidence(logits[:0])] == [(0,), (0,), (0,)]
+
+
+@gpu
+def test_cuda_bad_arguments_are_named():
+    with pytest.raises(RuntimeError, match="token_confidence: logits must be of last stride 1, got 2"):
+        ops.token_confidence(torch.zeros(2, 10, device="cuda")[:, ::2])
+    outs = [tensor.cpu() for tensor in ops.token_confidence(torch.zeros(2, 10, device="cuda"))]
+    workspace = torch.empty(0, dtype=torch.uint8, device="cuda")
+    with pytest.raises(
+        RuntimeError, match="token_confidence: token must be on cuda:0 like the first argument, got cpu"
+    ):
+        ops.token_confidence_out(torch.zeros(2, 10, device="cuda"), *outs, workspace)
+    before = ops.set_debug(True)
+    try:
+        with pytest.raises(RuntimeError, match=r"token_confidence: logits must have values .*, got nan at element 3"):
+            ops.token_confidence(torch.tensor([[0.0, 1.0, 2.0, math.nan]], device="cuda"))
     finally:
         ops.set_debug(before)

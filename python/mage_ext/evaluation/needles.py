@@ -28,6 +28,7 @@ from mage_ext.results import Result
 from mage_ext.sampling import SamplerConfig
 from mage_ext.selection import SelectionConfig
 
+METHODS = ("exact", "mage", "recency", "random")
 _MAX_NEW_TOKENS = 48  # four values of 7 digits, separators and the end token need 32
 
 
@@ -214,6 +215,7 @@ class Runner:
     Args:
         jobs: processes; 1 runs in this one. texts: prose as (name, text) pairs, None for the project's own.
         adapter: an adapter file in place of the shipped one. batch: cases per batch. progress: takes a line per batch.
+        device, dtype: of the model; as in `load_builtin`.
     """
 
     def __init__(
@@ -223,10 +225,12 @@ class Runner:
         adapter: str | None = None,
         batch: int = 1,
         progress: Callable[[str], None] | None = None,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
     ):
         self.jobs, self.batch, self.progress = jobs, batch, progress
         threads = max(1, torch.get_num_threads() // jobs)
-        arguments = (texts, adapter, threads)
+        arguments = (texts, adapter, threads, device, dtype)
         if jobs > 1:
             context = multiprocessing.get_context("spawn")
             self._pool = ProcessPoolExecutor(jobs, context, initializer=_start_worker, initargs=arguments)
@@ -256,9 +260,15 @@ class Runner:
 _worker: dict[str, Any] = {}
 
 
-def _start_worker(texts: Sequence[tuple[str, str]] | None, adapter: str | None, threads: int) -> None:
+def _start_worker(
+    texts: Sequence[tuple[str, str]] | None,
+    adapter: str | None,
+    threads: int,
+    device: str | torch.device,
+    dtype: torch.dtype | None,
+) -> None:
     torch.set_num_threads(threads)
-    loaded = load_builtin(adapter=adapter)
+    loaded = load_builtin(dtype, device, adapter)
     _worker.update(loaded=loaded, maker=CaseMaker(loaded, texts))
 
 
@@ -278,11 +288,17 @@ def write_rows(
     path.write_text(json.dumps(whole, indent=1) + "\n")
 
 
-def suite(runner: Runner, n: int, tasks_wanted: Sequence[str] = ("four_keys", "needle")) -> Iterator[dict[str, Any]]:
+def suite(
+    runner: Runner,
+    n: int,
+    tasks_wanted: Sequence[str] = ("four_keys", "needle"),
+    methods_wanted: Sequence[str] = METHODS,
+) -> Iterator[dict[str, Any]]:
     """The gates of the shipped model, and MAGE against exact attention at 2048 tokens with K = 128: rows one by one.
 
     Args:
         runner: of the model. n: cases per task. tasks_wanted: "needle" (one fact), "four_keys" (four in one block).
+        methods_wanted: of METHODS, beside "exact", which the others are held against.
     """
     quick = SamplerConfig()
     static = SamplerConfig(name="low_confidence_static", tokens_per_step=4)
@@ -297,6 +313,7 @@ def suite(runner: Runner, n: int, tasks_wanted: Sequence[str] = ("four_keys", "n
         if task not in tasks_wanted:
             continue
         methods = [exact_method(quick), exact_method(static)]
+        sparse = [(name, g) for name, g in sparse if name in methods_wanted]
         methods += [sparse_method(name, static, 128, g, dense) for dense in (0, 2) for name, g in sparse]
         scores = runner.compare(methods, n, 2048, asked, 0)
         yield scores[0].row(task, None, tokens=2048, distractors=0)

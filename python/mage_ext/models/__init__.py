@@ -22,7 +22,8 @@ def load(
 
     Args:
         path: `models.builtin.NAME`, or a folder; a folder of that name counts as a folder.
-        dtype: torch dtype or its name; None: float32 for the model in the box, else what config.json names.
+        dtype: torch dtype or its name; None: for the model in the box float32, on CUDA bfloat16, else what config.json
+            names. Generation on CUDA takes bfloat16 and float16.
         device: where the weights go.
         overrides: fields of ModelConfig, for folders; see `models.huggingface.load`.
     Raises:
@@ -38,4 +39,4 @@ def load(
     if overrides:
         raise ValueError(f"load: overrides must not be given for {builtin.NAME}, got {', '.join(sorted(overrides))}")
     device = check_device("load", device)
-    return builtin.load_builtin(huggingface.resolve_dtype("float32" if dtype is None else dtype), device)
+    return builtin.load_builtin(None if dtype is None else huggingface.resolve_dtype(dtype), device)

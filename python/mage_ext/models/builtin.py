@@ -77,12 +77,13 @@ def load_base(path: str | Path | None = None, block_size: int = 32) -> tuple[Mod
 
 
 def load_builtin(
-    dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", adapter: str | Path | None = None
+    dtype: torch.dtype | None = None, device: str | torch.device = "cpu", adapter: str | Path | None = None
 ) -> LoadedModel:
     """The shipped model, ready for generate().
 
     Args:
-        dtype: of the weights; the fold of the adapter is done in float32 before. device: where they go.
+        dtype: of the weights; None: float32, on CUDA bfloat16. The adapter is folded in float32 before.
+        device: where they go.
         adapter: an adapter file of `mage train` in place of the shipped one.
     Raises:
         FileNotFoundError: the base package is not installed.
@@ -91,6 +92,8 @@ def load_builtin(
     tensors = load_adapter(adapter or WEIGHTS / f"{NAME}.safetensors", base=BASE_NAME)
     config, model, tokenizer = load_base()
     apply_adapter(model, tensors)
+    if dtype is None:
+        dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
     return LoadedModel(config, model.to(device=device, dtype=dtype), tokenizer)
 
 
