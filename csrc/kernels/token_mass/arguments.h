@@ -7,7 +7,8 @@
 // What the kernel of token_mass is given. Strides in elements.
 namespace mage::cuda {
 
-// What becomes of the shares of a tile: added or compared over the rows, stored as logarithms, or added over the tokens.
+// What becomes of the shares of a tile: added or compared over the rows, stored as logarithms, or added over the
+// tokens.
 enum class MassMode : int32_t { kMean = 0, kMax = 1, kRows = 2, kTotals = 3 };
 
 // Where the sums of a stream's rows lie: in `count` slots from stream + worker on.
@@ -41,13 +42,13 @@ struct TokenMassArgs {
     float hidden;      // a score whose share is 0: infinite, of the other sign than the scale
 
     MassMode mode;
-    int32_t length;           // N
-    float* mass;              // [B, Hkv, N] or [B, Hkv, N, R]
-    bool pairs;               // two rows' logarithms can be stored at once
-    bool divides;             // by the sums in the slots
-    float* totals;            // [slots, stride_totals]; kTotals writes, `divides` reads
-    int64_t stride_totals;    // R up to a multiple of 16
-    StreamParts* parts;       // [B * Hkv]; not written for streams without tokens
+    int32_t length;         // N
+    float* mass;            // [B, Hkv, N] or [B, Hkv, N, R]
+    bool pairs;             // two rows' logarithms can be stored at once
+    bool divides;           // by the sums in the slots
+    float* totals;          // [slots, stride_totals]; kTotals writes, `divides` reads
+    int64_t stride_totals;  // R up to a multiple of 16
+    StreamParts* parts;     // [B * Hkv]; not written for streams without tokens
 };
 
 }  // namespace mage::cuda

@@ -41,7 +41,8 @@ constexpr int kAtomBytes = 8 * kRowBytes;
 constexpr int kLoaderBarrier = 1, kConsumerBarrier = 2;
 constexpr int kRunTiles = 16;  // of a piece where it is walked once per chunk: K then comes from L2 the next time
 constexpr int kFillFloats = 4096;
-constexpr int kConsumerRegisters = 224, kProducerRegisters = 64;
+constexpr int kConsumerRegisters = 224, kProducerRegisters = 56;
+static_assert(2 * kConsumerRegisters + kProducerRegisters <= 3 * 168, "a CTA shares what its 384 threads start with");
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
@@ -199,8 +200,7 @@ __device__ __forceinline__ bool next_range(const TokenMassArgs& args, const Walk
     range.first = offset - range.kv_head * walk.tiles;
     range.count = min(walk.tiles - range.first, walk.end - walk.at);
     if (args.chunks > 1) range.count = min(range.count, kRunTiles);
-    range.begins =
-        start != nullptr || range.request != walker->range.request || range.kv_head != walker->range.kv_head;
+    range.begins = start != nullptr || range.request != walker->range.request || range.kv_head != walker->range.kv_head;
     walk.at += range.count;
     __syncwarp();  // all lanes have read
     if (threadIdx.x % kWarp == 0) *walker = {walk, range};
@@ -324,7 +324,8 @@ struct Producer {
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
 #pragma unroll
-                for (int span = 0; span < Config::kSpans; ++span) copy(own[i].token, own[i].page, i * kWarp + lane, span);
+                for (int span = 0; span < Config::kSpans; ++span)
+                    copy(own[i].token, own[i].page, i * kWarp + lane, span);
             }
             ring.advance();
         }
@@ -423,8 +424,7 @@ struct Loader {
         const T* base = static_cast<const T*>(args.q) + range.request * args.stride_q_request +
                         int64_t{range.kv_head} * args.group * args.stride_q_head + thread % kChunks * 8;
         const int32_t chunk = thread % kChunks;
-        const uint32_t to =
-            device::shared_address(shared.q[count % 2]) + chunk / 8 * (kRows * kRowBytes);
+        const uint32_t to = device::shared_address(shared.q[count % 2]) + chunk / 8 * (kRows * kRowBytes);
 #pragma unroll 2
         for (int32_t i = thread / kChunks; i < kRows; i += kLoaders / kChunks) {
             const bool reads = shared.negative_lse[count % 2][i] != -INFINITY;
@@ -471,7 +471,8 @@ struct Loader {
                 device::named_barrier(kLoaderBarrier, kLoaders);
                 load_q(range, first_row);
                 Piece& piece = shared.pieces[count % 2];
-                if (lane == 0) piece.least[thread / kWarp] = args.units != nullptr && args.kv_lens != nullptr ? 0 : least;
+                if (lane == 0)
+                    piece.least[thread / kWarp] = args.units != nullptr && args.kv_lens != nullptr ? 0 : least;
                 if (thread == 0) {
                     const bool finished = chunk + 1 == args.chunks;
                     piece.tiles = range.count;
@@ -533,9 +534,9 @@ struct Consumer {
     const TokenMassArgs& args;
     TokenMassShared<Config>& shared;
     const int32_t thread = threadIdx.x - kWarpgroup, lane = threadIdx.x % kWarp;
-    const int32_t own_column = lane % 4 * 2;                               // and the next one, of every 8
+    const int32_t own_column = lane % 4 * 2;                                // and the next one, of every 8
     const int32_t own_token = thread % kWarpgroup / kWarp * 16 + lane / 4;  // of a tile, and the one 8 further on
-    uint32_t buffer = 0;                                                   // of Q
+    uint32_t buffer = 0;                                                    // of Q
 
     float s[kRows / 2];
     float columns[kRows / 4];  // this thread's: negative lse, or sums over the tokens

@@ -91,8 +91,8 @@ std::vector<KernelEntry> token_mass_kernels() {
                                 token_mass_variant_fp16_d64}) {
         for (int shape = 0; shape < core::kNumMassShapes; ++shape) {
             const TokenMassVariant& variant = variants(shape);
-            entries.push_back({variant.name, reinterpret_cast<const void*>(variant.kernel), variant.threads,
-                               variant.shared_bytes});
+            entries.push_back(
+                {variant.name, reinterpret_cast<const void*>(variant.kernel), variant.threads, variant.shared_bytes});
         }
     }
     return entries;

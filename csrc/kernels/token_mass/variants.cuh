@@ -12,16 +12,16 @@ TokenMassVariant make_variant(const char* name) {
     return {name, &mage_token_mass_kernel<Config>, kThreads, kBytes};
 }
 
-#define MAGE_TOKEN_MASS_VARIANTS(T, kDim, suffix)                                                         \
-    const TokenMassVariant& token_mass_variant_##suffix(int shape) {                                      \
-        static const TokenMassVariant variants[core::kNumMassShapes] = {                                  \
-            make_variant<TokenMassConfig<T, kDim, 64>>("mage_token_mass_kernel_" #suffix "_rows64"),       \
-            make_variant<TokenMassConfig<T, kDim, 128>>("mage_token_mass_kernel_" #suffix "_rows128"),     \
-            make_variant<TokenMassConfig<T, kDim, 192>>("mage_token_mass_kernel_" #suffix "_rows192"),     \
-            make_variant<TokenMassConfig<T, kDim, 224>>("mage_token_mass_kernel_" #suffix "_rows224"),     \
-            make_variant<TokenMassConfig<T, kDim, 256>>("mage_token_mass_kernel_" #suffix "_rows256"),     \
-        };                                                                                                \
-        return variants[shape];                                                                           \
+#define MAGE_TOKEN_MASS_VARIANTS(T, kDim, suffix)                                                      \
+    const TokenMassVariant& token_mass_variant_##suffix(int shape) {                                   \
+        static const TokenMassVariant variants[core::kNumMassShapes] = {                               \
+            make_variant<TokenMassConfig<T, kDim, 64>>("mage_token_mass_kernel_" #suffix "_rows64"),   \
+            make_variant<TokenMassConfig<T, kDim, 128>>("mage_token_mass_kernel_" #suffix "_rows128"), \
+            make_variant<TokenMassConfig<T, kDim, 192>>("mage_token_mass_kernel_" #suffix "_rows192"), \
+            make_variant<TokenMassConfig<T, kDim, 224>>("mage_token_mass_kernel_" #suffix "_rows224"), \
+            make_variant<TokenMassConfig<T, kDim, 256>>("mage_token_mass_kernel_" #suffix "_rows256"), \
+        };                                                                                             \
+        return variants[shape];                                                                        \
     }
 
 }  // namespace mage::cuda
