@@ -13,18 +13,20 @@
 
 // Purpose   mass[t] = mean, maximum or list over rows r of exp(scale q[r] . k[t] - lse[r]); mage/token_mass.h.
 // Schedule  persistent workers (core/token_mass_plan.h), one CTA each: two warpgroups that take every other tile of 64
-//           tokens, and one whose warp 0 feeds a ring of K tiles by TMA, warps 1 and 2 load the rows of the next piece
-//           (q, lse, limits) while this one is worked on, and warp 3 fills what lies past the last tokens.
+//           tokens, and one whose warp 0 feeds a ring of K tiles by TMA, and whose others load the rows of the next
+//           piece (q, lse, limits) while this one is worked on, and at last fill what lies past the last tokens.
 //             per tile:  S = K Q^T     tensor cores; tokens are the 64 rows of S, the call's rows its columns
 //                        2^(scale S - lse), added over a thread's own columns and then over four lanes
-//           One warpgroup multiplies while the other is at its exponentials. No sum leaves a quad, so a token's mass
+//           One warpgroup multiplies while the other is at its exponentials: a tile's product waits for that of the
+//           tile before. No sum leaves a quad, so a token's mass
 //           does not depend on who has its tile. More than 256 rows go through in chunks, each over a short run of
 //           tiles: the thread that stored a token's sum finds it again and adds to it.
 // Memory    rows x D of Q twice, kStages x (64 tokens x D), in the 128-byte swizzle; S and each column's lse, or its
 //           sum over the tokens, in registers.
 // Sync      full_k[stage]: the producer's expectation and the copies' bytes. empty_k[stage]: the warps of the warpgroup
-//           that has the tile. full_q[buffer]: the loaders. empty_q[buffer]: all consumer warps. Named barriers: the
-//           loaders (which rows count is known); the consumers (sums of all warps are there, and read).
+//           that has the tile. full_q[buffer]: the loaders. empty_q[buffer]: all consumer warps. multiplied: the
+//           warps of a tile, once per tile. Named barriers: the loaders (all rows are there); the consumers (sums of
+//           all warps are there, and read).
 // Ceiling   max(bytes of K / HBM, 2 * rows padded to 64, 128, 192, 224 or 256 * D * tokens / tensor cores, rows *
 //           tokens / 16 exponentials per clock and multiprocessor); NOTES.md has the numbers.
 namespace mage::cuda {
@@ -33,7 +35,7 @@ constexpr int kWarp = 32;
 constexpr int kWarpgroup = 128;
 constexpr int kConsumers = 2 * kWarpgroup;
 constexpr int kThreads = kConsumers + kWarpgroup;
-constexpr int kLoaders = 2 * kWarp;
+constexpr int kLoaders = 3 * kWarp;
 constexpr int kTile = core::kMassTile;
 constexpr int kSpan = 64;  // elements of a swizzled row of 128 bytes
 constexpr int kRowBytes = 128;
@@ -41,7 +43,7 @@ constexpr int kAtomBytes = 8 * kRowBytes;
 constexpr int kLoaderBarrier = 1, kConsumerBarrier = 2;
 constexpr int kRunTiles = 16;  // of a piece where it is walked once per chunk: K then comes from L2 the next time
 constexpr int kFillFloats = 4096;
-constexpr int kConsumerRegisters = 224, kProducerRegisters = 56;
+constexpr int kConsumerRegisters = 216, kProducerRegisters = 72;
 static_assert(2 * kConsumerRegisters + kProducerRegisters <= 3 * 168, "a CTA shares what its 384 threads start with");
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
@@ -74,13 +76,14 @@ struct Range {
 
 // What consumers know of a piece: a range of tiles and a chunk of rows.
 struct Piece {
-    int32_t tiles;  // 0: there is none any more
+    int32_t tiles;
+    bool last;  // of the worker
     int32_t first_tile, stream;
     int32_t first_row, rows;
-    float factor;      // of a finished sum
-    int32_t least[2];  // limits of all rows are at least the smaller one
-    int32_t slot;      // of the sums over tokens
-    bool adds;         // to what is in that slot
+    float factor;                     // of a finished sum
+    int32_t least[kLoaders / kWarp];  // limits of all rows are at least the smallest one
+    int32_t slot;                     // of the sums over tokens
+    bool adds;                        // to what is in that slot
 };
 
 struct Start {
@@ -104,6 +107,7 @@ struct alignas(1024) TokenMassShared {
     uint2 valid[Config::kStages];  // bit i: token i of the tile counts
     uint64_t full_k[Config::kStages], empty_k[Config::kStages];
     uint64_t full_q[2], empty_q[2];
+    uint64_t multiplied;
     Piece pieces[2];
     Start start;
     Walker walkers[1 + kLoaders / kWarp];
@@ -345,7 +349,34 @@ struct Producer {
     }
 };
 
-// --- Loaders: two warps that bring the rows of each piece ------------------------------------------------------------
+// --- Loaders: three warps that bring the rows of each piece ----------------------------------------------------------
+
+// Tokens past those that count have mass 0, or -inf as a logarithm. Their last tile is the consumers'.
+__device__ __forceinline__ void fill_rest(const TokenMassArgs& args) {
+    if (args.mode == MassMode::kTotals || args.units != nullptr) return;
+    const int32_t lane = threadIdx.x % kWarp;
+    const int64_t width = args.mode == MassMode::kRows ? args.rows : 1;
+    const float value = args.mode == MassMode::kRows ? -INFINITY : 0.0f;
+    const int64_t stream_floats = args.length * width;
+    const int64_t per_stream = (stream_floats + kFillFloats - 1) / kFillFloats;
+    const int64_t total = per_stream * args.num_requests * args.num_kv_heads;
+    const int32_t warps = kLoaders / kWarp;
+    for (int64_t i = blockIdx.x * warps + threadIdx.x / kWarp - 1; i < total; i += gridDim.x * warps) {
+        const int64_t stream = i / per_stream, at = (i - stream * per_stream) * kFillFloats;
+        const auto request = static_cast<int32_t>(stream / args.num_kv_heads);
+        const int64_t walked = int64_t{tiles_of(args, request)} * kTile * width;
+        const int64_t count = min(at + kFillFloats, stream_floats) - max(at, walked);
+        if (count <= 0) continue;
+        float* to = args.mass + stream * stream_floats + max(at, walked);
+        const auto head = min(count, static_cast<int64_t>((16 - reinterpret_cast<uintptr_t>(to) % 16) % 16 / 4));
+        if (lane < head) to[lane] = value;
+        const auto vectors = static_cast<int32_t>((count - head) / 4);
+        float4* aligned = reinterpret_cast<float4*>(to + head);
+        for (int32_t j = lane; j < vectors; j += kWarp) aligned[j] = make_float4(value, value, value, value);
+        const auto tail = static_cast<int32_t>(count - head - 4 * vectors);
+        if (lane < tail) to[count - tail + lane] = value;
+    }
+}
 
 template <typename Config>
 struct Loader {
@@ -385,12 +416,27 @@ struct Loader {
         return total;
     }
 
+    // Asks for the rows; those past the last are zeros.
+    __device__ __forceinline__ void ask_for_q(const Range& range, int32_t first_row, int32_t rows) const {
+        using T = typename Config::T;
+        const int32_t chunk = thread % kChunks;
+        const T* base = static_cast<const T*>(args.q) + range.request * args.stride_q_request +
+                        int64_t{range.kv_head} * args.group * args.stride_q_head + chunk * 8;
+        const uint32_t to = device::shared_address(shared.q[count % 2]) + chunk / 8 * (kRows * kRowBytes);
+#pragma unroll 4
+        for (int32_t i = thread / kChunks; i < kRows; i += kLoaders / kChunks) {
+            const int32_t row = i < rows ? first_row + i : first_row, query = query_of(args, row);
+            const T* from = base + query * args.stride_q_query + (row - query * args.group) * args.stride_q_head;
+            device::copy_16_bytes(to + i * kRowBytes + ((chunk % 8) ^ (i % 8)) * 16, from, i < rows ? 16 : 0);
+        }
+    }
+
     // lse and limits of the rows, and the smallest limit that this warp has seen.
     __device__ __forceinline__ int32_t load_numbers(const Range& range, int32_t first_row, int32_t rows,
                                                     const StreamParts& parts) const {
         float* numbers = shared.negative_lse[count % 2];
         int32_t least = INT32_MAX;
-#pragma unroll 4
+#pragma unroll
         for (int32_t i = thread; i < kRows; i += kLoaders) {
             float negative = -INFINITY;
             int32_t limit = INT32_MAX;
@@ -418,20 +464,19 @@ struct Loader {
         return __reduce_min_sync(~0u, least);
     }
 
-    // Rows that give nothing may hold anything and are read as zeros.
-    __device__ __forceinline__ void load_q(const Range& range, int32_t first_row) const {
-        using T = typename Config::T;
-        const T* base = static_cast<const T*>(args.q) + range.request * args.stride_q_request +
-                        int64_t{range.kv_head} * args.group * args.stride_q_head + thread % kChunks * 8;
-        const int32_t chunk = thread % kChunks;
-        const uint32_t to = device::shared_address(shared.q[count % 2]) + chunk / 8 * (kRows * kRowBytes);
-#pragma unroll 2
-        for (int32_t i = thread / kChunks; i < kRows; i += kLoaders / kChunks) {
-            const bool reads = shared.negative_lse[count % 2][i] != -INFINITY;
-            const int32_t row = first_row + i, query = query_of(args, row);
-            const T* from = base;
-            if (reads) from += query * args.stride_q_query + (row - query * args.group) * args.stride_q_head;
-            device::copy_16_bytes(to + i * kRowBytes + ((chunk % 8) ^ (i % 8)) * 16, from, reads ? 16 : 0);
+    // Rows that give nothing may hold anything, NaN included, and become zeros. A warp clears those whose numbers it
+    // has loaded.
+    __device__ __forceinline__ void clear_rows(int32_t rows) const {
+#pragma unroll 1
+        for (int32_t base = thread - lane; base < rows; base += kLoaders) {
+            const bool clears = base + lane < rows && shared.negative_lse[count % 2][base + lane] == -INFINITY;
+            for (uint32_t left = __ballot_sync(~0u, clears); left != 0; left &= left - 1) {
+                const int32_t row = base + __ffs(left) - 1;
+                if (lane >= kChunks) continue;
+                device::store_shared(device::shared_address(shared.q[count % 2]) + lane / 8 * (kRows * kRowBytes) +
+                                         row * kRowBytes + lane % 8 * 16,
+                                     make_uint4(0, 0, 0, 0));
+            }
         }
     }
 
@@ -467,15 +512,16 @@ struct Loader {
                 const int32_t first_row = chunk * args.chunk_rows;
                 const int32_t rows = min(args.chunk_rows, args.rows - first_row);
                 wait_for_room();
+                ask_for_q(range, first_row, rows);
                 const int32_t least = load_numbers(range, first_row, rows, parts);
-                device::named_barrier(kLoaderBarrier, kLoaders);
-                load_q(range, first_row);
                 Piece& piece = shared.pieces[count % 2];
-                if (lane == 0)
+                if (lane == 0) {
                     piece.least[thread / kWarp] = args.units != nullptr && args.kv_lens != nullptr ? 0 : least;
+                }
                 if (thread == 0) {
                     const bool finished = chunk + 1 == args.chunks;
                     piece.tiles = range.count;
+                    piece.last = finished && walker.walk.at == walker.walk.end;
                     piece.first_tile = range.first;
                     piece.stream = stream;
                     piece.first_row = first_row;
@@ -485,43 +531,15 @@ struct Loader {
                     piece.adds = !range.begins;
                 }
                 device::copies_wait();
+                device::named_barrier(kLoaderBarrier, kLoaders);
+                clear_rows(rows);
                 device::fence_async_shared();
                 publish();
             }
         }
-        wait_for_room();
-        if (thread == 0) shared.pieces[count % 2].tiles = 0;
-        publish();
+        fill_rest(args);
     }
 };
-
-// --- Filler: one warp ------------------------------------------------------------------------------------------------
-
-// Tokens past those that count have mass 0, or -inf as a logarithm. Their last tile is not this warp's.
-__device__ __forceinline__ void fill_rest(const TokenMassArgs& args) {
-    if (args.mode == MassMode::kTotals || args.units != nullptr) return;
-    const int32_t lane = threadIdx.x % kWarp;
-    const int64_t width = args.mode == MassMode::kRows ? args.rows : 1;
-    const float value = args.mode == MassMode::kRows ? -INFINITY : 0.0f;
-    const int64_t stream_floats = args.length * width;
-    const int64_t per_stream = (stream_floats + kFillFloats - 1) / kFillFloats;
-    const int64_t total = per_stream * args.num_requests * args.num_kv_heads;
-    for (int64_t i = blockIdx.x; i < total; i += gridDim.x) {
-        const int64_t stream = i / per_stream, at = (i - stream * per_stream) * kFillFloats;
-        const auto request = static_cast<int32_t>(stream / args.num_kv_heads);
-        const int64_t walked = int64_t{tiles_of(args, request)} * kTile * width;
-        const int64_t count = min(at + kFillFloats, stream_floats) - max(at, walked);
-        if (count <= 0) continue;
-        float* to = args.mass + stream * stream_floats + max(at, walked);
-        const auto head = min(count, static_cast<int64_t>((16 - reinterpret_cast<uintptr_t>(to) % 16) % 16 / 4));
-        if (lane < head) to[lane] = value;
-        const auto vectors = static_cast<int32_t>((count - head) / 4);
-        float4* aligned = reinterpret_cast<float4*>(to + head);
-        for (int32_t j = lane; j < vectors; j += kWarp) aligned[j] = make_float4(value, value, value, value);
-        const auto tail = static_cast<int32_t>(count - head - 4 * vectors);
-        if (lane < tail) to[count - tail + lane] = value;
-    }
-}
 
 // --- Consumers: two warpgroups with a tile each ----------------------------------------------------------------------
 
@@ -687,13 +705,14 @@ struct Consumer {
     __device__ __forceinline__ void run() {
         const int32_t warpgroup = __shfl_sync(~0u, thread / kWarpgroup, 0);  // known to be the same in a warp
         uint32_t tiles_before = 0;
+        if (shared.start.walk.at >= shared.start.walk.end) return;
         for (uint32_t count = 0;; ++count) {
             buffer = count % 2;
             device::mbarrier_wait(device::shared_address(&shared.full_q[buffer]), count / 2 % 2);
             const Piece& piece = shared.pieces[buffer];
             const int32_t tiles = piece.tiles, first_tile = piece.first_tile;
-            const int32_t least = min(piece.least[0], piece.least[1]);
-            if (tiles == 0) break;
+            const int32_t least = min(min(piece.least[0], piece.least[1]), piece.least[2]);
+            const bool last = piece.last;
 #pragma unroll
             for (int i = 0; i < kRows / 8; ++i) {
                 const float2 negative = args.mode == MassMode::kTotals ? make_float2(0.0f, 0.0f) : negative_lse(i);
@@ -706,7 +725,10 @@ struct Consumer {
                 const uint32_t place = tiles_before + i, stage = place % Config::kStages;
                 const int32_t tile = first_tile + i;
                 device::mbarrier_wait(device::shared_address(&shared.full_k[stage]), place / Config::kStages % 2);
+                // In turn: both at once would then be at their exponentials at once, and the tensor cores idle.
+                device::mbarrier_wait(device::shared_address(&shared.multiplied), (place + 1) % 2);
                 multiply(stage);
+                release(&shared.multiplied);
                 const uint2 words = shared.valid[stage];
                 const uint32_t word = thread % kWarpgroup < kWarpgroup / 2 ? words.x : words.y;
                 const uint32_t valid = word >> (thread / kWarp % 2 * 16) & 0xffffu;  // of the warp's 16 tokens
@@ -727,6 +749,7 @@ struct Consumer {
                 }
             }
             if (args.mode == MassMode::kTotals) store_totals(piece);
+            if (last) break;
             tiles_before += tiles;
             release(&shared.empty_q[buffer]);
         }
@@ -752,6 +775,7 @@ __global__ void __launch_bounds__(kThreads, 1)
             device::mbarrier_init(device::shared_address(&shared.full_q[i]), kLoaders);
             device::mbarrier_init(device::shared_address(&shared.empty_q[i]), kConsumers / kWarp);
         }
+        device::mbarrier_init(device::shared_address(&shared.multiplied), kWarpgroup / kWarp);
         device::mbarrier_init_fence();
     }
     device::dependency_wait();
@@ -763,10 +787,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         device::registers_shrink<kProducerRegisters>();
         if (warp == 0) {
             Producer<Config>(args, &k_map, shared).run();
-        } else if (warp < 3) {
-            Loader<Config>(args, shared).run();
         } else {
-            fill_rest(args);
+            Loader<Config>(args, shared).run();
         }
     } else {
         device::registers_grow<kConsumerRegisters>();
