@@ -64,8 +64,7 @@ int64_t block_attention_mass_workspace(const BlockAttentionMassParams& params) {
     const AttentionPlan plan = plan_attention(p, p.max_seq_len);
     const int64_t partials = 4 * plan.workspace_floats();
     if (params.granularity == 1) {
-        return std::max(partials, token_mass_workspace(p.num_requests, p.num_queries, p.num_heads, p.num_kv_heads,
-                                                       p.head_dim, p.max_seq_len));
+        return std::max(partials, token_mass_workspace(token_mass_params(p)));
     }
     return partials +
            4 * p.num_requests * p.num_kv_heads * make_layout(plan, p.max_seq_len, params.granularity).total();

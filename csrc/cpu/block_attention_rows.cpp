@@ -38,8 +38,7 @@ int64_t block_attention_rows_workspace(const BlockAttentionRowsParams& params) {
     const AttentionPlan plan = plan_attention(p, p.max_seq_len);
     const int64_t partials = 4 * plan.workspace_floats();
     if (params.granularity == 1) {
-        return std::max(partials, token_mass_workspace(p.num_requests, p.num_queries, p.num_heads, p.num_kv_heads,
-                                                       p.head_dim, p.max_seq_len));
+        return std::max(partials, token_mass_workspace(token_mass_params(p)));
     }
     return partials +
            4 * p.num_requests * p.num_kv_heads * plan.padded_rows * (divide_up(p.max_seq_len, kTileTokens) + 1);

@@ -20,9 +20,9 @@ struct Layout {
     int64_t total() const { return padded_rows * (pieces + 2); }
 };
 
-Layout make_layout(const BlockAttentionParams& dims) {
-    const int64_t rows = dims.num_queries * (dims.num_heads / dims.num_kv_heads);
-    return {cpu::round_up(rows, cpu::kMaxLanes), cpu::divide_up(dims.max_seq_len, kTokensPerItem)};
+Layout make_layout(const TokenMassParams& p) {
+    const int64_t rows = p.num_queries * (p.num_heads / p.num_kv_heads);
+    return {cpu::round_up(rows, cpu::kMaxLanes), cpu::divide_up(p.max_seq_len, kTokensPerItem)};
 }
 
 // One run per candidate: what is left of it below `seq_len`, then tokens that weigh 0 (begin -1).
@@ -41,9 +41,16 @@ std::vector<cpu::TokenRun> candidate_runs(const int32_t* units, int64_t num_cand
 
 int64_t token_mass_workspace(int64_t num_requests, int64_t num_queries, int64_t num_heads, int64_t num_kv_heads,
                              int64_t head_dim, int64_t max_seq_len) {
-    const BlockAttentionParams dims =
-        cpu::attention_dims(kOp, num_requests, num_queries, num_heads, num_kv_heads, head_dim, max_seq_len, 0);
-    return 4 * num_requests * num_kv_heads * make_layout(dims).total();
+    cpu::attention_dims(kOp, num_requests, num_queries, num_heads, num_kv_heads, head_dim, max_seq_len, 0);
+    TokenMassParams params;
+    params.num_requests = num_requests;
+    params.num_queries = num_queries;
+    params.num_heads = num_heads;
+    params.num_kv_heads = num_kv_heads;
+    params.head_dim = head_dim;
+    params.max_seq_len = max_seq_len;
+    params.norm = MassNorm::kPrefix;
+    return std::max(cpu::token_mass_workspace(params), cuda::token_mass_workspace(params));
 }
 
 void check_token_mass(const TokenMassParams& p) {
@@ -63,16 +70,17 @@ void check_token_mass(const TokenMassParams& p) {
 
 namespace cpu {
 
+int64_t token_mass_workspace(const TokenMassParams& params) {
+    return 4 * params.num_requests * params.num_kv_heads * make_layout(params).total();
+}
+
 void token_mass(const TokenMassParams& p) {
     check_token_mass(p);
-    check_workspace(
-        kOp, p.workspace_bytes,
-        token_mass_workspace(p.num_requests, p.num_queries, p.num_heads, p.num_kv_heads, p.head_dim, p.max_seq_len));
+    check_workspace(kOp, p.workspace_bytes, token_mass_workspace(p));
     const int64_t group = p.num_heads / p.num_kv_heads;
     const int64_t rows = p.num_queries * group;
     const int64_t num_streams = p.num_requests * p.num_kv_heads;
-    const Layout layout = make_layout(
-        attention_dims(kOp, p.num_requests, p.num_queries, p.num_heads, p.num_kv_heads, p.head_dim, p.max_seq_len, 0));
+    const Layout layout = make_layout(p);
     float* lse_log2 = static_cast<float*>(p.workspace);
     float* weights = lse_log2 + num_streams * layout.padded_rows;
     float* totals = weights + num_streams * layout.padded_rows;

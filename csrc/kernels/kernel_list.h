@@ -20,5 +20,6 @@ std::vector<KernelEntry> block_attention_kernels();
 std::vector<KernelEntry> merge_attention_kernels();
 std::vector<KernelEntry> row_votes_kernels();
 std::vector<KernelEntry> token_confidence_kernels();
+std::vector<KernelEntry> token_mass_kernels();
 
 }  // namespace mage::cuda

@@ -48,10 +48,6 @@ TokenMassParams check_inputs(const Tensor& q, const Tensor& k_cache, const Tenso
     return params;
 }
 
-int64_t workspace_of(const TokenMassParams& p) {
-    return token_mass_workspace(p.num_requests, p.num_queries, p.num_heads, p.num_kv_heads, p.head_dim, p.max_seq_len);
-}
-
 int64_t num_tokens(const TokenMassParams& p) { return p.has_units ? p.num_candidates * p.granularity : p.max_seq_len; }
 
 int64_t num_rows(const TokenMassParams& p) { return p.num_queries * (p.num_heads / p.num_kv_heads); }
@@ -60,7 +56,12 @@ void call(TokenMassParams& params, const Tensor& mass, const Tensor& workspace) 
     params.mass = static_cast<float*>(mass.mutable_data_ptr());
     params.workspace = workspace.mutable_data_ptr();
     params.workspace_bytes = workspace.numel();
+#if defined(MAGE_BACKEND_CUDA)
+    const torch::stable::accelerator::DeviceGuard guard(mass.get_device_index());
+    cuda::token_mass(params, current_stream(mass));
+#else
     cpu::token_mass(params);
+#endif
 }
 
 Tensor token_mass(const Tensor& q, const Tensor& k_cache, const Tensor& block_table, const Tensor& seq_lens,
@@ -74,7 +75,7 @@ Tensor token_mass(const Tensor& q, const Tensor& k_cache, const Tensor& block_ta
     Tensor mass = params.score == MassScore::kRows
                       ? torch::stable::new_empty(q, {requests, heads, tokens, num_rows(params)}, ScalarType::Float)
                       : torch::stable::new_empty(q, {requests, heads, tokens}, ScalarType::Float);
-    Tensor workspace = new_workspace(q, workspace_of(params));
+    Tensor workspace = new_workspace(q, backend::token_mass_workspace(params));
     call(params, mass, workspace);
     return mass;
 }
@@ -93,7 +94,7 @@ void token_mass_out(const Tensor& q, const Tensor& k_cache, const Tensor& block_
     } else {
         check_output(kOp, "mass", mass, q, ScalarType::Float, "[B, Hkv, N]", {requests, heads, tokens});
     }
-    check_attention_workspace(kOp, workspace, q, workspace_of(params));
+    check_attention_workspace(kOp, workspace, q, backend::token_mass_workspace(params));
     call(params, mass, workspace);
 }
 

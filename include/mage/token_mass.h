@@ -51,11 +51,14 @@ struct TokenMassParams {
     double softmax_scale = 1.0;
 
     float* mass = nullptr;
-    void* workspace = nullptr;
+    void* workspace = nullptr;  // workspace_bytes, aligned to 16 bytes; contents neither read before written nor kept
     int64_t workspace_bytes = 0;
 };
 
-// Bytes of workspace: with Rp = R up to a multiple of 16, 4 * B * Hkv * Rp * (ceil(max_seq_len / 512) + 2).
+// Bytes of workspace, enough for every backend: with Rp = R up to a multiple of 16, the larger of
+//   CPU   4 * B * Hkv * Rp * (ceil(max_seq_len / 512) + 2)
+//   CUDA  4 * Rp * (B * Hkv + min(132, B * Hkv * ceil(max_seq_len / 64))) + 8 * B * Hkv; 0 with norm context
+// A backend itself asks for no more than its own.
 int64_t token_mass_workspace(int64_t num_requests, int64_t num_queries, int64_t num_heads, int64_t num_kv_heads,
                              int64_t head_dim, int64_t max_seq_len);
 
@@ -67,5 +70,19 @@ namespace cpu {
 // Returns when the outputs are written. Throws as check_token_mass does, and if the workspace is too small.
 void token_mass(const TokenMassParams& params);
 
+// What this backend needs of workspace.
+int64_t token_mass_workspace(const TokenMassParams& params);
+
 }  // namespace cpu
+
+namespace cuda {
+
+// Asynchronous on `stream`; allocates nothing; can be captured in a graph, which then follows new lengths, tables and
+// lists. One pass over K, two with norm prefix. Throws for what the kernels do not serve: dtypes other than bf16 and
+// fp16, head dims other than 64 and 128.
+void token_mass(const TokenMassParams& params, CudaStream stream);
+
+int64_t token_mass_workspace(const TokenMassParams& params);
+
+}  // namespace cuda
 }  // namespace mage

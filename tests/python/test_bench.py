@@ -20,12 +20,15 @@ def bench(monkeypatch):
     """The modules of bench/, by name."""
     monkeypatch.syspath_prepend(str(BENCH))
     before = set(sys.modules)
+    import bench_token_mass
     import block_attention_cuda
     import kv_sets
     import peers
     import result_file
 
-    yield types.SimpleNamespace(rows=block_attention_cuda, sets=kv_sets, peers=peers, files=result_file)
+    yield types.SimpleNamespace(
+        rows=block_attention_cuda, tokens=bench_token_mass, sets=kv_sets, peers=peers, files=result_file
+    )
     for name in set(sys.modules) - before:
         if str(getattr(sys.modules[name], "__file__", "")).startswith(str(BENCH)):
             del sys.modules[name]
@@ -168,3 +171,29 @@ def test_token_confidence_cases_and_table(bench, monkeypatch, capsys):
     result = json.loads(lines[-1])
     assert len(lines) == 3 + len(small) and [row["case"] for row in result["rows"]] == small
     assert result["name"] == "token_confidence" and all(row["peer"] == "torch" for row in result["rows"])
+
+
+def test_token_mass_on_the_cpu_with_the_timer_replaced(bench, monkeypatch, capsys, tmp_path):
+    """Every kind, checked against float32; the row that misses its target, and the file."""
+    tokens = bench.tokens
+    us = {"attention": 10.0, "all": 5.6, "prefix": 9.0, "list": 2.0, "rows": 8.0}
+    shapes = [bench.sets.Shape("1.5B", (224,)), bench.sets.Shape("8B", (1000, 96), q_len=8)]
+    monkeypatch.setattr(bench.sets, "COLD_BYTES", 1)
+    monkeypatch.setattr(tokens, "all_shapes", lambda: shapes)
+    monkeypatch.setattr(tokens, "make_sets", lambda *args: bench.sets.make_sets(*args, device="cpu"))
+    monkeypatch.setattr(tokens, "capture", lambda calls: [call() for call in calls])
+    monkeypatch.setattr(tokens, "median_us", lambda graphs, replays: {key: us[key] for key in graphs})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    path = tmp_path / "token_mass.json"
+    monkeypatch.setattr(sys, "argv", ["bench_token_mass.py", "--out", str(path)])
+    tokens.main()
+    lines = capsys.readouterr().out.splitlines()
+    result = json.loads(lines[-1])
+    assert result == json.loads(path.read_text()) and len(result["rows"]) == 2 * 4
+    assert [row["case"]["kind"] for row in result["rows"][:4]] == list(tokens.KINDS)
+    assert (result["rows"][0]["share"], result["rows"][0]["peer"]) == (0.56, "block_attention")
+    assert sum("MISSED" in line for line in lines) == 2 and "targets missed: 2" in lines
+    # K of 224 + 32 tokens, q, lse and the mass; the prefix pass reads twice.
+    moved = 256 * 2 * 128 * 2 + 32 * 12 * (2 * 128 + 4) + 4 * 2 * 256
+    assert tokens.floor_us(shapes[0], "all") == pytest.approx(moved / 3.05e12 * 1e6)

@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from mage_ext import ops, reference
-from mage_ext.testing.cases import ATTENTION_CASES
-from mage_ext.testing.compare import assert_log_mass_close, assert_mass_close, assert_same_bits
+from mage_ext.testing.cases import ATTENTION_CASES, BF16, CUDA_ATTENTION_CASES, AttentionCase, on_cuda
+from mage_ext.testing.compare import assert_log_mass_close, assert_mass_close, assert_same_bits, exact_attention
+
+gpu = pytest.mark.gpu
 
 
 def inputs(case, seed=0):
@@ -188,3 +190,185 @@ def test_refuses(name):
     for op in (ops.token_mass, torch.ops.mage.token_mass):
         with pytest.raises((ValueError, RuntimeError), match="token_mass: " + message):
             op(**{**tensors, "max_seq_len": 128, **options})
+
+
+# --- CUDA ------------------------------------------------------------------------------------------------------------
+
+CUDA_RUNS = [(name, options) for name, options in RUNS if name in CUDA_ATTENTION_CASES]
+CUDA_RUNS += [
+    ("page_of_1", {"listed": True, "g": 1, "norm": "prefix", "score": "rows"}),
+    ("page_of_128", {"listed": True, "g": 64, "norm": "prefix", "masked": True}),
+    ("ragged_half", {"score": "max", "norm": "prefix", "masked": True}),
+    ("prefill_start", {"score": "rows", "norm": "prefix"}),
+    ("many_rows", {"score": "max", "norm": "prefix", "listed": True, "g": 32}),
+]
+
+
+def cuda_inputs(case, options, seed=0):
+    """Tensors and options of token_mass for a case: on the GPU, and on the CPU for the twin."""
+    tensors = case.tensors(seed, device="cuda")
+    call = {**case.options, **extend(case, options)}
+    del call["split_tokens"]
+    attention = on_cuda({name: call[name] for name in ("max_seq_len", "softmax_scale", "kv_lens")})
+    _, lse = ops.block_attention(**tensors, **attention)
+    del tensors["v_cache"]
+    tensors["lse"] = lse
+    return (tensors, on_cuda(call)), ({name: tensor.cpu() for name, tensor in tensors.items()}, call)
+
+
+def assert_close(mass, exact, score):
+    if score == "rows":
+        assert_log_mass_close(mass.cpu(), exact, dim=2)
+    else:
+        assert_mass_close(mass.cpu(), exact)
+
+
+@gpu
+@pytest.mark.parametrize(
+    ("name", "options"), CUDA_RUNS, ids=lambda x: x if isinstance(x, str) else "-".join(map(str, x.values()))
+)
+def test_cuda_matches_reference(name, options):
+    (tensors, call), (on_cpu, cpu_call) = cuda_inputs(CUDA_ATTENTION_CASES[name], options)
+    mass = ops.token_mass(**tensors, **call)
+    assert_close(mass, reference.token_mass(**on_cpu, **cpu_call, upcast=True), options.get("score"))
+
+
+@gpu
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "q_len", "lens"),
+    [
+        (28, 4, 32, (4128, 0, 1500, 65)),
+        (32, 8, 32, (2100, 3000)),
+        (12, 2, 32, (4128, 1)),
+        (7, 1, 8, (9000, 64)),
+        (5, 1, 64, (140000, 70)),  # R = 320 in two chunks, and runs of 16 tiles within a worker's part
+    ],
+)
+def test_cuda_matches_float64_on_the_gpu(heads, kv_heads, q_len, lens):
+    case = AttentionCase(lens, q_len, heads, kv_heads, 64 if q_len == 64 else 128, dtype=BF16)
+    tensors = case.tensors(device="cuda")
+    _, _, lse, shares = exact_attention(**tensors)
+    del tensors["v_cache"]
+    call = {"lse": lse.float(), "max_seq_len": max(lens)}
+    assert_mass_close(ops.token_mass(**tensors, **call), shares.mean(2))
+    assert_mass_close(ops.token_mass(**tensors, **call, score="max"), shares.amax(2))
+    prefix_lens = torch.tensor(lens, dtype=torch.int32, device="cuda") * 3 // 4
+    shares *= torch.arange(shares.shape[-1], device="cuda") < prefix_lens[:, None, None, None]
+    shares /= shares.sum(-1, keepdim=True).clamp(min=1e-300)
+    mass = ops.token_mass(**tensors, **call, norm="prefix", prefix_lens=prefix_lens)
+    assert_mass_close(mass, shares.mean(2))
+
+
+@gpu
+@pytest.mark.parametrize("norm", ["context", "prefix"])
+def test_cuda_tokens_add_up_to_unit_mass(norm):
+    case = CUDA_ATTENTION_CASES["block_of_7b"]
+    (tensors, call), _ = cuda_inputs(case, {"norm": norm})
+    tokens = torch.nn.functional.pad(ops.token_mass(**tensors, **call).double(), (0, -517 % 32))
+    options = {name: call[name] for name in ("max_seq_len", "norm", "prefix_lens") if name in call}
+    unit_mass = ops.block_attention_mass(**case.tensors(device="cuda"), **options, g=32)[2]
+    assert_mass_close(unit_mass, tokens.unflatten(-1, (-1, 32)).sum(-1))
+    assert abs(tokens.sum(-1) - 1).max() < 1e-3
+
+
+@gpu
+@pytest.mark.parametrize("score", ["mean", "max", "rows"])
+@pytest.mark.parametrize("norm", ["context", "prefix"])
+def test_cuda_candidates_equal_the_full_pass(score, norm):
+    case = replace(CUDA_ATTENTION_CASES["page_of_16"], lens=(256, 256))
+    (tensors, call), _ = cuda_inputs(case, {"norm": norm})
+    full = ops.token_mass(**tensors, **call, score=score)
+    units = torch.tensor([[[9, 2, -1, 15]], [[0, 1, 2, 3]]], dtype=torch.int32, device="cuda")
+    listed = ops.token_mass(**tensors, **call, score=score, units=units, g=16)
+    for b in range(2):
+        for c, unit in enumerate(units[b, 0].tolist()):
+            part = listed[b, 0, c * 16 : (c + 1) * 16]
+            if unit < 0:
+                assert (part == (-math.inf if score == "rows" else 0)).all()
+            else:
+                assert_same_bits(part, full[b, 0, unit * 16 : (unit + 1) * 16])
+
+
+@gpu
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("ragged", {"norm": "prefix"}), ("room_to_spare", {"score": "rows"}), ("many_rows", {"norm": "prefix"})],
+)
+def test_cuda_out_twin_writes_everything(name, options):
+    """Into NaN, with a workspace of NaN, again and again bit for bit."""
+    case = CUDA_ATTENTION_CASES[name]
+    (tensors, call), _ = cuda_inputs(case, options)
+    expected = ops.token_mass(**tensors, **call)
+    size = ops.token_mass_workspace(len(case.lens), case.q_len, case.heads, case.kv_heads, case.head_dim, case.longest)
+    for _ in range(20):
+        mass = torch.full_like(expected, math.nan)
+        workspace = torch.full((size,), 255, dtype=torch.uint8, device="cuda")
+        ops.token_mass_out(**tensors, mass=mass, workspace=workspace, **call)
+        assert_same_bits(mass, expected)
+
+
+@gpu
+def test_cuda_hostile_units_and_lengths():
+    """Numbers far outside weigh 0 and read nothing."""
+    (tensors, call), _ = cuda_inputs(CUDA_ATTENTION_CASES["one_row"], {})
+    units = torch.tensor([2**31 - 1, -(2**31), 10**9, 3, -1], dtype=torch.int32).expand(1, 3, 5).contiguous().cuda()
+    assert (ops.token_mass(**tensors, **call, units=units, g=64) == 0).all()  # unit 3 starts at 192, past S = 130
+    assert ops.token_mass(**tensors, **call, units=units[..., :0].contiguous(), g=64).shape == (1, 3, 0)
+    for prefix in (-(2**31), -1, 0):
+        lens = torch.tensor([prefix], dtype=torch.int32, device="cuda")
+        assert (ops.token_mass(**tensors, **call, norm="prefix", prefix_lens=lens) == 0).all()
+    expected = ops.token_mass(**tensors, **call)
+    tensors["seq_lens"].fill_(2**31 - 1)
+    assert_same_bits(ops.token_mass(**tensors, **call), expected)
+    tensors["seq_lens"].fill_(-(2**31))
+    assert (ops.token_mass(**tensors, **call) == 0).all()
+
+
+@gpu
+@pytest.mark.parametrize("listed", [False, True])
+def test_cuda_graph_follows_new_lengths(listed):
+    case = replace(CUDA_ATTENTION_CASES["block_of_7b"], lens=(517, 517), layout="nhd")
+    (tensors, call), _ = cuda_inputs(case, {"norm": "prefix", **({"listed": True, "g": 32} if listed else {})})
+    ops.token_mass(**tensors, **call)  # first use, outside the capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = ops.token_mass(**tensors, **call)
+    for seed, lens in enumerate([(517, 1), (0, 300), (0, 0), (64, 517)]):
+        fresh = case.tensors(seed + 1, device="cuda")
+        fresh["seq_lens"].copy_(torch.tensor(lens, dtype=torch.int32))
+        fresh["lse"] = ops.block_attention(**fresh, max_seq_len=517)[1]
+        for name, tensor in tensors.items():
+            tensor.copy_(fresh[name])
+        call["prefix_lens"].copy_(torch.tensor(lens, dtype=torch.int32) * 2 // 3)
+        if listed:
+            call["units"].copy_(candidates(case, 32))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert_same_bits(captured, ops.token_mass(**tensors, **call))
+        on_cpu = {name: x.cpu() if isinstance(x, torch.Tensor) else x for name, x in (tensors | call).items()}
+        assert_mass_close(captured.cpu(), reference.token_mass(**on_cpu, upcast=True))
+
+
+@gpu
+def test_cuda_opcheck():
+    (tensors, call), _ = cuda_inputs(CUDA_ATTENTION_CASES["causal"], {"norm": "prefix", "masked": True, "score": "max"})
+    op = torch.ops.mage.token_mass.default
+    assert set(torch.library.opcheck(op, tuple(tensors.values()), call).values()) == {"SUCCESS"}
+
+
+@gpu
+def test_cuda_refuses():
+    (tensors, call), _ = cuda_inputs(CUDA_ATTENTION_CASES["ragged"], {"norm": "prefix"})
+    wide = {name: tensors[name].new_zeros(*tensors[name].shape[:-1], 96) for name in ("q", "k_cache")}
+    with pytest.raises(RuntimeError, match="token_mass: the head dim of q must be 64 or 128 on CUDA, got 96"):
+        ops.token_mass(**(tensors | wide), **call)
+    single = {name: tensors[name].float() for name in ("q", "k_cache")}
+    with pytest.raises(RuntimeError, match="token_mass: q must be bfloat16 or float16 on CUDA, got float32"):
+        ops.token_mass(**(tensors | single), **call)
+    with pytest.raises((ValueError, RuntimeError), match=r"token_mass: lse must be on cuda:0.*, got cpu"):
+        ops.token_mass(**(tensors | {"lse": tensors["lse"].cpu()}), **call)
+    mass = torch.full((6, 2, 250), 7.0, device="cuda")
+    workspace = torch.zeros(64, dtype=torch.uint8, device="cuda")
+    with pytest.raises(RuntimeError, match=r"token_mass: workspace must have at least .* bytes, got 64"):
+        ops.token_mass_out(**tensors, mass=mass, workspace=workspace, **call)
+    assert (mass == 7).all()
