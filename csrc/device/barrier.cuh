@@ -77,8 +77,42 @@ __device__ __forceinline__ uint32_t cluster_rank() {
     return rank;
 }
 
+__device__ __forceinline__ uint32_t cluster_index() {
+    uint32_t index;
+    asm volatile("mov.u32 %0, %%clusterid.x;" : "=r"(index));
+    return index;
+}
+
 __device__ __forceinline__ void cluster_sync() {
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// Its two halves, between which a thread may do what needs nothing of other CTAs. This arrival orders no writes but
+// those of mbarrier_init_fence, and so waits for none.
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+
+// The address in the cluster of what lies at `address` of shared memory in another CTA of it (or in this one).
+__device__ __forceinline__ uint32_t address_in_cluster(uint32_t address, uint32_t cta) {
+    uint32_t remote;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(cta));
+    return remote;
+}
+
+// Writes to shared memory of a CTA and tells its barrier how many bytes came; addresses in the cluster.
+__device__ __forceinline__ void send(uint32_t to, uint4 value, uint32_t barrier) {
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
+                 "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w), "r"(barrier)
+                 : "memory");
+}
+
+__device__ __forceinline__ void send(uint32_t to, uint2 value, uint32_t barrier) {
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::"r"(to),
+                 "r"(value.x), "r"(value.y), "r"(barrier)
+                 : "memory");
 }
 
 // Programmatic dependent launch. wait: returns when the grids before this one are complete and their writes visible.
