@@ -36,29 +36,25 @@ inline VoteTiles vote_tiles(int64_t heads, int64_t num_units, int64_t num_rows) 
     return plan;
 }
 
-// Where a cluster of CTAs holds the shares of a KV head, each CTA has some of its rows, and a thread every
-// (threads / rows)-th unit of one.
-constexpr int64_t kVoteClusterThreads = 512;
+// Where a cluster of CTAs holds the shares of a KV head, each CTA has some of its rows.
+constexpr int64_t kVoteClusterRows = 16;
 constexpr int64_t kMaxVoteClusterCtas = 16;
-constexpr int64_t kVoteClusterHeld = 68;  // values of a thread
+constexpr int64_t kMaxVoteClusterUnits = 2176;  // what shared memory holds: 17 values of each thread's rows
 
 struct VoteClusters {
-    int64_t rows = 0;   // of a CTA; 0 where no cluster holds a head
-    int64_t ctas = 0;   // of a KV head
+    int64_t ctas = 0;   // of a KV head; 0 where no cluster holds it
     int64_t share = 0;  // units whose votes a CTA adds, a multiple of 16
 };
 
-inline VoteClusters vote_clusters(int64_t heads, int64_t num_units, int64_t num_rows) {
-    constexpr int64_t kMultiprocessors = 132;
+inline VoteClusters vote_clusters(int64_t num_requests, int64_t num_units, int64_t num_rows) {
+    constexpr int64_t kMaxGridY = 65535;
     VoteClusters plan;
-    for (const int64_t rows : {8, 16}) {
-        const int64_t ctas = (num_rows + rows - 1) / rows;
-        if (ctas > kMaxVoteClusterCtas || num_units > kVoteClusterHeld * kVoteClusterThreads / rows) continue;
-        if (plan.rows > 0 && heads * plan.ctas <= kMultiprocessors) continue;  // more rows to a CTA: fewer waves
-        plan.rows = rows;
-        plan.ctas = ctas;
-        plan.share = ((num_units + ctas - 1) / ctas + 15) / 16 * 16;
-    }
+    if (num_requests > kMaxGridY || num_units > kMaxVoteClusterUnits ||
+        num_rows > kMaxVoteClusterCtas * kVoteClusterRows)
+        return plan;
+    // One CTA would be no cluster, which the messages of the kernel need.
+    plan.ctas = std::max<int64_t>(2, (num_rows + kVoteClusterRows - 1) / kVoteClusterRows);
+    plan.share = ((num_units + plan.ctas - 1) / plan.ctas + 15) / 16 * 16;
     return plan;
 }
 

@@ -402,10 +402,8 @@ __global__ void __launch_bounds__(kCountThreads)
 
 std::vector<KernelEntry> row_votes_kernels() {
     return {
-        {"mage_row_votes_cluster8_kernel", reinterpret_cast<const void*>(&mage_row_votes_cluster_kernel<8>),
-         kClusterThreads, sizeof(ClusterShared<8>)},
-        {"mage_row_votes_cluster16_kernel", reinterpret_cast<const void*>(&mage_row_votes_cluster_kernel<16>),
-         kClusterThreads, sizeof(ClusterShared<16>)},
+        {"mage_row_votes_cluster_kernel", reinterpret_cast<const void*>(&mage_row_votes_cluster_kernel),
+         kClusterThreads, sizeof(ClusterShared)},
         {"mage_row_votes_select_kernel", reinterpret_cast<const void*>(&mage_row_votes_select_kernel<true>),
          kSelectThreads, 0},
         {"mage_row_votes_select_long_kernel", reinterpret_cast<const void*>(&mage_row_votes_select_kernel<false>),
@@ -427,9 +425,9 @@ void row_votes(const RowVotesParams& p, CudaStream stream) {
     const uintptr_t past = reinterpret_cast<uintptr_t>(p.workspace) % 16;
     MAGE_CHECK(past == 0, kOp, ": workspace must be aligned to 16 bytes, got a base ", past, " bytes past it");
 
-    const core::VoteClusters clusters = core::vote_clusters(heads, p.num_units, p.num_rows);
+    const core::VoteClusters clusters = core::vote_clusters(p.num_requests, p.num_units, p.num_rows);
     const core::VoteTiles tiles = core::vote_tiles(heads, p.num_units, p.num_rows);
-    const int64_t row_blocks = clusters.rows > 0 ? clusters.ctas : (p.num_rows + kRows - 1) / kRows;
+    const int64_t row_blocks = clusters.ctas > 0 ? clusters.ctas : (p.num_rows + kRows - 1) / kRows;
     MAGE_CHECK(heads * std::max(row_blocks, tiles.tiles) < (int64_t{1} << 31), kOp,
                ": row_mass must need fewer than 2^31 blocks, got ", heads * std::max(row_blocks, tiles.tiles));
     RowVotesArgs args = {};
@@ -456,18 +454,19 @@ void row_votes(const RowVotesParams& p, CudaStream stream) {
     args.tiles = static_cast<int32_t>(tiles.tiles);
     args.rounds = static_cast<int32_t>(tiles.rounds);
 
-    if (clusters.rows > 0) {
-        const bool narrow = clusters.rows == 8;
-        const auto kernel = narrow ? mage_row_votes_cluster_kernel<8> : mage_row_votes_cluster_kernel<16>;
+    if (clusters.ctas > 0) {
+        args.vectors = p.num_rows % 4 == 0 && reinterpret_cast<uintptr_t>(p.row_mass) % 16 == 0;
         LaunchPlan plan;
-        plan.grid[0] = static_cast<uint32_t>(heads * clusters.ctas);
+        plan.grid[0] = static_cast<uint32_t>(p.num_kv_heads * clusters.ctas);
+        plan.grid[1] = static_cast<uint32_t>(p.num_requests);
         plan.block[0] = kClusterThreads;
         plan.cluster = static_cast<uint32_t>(clusters.ctas);
-        plan.shared_bytes = narrow ? sizeof(ClusterShared<8>) : sizeof(ClusterShared<16>);
+        plan.shared_bytes = sizeof(ClusterShared);
         plan.overlap = true;
-        core::allow_shared_memory(kOp, reinterpret_cast<const void*>(kernel), static_cast<int>(plan.shared_bytes));
-        core::allow_large_clusters(kOp, reinterpret_cast<const void*>(kernel));
-        core::launch(kOp, kernel, plan, stream, args);
+        const void* kernel = reinterpret_cast<const void*>(&mage_row_votes_cluster_kernel);
+        core::allow_shared_memory(kOp, kernel, sizeof(ClusterShared));
+        core::allow_large_clusters(kOp, kernel);
+        core::launch(kOp, mage_row_votes_cluster_kernel, plan, stream, args);
         return;
     }
     LaunchPlan select;
