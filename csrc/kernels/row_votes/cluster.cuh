@@ -8,11 +8,12 @@
 // Schedule  a cluster per KV head, a CTA of 512 threads per 16 of its rows; a thread has four rows of every 128th unit.
 //           All values of the CTA are asked for at once; as they arrive, each goes to shared memory as it is, its
 //           exponential stays in a register, and so do the maxima of each quarter of the thread's units. Per row then:
-//           bound   a value that at least `budget` of the row reach: bisection for the budget-th largest of the 128
-//                   threads' maxima; above 128, of the least of the maxima of their quarters, which four values reach;
-//           list    the values that reach the bound, 18 for the 16th of 2049, where a quarter's maximum does;
+//           bound   a value that at least `budget` of the row reach: bisection for the budget-th largest of 32 maxima,
+//                   each of four threads' units, or of the 128 threads'; above 128, of the least of the maxima of their
+//                   quarters, which four values reach;
+//           list    the values that reach the bound, 22 for the 16th of 2049, where a quarter's maximum does;
 //           cut     a warp per row finds the last unit taken: by rank in a list of at most 64, by a search in bins
-//                   (search.cuh) in one of at most 384. Longer lists, of many equal shares or for large budgets, are
+//                   (search.cuh) in one of at most 320. Longer lists, of many equal shares or for large budgets, are
 //                   given up, and all threads of the CTA search their values in the same way.
 //           Votes of the CTA's rows are bytes, units with a vote are bits. Each CTA sends its bits to every CTA of the
 //           cluster, and the bytes of each CTA's share of the units to it; then votes are stored and every CTA adds
@@ -35,14 +36,14 @@ constexpr int kQuads = kClusterRows / 4;
 constexpr int kSpan = kClusterThreads / kQuads;  // units of one value of each thread
 constexpr int kSpans = core::kMaxVoteClusterUnits / kSpan;
 constexpr int kClusterWords = core::kMaxVoteClusterUnits / kWarp;
-constexpr uint32_t kListed = 384;
+constexpr uint32_t kListed = 320;
 constexpr int kBisections = 16;
 constexpr float kLog2OfE = 1.44269504088896341f;
 static_assert(kClusterWarps == kClusterRows && kSpan % kWarp == 0 && kSpans * kSpan == core::kMaxVoteClusterUnits);
 
 struct ClusterShared {
-    float4 values[kSpans * kClusterThreads];  // [unit][quad of rows]
-    uint2 list[kClusterRows][kListed];        // key, unit
+    float4 values[kSpans * kClusterThreads];        // [unit][quad of rows]
+    alignas(16) uint2 list[kClusterRows][kListed];  // key, unit; the first kCandidates are 0 at first
     struct {
         uint4 counts[(core::kMaxVoteClusterUnits + 16 * kMaxClusterCtas) / 16];  // votes of its rows, a byte per unit
         uint4 taken[kClusterWords / 4];  // units with a vote of its rows, a bit per unit
@@ -68,6 +69,9 @@ struct ClusterShared {
     }
 };
 
+constexpr int kMostSharedMemory = 227 * 1024;  // of a block on Hopper
+static_assert(sizeof(ClusterShared) <= kMostSharedMemory);
+
 // A share: 1 for a log-share above 0, 0 for NaN and where the share is below the smallest normal number. Its relative
 // error is below 2^-18, and below 2^-21 for shares above e^-8.
 __device__ __forceinline__ float share_of(float log_share) {
@@ -76,22 +80,39 @@ __device__ __forceinline__ float share_of(float log_share) {
     return __saturatef(share);
 }
 
+// share_key of a finite log-share or infinity.
+__device__ __forceinline__ uint32_t finite_key(float log_share) {
+    const int32_t bits = __float_as_int(log_share + 0.0f);  // -0 becomes 0
+    return static_cast<uint32_t>(bits ^ (bits >> 31 | static_cast<int32_t>(0x80000000u)));
+}
+
 __device__ __forceinline__ void add_vote(ClusterShared& shared, uint32_t unit, uint32_t votes) {
     atomicAdd(reinterpret_cast<uint32_t*>(shared.own.counts) + unit / 4, votes << (unit % 4 * 8));
     atomicOr(reinterpret_cast<uint32_t*>(shared.own.taken) + unit / kWarp, 1u << (unit % kWarp));
 }
 
-// The largest bound found for which `needed` of the 4 * 32 keys of a warp are at least as large; 1 <= needed <= 128.
-__device__ __forceinline__ uint32_t bisect(const uint32_t (&keys)[4], uint32_t needed) {
-    uint32_t low = __reduce_min_sync(kAllLanes, min(min(keys[0], keys[1]), min(keys[2], keys[3])));
-    uint32_t high = __reduce_max_sync(kAllLanes, max(max(keys[0], keys[1]), max(keys[2], keys[3])));
+// A bound that `needed` of the keys of a warp reach, and hardly more; 1 <= needed <= 32 * kKeys.
+template <int kKeys>
+__device__ __forceinline__ uint32_t bisect(const uint32_t (&keys)[kKeys], uint32_t needed) {
+    uint32_t low = keys[0], high = keys[0];
+#pragma unroll
+    for (int i = 1; i < kKeys; ++i) {
+        low = min(low, keys[i]);
+        high = max(high, keys[i]);
+    }
+    low = __reduce_min_sync(kAllLanes, low);
+    high = __reduce_max_sync(kAllLanes, high);
 #pragma unroll 1
     for (int step = 0; step < kBisections && low < high; ++step) {
         const uint32_t middle = high - (high - low) / 2;
-        uint32_t own = 0;
+        uint32_t reached = 0;
+        if constexpr (kKeys == 1) {
+            reached = __popc(__ballot_sync(kAllLanes, keys[0] >= middle));
+        } else {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) own += keys[i] >= middle;
-        const uint32_t reached = __reduce_add_sync(kAllLanes, own);
+            for (int i = 0; i < kKeys; ++i) reached += keys[i] >= middle;
+            reached = __reduce_add_sync(kAllLanes, reached);
+        }
         if (reached == needed) return middle;
         if (reached > needed) {
             low = middle;
@@ -250,6 +271,8 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
     static_assert(sizeof(shared.own) / 16 <= kClusterThreads);
     if (threadIdx.x < sizeof(shared.own) / 16)
         reinterpret_cast<uint4*>(&shared.own)[threadIdx.x] = make_uint4(0, 0, 0, 0);
+    static_assert(kClusterRows * kCandidates / 2 == kClusterThreads && sizeof(shared.list[0]) % 16 == 0);
+    reinterpret_cast<uint4*>(shared.list[warp])[lane] = make_uint4(0, 0, 0, 0);
     const uint32_t exchanged = device::shared_address(&shared.exchanged);
     const uint32_t summed = device::shared_address(&shared.summed);
     const bool* mask = nullptr;
@@ -340,8 +363,17 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
         for (int i = 0; i < 4; ++i)
             keys[i] = share_key(reinterpret_cast<const float*>(shared.tops[lane + i * kWarp])[warp]);
         const uint32_t needed = by_quarters ? (budget + 3) / 4 : budget;
+        const uint32_t joined[1] = {max(max(keys[0], keys[1]), max(keys[2], keys[3]))};
         uint32_t bound = kAllLanes;  // above all keys, as a value NaN: the row takes nothing
-        if (shared.kept[warp] != 0 && needed > 0) bound = max(kLeastKey, needed <= kSpan ? bisect(keys, needed) : 0u);
+        if (shared.kept[warp] != 0 && needed > 0) {
+            bound = 0;
+            if (needed <= kWarp) {
+                bound = bisect(joined, needed);
+            } else if (needed <= kSpan) {
+                bound = bisect(keys, needed);
+            }
+            bound = max(bound, kLeastKey);
+        }
         if (lane == 0) {
             shared.bounds[warp] = bound;
             reinterpret_cast<float*>(shared.bound_values)[warp] = share_of_key(bound);
@@ -372,13 +404,16 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
                 const int32_t unit = (at % 4 + i * 4) * kSpan + slot;
                 values[i] = unit < eligible ? shared.value(unit, row) : -INFINITY;
             }
+            uint32_t found = 0;
+#pragma unroll
+            for (int i = 0; i < kMost; ++i) found += values[i] >= row_bound;
+            uint32_t next = atomicAdd(&shared.listed[row], found);
 #pragma unroll
             for (int i = 0; i < kMost; ++i) {
-                if (values[i] >= row_bound) {
-                    const uint32_t next = atomicAdd(&shared.listed[row], 1u);
-                    const uint32_t unit = (at % 4 + i * 4) * kSpan + slot;
-                    if (next < kListed) shared.list[row][next] = make_uint2(share_key(values[i]), unit);
-                }
+                const uint32_t unit = (at % 4 + i * 4) * kSpan + slot;
+                if (values[i] >= row_bound && next < kListed)
+                    shared.list[row][next] = make_uint2(finite_key(values[i]), unit);
+                next += values[i] >= row_bound;
             }
         }
     }
@@ -387,12 +422,41 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
     // Cut and vote.
     const uint32_t count = shared.listed[warp];
     const bool overflows = count > kListed;
-    if (!overflows && count > 0) {
-        uint2 last = make_uint2(0u, 0u);  // below all
-        if (count > budget) {
-            last = count > kCandidates ? search_list(shared, warp, count, budget, eligible)
-                                       : last_taken(shared.list[warp], count, budget);
+    if (count <= kCandidates) {
+        // Ranks; what lies past the end of the list has the key 0.
+        uint2 own[2];
+        uint32_t above[2] = {};
+#pragma unroll
+        for (int i = 0; i < 2; ++i) own[i] = shared.list[warp][lane + i * kWarp];
+        const uint4* pairs = reinterpret_cast<const uint4*>(shared.list[warp]);
+#pragma unroll 1
+        for (uint32_t j = 0; j < count; j += 8) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const uint4 pair = pairs[j / 2 + i];
+                above[0] += (pair.x > own[0].x) + (pair.z > own[0].x);
+                above[1] += (pair.x > own[1].x) + (pair.z > own[1].x);
+            }
         }
+        bool chosen[2];
+        uint32_t number = 0;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            chosen[i] = own[i].x != 0 && above[i] < budget;
+            number += __popc(__ballot_sync(kAllLanes, chosen[i]));
+        }
+        if (number > budget) {  // equal shares at the end: the lowest units go first
+            const uint2 last = last_taken(shared.list[warp], count, budget);
+#pragma unroll
+            for (int i = 0; i < 2; ++i) chosen[i] = chosen[i] && (own[i].x > last.x || own[i].y <= last.y);
+        }
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            if (chosen[i]) add_vote(shared, own[i].y, 1);
+        }
+    } else if (!overflows) {
+        uint2 last = make_uint2(0u, 0u);  // below all
+        if (count > budget) last = search_list(shared, warp, count, budget, eligible);
 #pragma unroll 1
         for (uint32_t i = lane; i < count; i += kWarp) {
             const uint2 entry = shared.list[warp][i];
@@ -433,10 +497,11 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
     // Sums of the rows.
     float4 inside = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     const uint32_t* words = shared.in_union + slot / kWarp;
+    const uint32_t own_bit = 1u << (slot % kWarp);
 #pragma unroll
     for (int i = 0; i < kSpans; ++i) {
         if (i * kSpan >= units) break;
-        if ((words[i * (kSpan / kWarp)] >> (slot % kWarp) & 1u) != 0) {
+        if ((words[i * (kSpan / kWarp)] & own_bit) != 0) {
             inside.x += shares[i].x;
             inside.y += shares[i].y;
             inside.z += shares[i].z;

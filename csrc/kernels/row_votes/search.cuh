@@ -187,6 +187,7 @@ __device__ __forceinline__ uint2 last_taken(const uint2* entries, uint32_t count
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
         uint32_t before = 0;
+#pragma unroll 1
         for (uint32_t j = 0; j < count; ++j) before += entries[j].x == key && entries[j].y < own[i].y;
         if (own[i].x == key && higher + before + 1 == need) unit = own[i].y;
     }
