@@ -294,17 +294,18 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
     device::dependency_wait();
     device::dependency_release();
 
-    // Load. Values past the last unit or row are copies of others, and are counted nowhere.
-    const int32_t eligible = eligible_units(args, request);
+    // Load. Values past the last unit or row are copies of others, and are counted nowhere. The length is read last, so
+    // that no read waits for it.
     float4 shares[kSpans];  // log-shares at first
     const float* from = args.row_mass + int64_t{head} * units * args.rows;
     if (args.vectors) {
-        from += min(first_row + quad * 4, args.rows - 4);
+        const char* bytes = reinterpret_cast<const char*>(from + min(first_row + quad * 4, args.rows - 4));
+        const uint32_t row_bytes = args.rows * 4;
 #pragma unroll
         for (int i = 0; i < kSpans; ++i) {
             if (i * kSpan >= units) break;
             const uint32_t unit = min(i * kSpan + slot, units - 1);
-            shares[i] = __ldcg(reinterpret_cast<const float4*>(from + unit * static_cast<uint64_t>(args.rows)));
+            shares[i] = __ldcg(reinterpret_cast<const float4*>(bytes + uint64_t{unit} * row_bytes));
         }
     } else {
         const int32_t last = args.rows - 1, row = first_row + quad * 4;
@@ -317,9 +318,8 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
                                     __ldcg(at + min(row + 2, last)), __ldcg(at + min(row + 3, last)));
         }
     }
-    if (threadIdx.x < kClusterRows)
-        shared.kept[threadIdx.x] =
-            first_row + static_cast<int32_t>(threadIdx.x) < args.rows && (mask == nullptr || *mask);
+    const bool kept = first_row + static_cast<int32_t>(threadIdx.x) < args.rows && (mask == nullptr || *mask);
+    const int32_t eligible = eligible_units(args, request);
     float4 tops[4];  // of every fourth span; without NaN
 #pragma unroll
     for (int i = 0; i < 4; ++i) tops[i] = make_float4(-INFINITY, -INFINITY, -INFINITY, -INFINITY);
@@ -344,6 +344,8 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
             total.w += own.w;
         }
     }
+
+    if (threadIdx.x < kClusterRows) shared.kept[threadIdx.x] = kept;
 
     // Bound.
     const uint32_t budget = min(args.budget, eligible);
@@ -429,14 +431,22 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
 #pragma unroll
         for (int i = 0; i < 2; ++i) own[i] = shared.list[warp][lane + i * kWarp];
         const uint4* pairs = reinterpret_cast<const uint4*>(shared.list[warp]);
+        const auto rank = [&](int own_entries) {
 #pragma unroll 1
-        for (uint32_t j = 0; j < count; j += 8) {
+            for (uint32_t j = 0; j < count; j += 8) {
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const uint4 pair = pairs[j / 2 + i];
-                above[0] += (pair.x > own[0].x) + (pair.z > own[0].x);
-                above[1] += (pair.x > own[1].x) + (pair.z > own[1].x);
+                for (int i = 0; i < 4; ++i) {
+                    const uint4 pair = pairs[j / 2 + i];
+#pragma unroll
+                    for (int k = 0; k < own_entries; ++k)
+                        above[k] += (pair.x > own[k].x ? 1u : 0u) + (pair.z > own[k].x ? 1u : 0u);
+                }
             }
+        };
+        if (count <= kWarp) {
+            rank(1);
+        } else {
+            rank(2);
         }
         bool chosen[2];
         uint32_t number = 0;
@@ -526,11 +536,11 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
         float sum = add(parts), in_it = add(insides);
         sum += __shfl_xor_sync(kAllLanes, sum, 16);
         in_it += __shfl_xor_sync(kAllLanes, in_it, 16);
-        const bool kept = shared.kept[row] != 0;
-        float coverage = kept && sum > 0.0f ? __fdividef(in_it, sum) : 0.0f;
+        const bool row_kept = shared.kept[row] != 0;
+        float coverage = row_kept && sum > 0.0f ? __fdividef(in_it, sum) : 0.0f;
 #pragma unroll
         for (int step = 1; step < kClusterRows; step *= 2) coverage += __shfl_xor_sync(kAllLanes, coverage, step);
-        const uint32_t kept_rows = __popc(__ballot_sync(kAllLanes, kept && lane < kClusterRows));
+        const uint32_t kept_rows = __popc(__ballot_sync(kAllLanes, row_kept && lane < kClusterRows));
         if (lane == 0) {
             const uint32_t to = device::shared_address(&shared.coverage_in[cta]);
             device::send(device::address_in_cluster(to, 0), make_uint2(__float_as_uint(coverage), kept_rows),
