@@ -36,4 +36,26 @@ inline VoteTiles vote_tiles(int64_t heads, int64_t num_units, int64_t num_rows) 
     return plan;
 }
 
+// Where a cluster of CTAs holds the shares of a KV head, each CTA has some of its rows.
+constexpr int64_t kVoteClusterRows = 16;
+constexpr int64_t kMaxVoteClusterCtas = 16;
+constexpr int64_t kMaxVoteClusterUnits = 2176;  // what shared memory holds: 17 values of each thread's rows
+
+struct VoteClusters {
+    int64_t ctas = 0;   // of a KV head; 0 where no cluster holds it
+    int64_t share = 0;  // units whose votes a CTA adds, a multiple of 16
+};
+
+inline VoteClusters vote_clusters(int64_t num_requests, int64_t num_units, int64_t num_rows) {
+    constexpr int64_t kMaxGridY = 65535;
+    VoteClusters plan;
+    if (num_requests > kMaxGridY || num_units > kMaxVoteClusterUnits ||
+        num_rows > kMaxVoteClusterCtas * kVoteClusterRows)
+        return plan;
+    // One CTA would be no cluster, which the messages of the kernel need.
+    plan.ctas = std::max<int64_t>(2, (num_rows + kVoteClusterRows - 1) / kVoteClusterRows);
+    plan.share = ((num_units + plan.ctas - 1) / plan.ctas + 15) / 16 * 16;
+    return plan;
+}
+
 }  // namespace mage::core

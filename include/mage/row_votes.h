@@ -19,7 +19,8 @@
 // Every sum runs in one fixed order, so results are bit-reproducible for any number of threads. The order of a GPU is
 // not that of the CPU: coverage agrees within the rounding of float32 sums, votes and union_size exactly.
 //
-// Cost: O(B * Hkv * n * R), reads row_mass twice.
+// Cost: O(B * Hkv * n * R). On a GPU row_mass is read once, in one launch, if R <= 256, n <= 2176 and B < 65536, where
+// a cluster of multiprocessors holds the shares of a KV head, and otherwise at least twice, in two launches.
 namespace mage {
 
 // Rows (G * Q) that share one KV stream.
@@ -47,8 +48,9 @@ struct RowVotesParams {
     int64_t workspace_bytes = 0;
 };
 
-// Bytes of workspace, for every backend the same: 8 * B * Hkv * (1 + R * (1 + min(64, ceil(n / 32)))). It holds, on a
-// GPU, the last unit that each row takes and sums of tiles of units. The CPU backend does not look at it.
+// Bytes of workspace, for every backend the same: 8 * B * Hkv * (1 + R * (1 + min(64, ceil(n / 32)))). Two
+// launches keep in it the last unit that each row takes and sums of tiles of units; one launch and the CPU backend do
+// not look at it.
 int64_t row_votes_workspace(int64_t num_requests, int64_t num_kv_heads, int64_t num_units, int64_t num_rows);
 
 // Throws mage::Error if a dimension or k does not hold. Backends call it; a binding calls it before it allocates.
@@ -63,8 +65,8 @@ void row_votes(const RowVotesParams& params);
 
 namespace cuda {
 
-// Asynchronous on `stream`, two launches; allocates nothing; can be captured in a graph, which then follows new shares,
-// lengths and masks. Throws mage::Error if an argument does not hold.
+// Asynchronous on `stream`, one or two launches; allocates nothing; can be captured in a graph, which then follows new
+// shares, lengths and masks. Throws mage::Error if an argument does not hold.
 void row_votes(const RowVotesParams& params, CudaStream stream);
 
 }  // namespace cuda

@@ -178,5 +178,23 @@ TEST(RowVotes, TilesCoverEveryGroupOnce) {
     }
 }
 
+// The CTAs of a cluster: all rows, every unit once, at least two, and messages of whole vectors.
+TEST(RowVotes, ClustersCoverRowsAndUnits) {
+    for (const int64_t units : {1, 15, 100, 2049, 2176}) {
+        for (const int64_t rows : {1, 16, 17, 192, 224, 256}) {
+            const core::VoteClusters plan = core::vote_clusters(3, units, rows);
+            ASSERT_GE(plan.ctas, 2);
+            ASSERT_LE(plan.ctas, core::kMaxVoteClusterCtas);
+            ASSERT_GE(plan.ctas * core::kVoteClusterRows, rows);
+            ASSERT_GE(plan.ctas * plan.share, units);
+            ASSERT_EQ(plan.share % 16, 0);
+            ASSERT_LE(plan.ctas * plan.share, core::kMaxVoteClusterUnits + 16 * core::kMaxVoteClusterCtas);
+        }
+    }
+    EXPECT_EQ(core::vote_clusters(1, 2177, 16).ctas, 0);
+    EXPECT_EQ(core::vote_clusters(1, 100, 257).ctas, 0);
+    EXPECT_EQ(core::vote_clusters(65536, 100, 16).ctas, 0);
+}
+
 }  // namespace
 }  // namespace mage::test

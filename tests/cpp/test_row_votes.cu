@@ -1,5 +1,7 @@
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <cmath>
 #include <string>
 
 #include "gpu.h"
@@ -84,6 +86,26 @@ TEST_P(RowVotesCuda, AgreesWithTheCpu) {
 
 INSTANTIATE_TEST_SUITE_P(Cases, RowVotesCuda, testing::ValuesIn(vote_cases()),
                          [](const auto& info) { return info.param.name; });
+
+// Where the first share is not on 16 bytes, rows are read one by one.
+TEST(RowVotesCudaAlignment, ChangesNoBit) {
+    MAGE_NEEDS_GPU();
+    VoteBuffers buffers = vote_buffers({"aligned", 1, 2, 500, 40, 16, 20, Shares::kRandom, {7900}});
+    buffers.bind();
+    cpu::row_votes(buffers.params);
+    DeviceVotes device(buffers);
+    cuda::row_votes(device.params, nullptr);
+    expect_votes(device, buffers);
+    const std::vector<unsigned char> coverage = device.coverage.get();
+    std::vector<float> moved(buffers.row_mass.size() + 1, NAN);
+    std::copy(buffers.row_mass.begin(), buffers.row_mass.end(), moved.begin() + 1);
+    const DeviceArray<float> unaligned(moved);
+    device.params.row_mass = unaligned.data() + 1;
+    device.poison_again();
+    cuda::row_votes(device.params, nullptr);
+    expect_votes(device, buffers);
+    EXPECT_EQ(device.coverage.get(), coverage);
+}
 
 // A captured call follows the shares and lengths that are in the buffers when the graph runs, again and again.
 TEST(RowVotesCudaGraph, ReplaysWithNewShares) {

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from mage_ext import ops
+
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 
 
@@ -20,6 +22,8 @@ def bench(monkeypatch):
     """The modules of bench/, by name."""
     monkeypatch.syspath_prepend(str(BENCH))
     before = set(sys.modules)
+    import bench_merge_attention
+    import bench_row_votes
     import bench_token_mass
     import block_attention_cuda
     import kv_sets
@@ -27,7 +31,13 @@ def bench(monkeypatch):
     import result_file
 
     yield types.SimpleNamespace(
-        rows=block_attention_cuda, tokens=bench_token_mass, sets=kv_sets, peers=peers, files=result_file
+        rows=block_attention_cuda,
+        sets=kv_sets,
+        peers=peers,
+        files=result_file,
+        tokens=bench_token_mass,
+        votes=bench_row_votes,
+        merge=bench_merge_attention,
     )
     for name in set(sys.modules) - before:
         if str(getattr(sys.modules[name], "__file__", "")).startswith(str(BENCH)):
@@ -95,6 +105,43 @@ def test_result_file(bench, tmp_path):
         bench.files.make_result("block_attention", "", [row, row])
     with pytest.raises(ValueError, match="got none of ratio"):
         bench.files.make_result("block_attention", "", [{key: row[key] for key in bench.files.KEYS if key != "ratio"}])
+
+
+def test_rows_of_votes(bench):
+    shapes = bench.votes.all_shapes()
+    assert (
+        len({json.dumps(shape.case) for shape in shapes}) == len({shape.name for shape in shapes}) == len(shapes) == 36
+    )
+    shape = next(shape for shape in shapes if shape.name == "7B 1x128K g=64")
+    assert shape.size == (1, 4, 2049, 224) and shape.case["n"] == 2049
+    assert shape.floor_us == pytest.approx((4 * 4 * 2049 * 224 + 4 * (4 * 2049 + 8)) / 3.05e12 * 1e6)
+    assert [s.name for s in shapes if bench.votes.matches(s, "8b::4K:16")] == ["8B 1x4K g=16", "8B 4x4K g=16"]
+    with pytest.raises(ValueError, match="MODEL:BATCH:CONTEXT:G, got '1:2:3:4:5'"):
+        bench.votes.matches(shape, "1:2:3:4:5")
+
+
+def test_peer_of_votes_agrees(bench):
+    shape = bench.votes.VotesShape("1.5B", 2, 512, 16)
+    row_mass = bench.votes.make_row_mass(shape, 1, 0.5, 3, "cpu")[0]
+    lengths = torch.tensor([512, 400], dtype=torch.int32)
+    torch.testing.assert_close(row_mass.exp().sum(2), torch.ones(2, 2, 192))
+    expected = ops.row_votes(row_mass, lengths, k=64, g=16)
+    actual = bench.votes.torch_votes(row_mass, lengths, 64, 16)
+    assert torch.equal(actual[0], expected[0]) and torch.equal(actual[1], expected[1])
+    torch.testing.assert_close(actual[2], expected[2], rtol=bench.votes.COVERAGE_ERROR, atol=0)
+
+
+def test_rows_and_peer_of_merge(bench):
+    shapes = bench.merge.all_shapes()
+    assert len({json.dumps(shape.case) for shape in shapes}) == len(shapes) == 24
+    shape = next(s for s in shapes if bench.merge.matches(s, "7B:1:2"))
+    vectors = 32 * 28
+    assert shape.floor_us == pytest.approx(3 * vectors * (128 * 2 + 4) / 3.05e12 * 1e6)
+    ((outs, lses),) = bench.merge.make_parts(shape, 1, 0, "cpu")
+    out, lse = bench.merge.torch_merge(outs, lses)
+    expected = ops.merge_attention(outs, lses)
+    torch.testing.assert_close(out, expected[0])
+    torch.testing.assert_close(lse, expected[1])
 
 
 def test_peers_say_why_they_are_absent(bench):

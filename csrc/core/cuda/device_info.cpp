@@ -27,4 +27,8 @@ void allow_shared_memory(const char* op, const void* kernel, int bytes) {
     MAGE_CUDA_CHECK(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
 }
 
+void allow_large_clusters(const char* op, const void* kernel) {
+    MAGE_CUDA_CHECK(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+}
+
 }  // namespace mage::core

@@ -12,4 +12,7 @@ int multiprocessors(const char* op);
 // Lets a kernel have `bytes` of dynamic shared memory on the current device.
 void allow_shared_memory(const char* op, const void* kernel, int bytes);
 
+// Lets a kernel have clusters of up to 16 CTAs; 8 are the most without.
+void allow_large_clusters(const char* op, const void* kernel);
+
 }  // namespace mage::core

@@ -25,6 +25,8 @@
 #include "core/row_votes_tiles.h"
 #include "device/barrier.cuh"
 #include "kernels/kernel_list.h"
+#include "kernels/row_votes/cluster.cuh"
+#include "kernels/row_votes/search.cuh"
 #include "mage/row_votes.h"
 
 namespace mage::cuda {
@@ -32,8 +34,6 @@ namespace mage::cuda {
 namespace {
 
 constexpr char kOp[] = "row_votes";
-constexpr int kWarp = 32;
-constexpr uint32_t kAllLanes = 0xffffffffu;
 
 // select
 constexpr int kRows = 8;  // of a block
@@ -43,65 +43,11 @@ constexpr int kHeld = 32;                       // keys of a thread
 constexpr int kHeldUnits = kHeld * kSlots;
 constexpr int kAhead = 8;      // keys that a thread reads at once where it holds none
 constexpr int kTiesAhead = 1;  // the same among ties, which are rare: beside the keys there are few registers left
-constexpr uint32_t kBins = 256;
-constexpr int kChunks = kBins / kWarp;
-constexpr int kCandidates = 2 * kWarp;
-constexpr uint32_t kLeastKey = 0x00800000u;  // of the smallest finite share
-constexpr int32_t kEveryUnit = 0x7fffffff;
 
 // count
 constexpr int kCountThreads = kMaxVoteRows;
 constexpr int kGroup = core::kVoteGroup;
 constexpr float kLeastExponent = -87.33654f;  // ln of the smallest normal number; shares below are 0
-
-// A row takes the units with a log-share above `share`, and those with an equal one up to `unit`.
-struct Pick {
-    float share;
-    int32_t unit;
-};
-
-struct RowVotesArgs {
-    const float* row_mass;
-    const int32_t* prefix_lens;
-    const bool* row_mask;
-    int32_t* votes;
-    int32_t* union_size;
-    float* coverage;
-    unsigned long long* tickets;  // [heads]
-    Pick* picks;                  // [heads, rows]
-    float2* partials;             // [heads, tiles, rows]: sums of all shares and of those in the union
-    int32_t num_kv_heads;
-    int32_t units;
-    int32_t rows;
-    int32_t positions;   // Q, with row_mask
-    int32_t group;       // G, with row_mask
-    int32_t unit_shift;  // log2 g
-    int32_t budget;      // units per row
-    int32_t row_blocks;  // blocks of select per head
-    int32_t tiles;       // blocks of count per head
-    int32_t rounds;
-};
-
-__device__ __forceinline__ int32_t eligible_units(const RowVotesArgs& args, int32_t head) {
-    const int32_t length = args.prefix_lens[head / args.num_kv_heads];
-    return min(max(length, 0), args.units << args.unit_shift) >> args.unit_shift;
-}
-
-__device__ __forceinline__ bool is_kept(const RowVotesArgs& args, int32_t head, int32_t row) {
-    return row < args.rows && (args.row_mask == nullptr ||
-                               args.row_mask[int64_t{head / args.num_kv_heads} * args.positions + row / args.group]);
-}
-
-// Ascending with the log-share; 0 for one that cannot be chosen (-inf, NaN). -0 and 0 are equal.
-__device__ __forceinline__ uint32_t share_key(float log_share) {
-    const uint32_t bits = __float_as_uint(log_share);
-    const uint32_t key = bits > 0x80000000u ? ~bits : bits | 0x80000000u;
-    return log_share > -INFINITY ? key : 0u;
-}
-
-__device__ __forceinline__ float share_of_key(uint32_t key) {
-    return __uint_as_float((key & 0x80000000u) != 0 ? key & 0x7fffffffu : ~key);
-}
 
 // --- select ----------------------------------------------------------------------------------------------------------
 
@@ -179,86 +125,6 @@ struct Keys {
     }
 };
 
-// What is left of the search for the last unit taken: values v with v - low <= last, in bins of 2^shift. A value is a
-// key, or, among the units of one key, the unit counted from the end, so that the larger value goes first in both.
-enum class Stage : uint32_t { kKeys, kUnits, kListKeys, kListUnits, kDone };
-
-struct Search {
-    Stage stage;
-    uint32_t low, last, shift;
-    uint32_t key;   // kUnits, kListUnits
-    uint32_t need;  // values of the window that the row takes
-};
-
-__device__ __forceinline__ uint32_t bin_shift(uint32_t last) { return max(0, 24 - __clz(last)); }
-
-__device__ __forceinline__ bool is_searching(Stage stage) { return stage <= Stage::kUnits; }
-
-__device__ __forceinline__ Search first_search(uint32_t budget, uint32_t highest, uint32_t bound) {
-    Search search;
-    search.stage = budget > 0 && highest > 0 ? Stage::kKeys : Stage::kDone;
-    search.low = max(bound, kLeastKey);
-    search.last = highest - search.low;
-    search.shift = bin_shift(search.last);
-    search.key = 0;
-    search.need = budget;
-    return search;
-}
-
-// Cuts the search of a row to the bin of the `need`-th largest value, or ends it; a warp's work. Leaves the bins empty.
-__device__ __forceinline__ void narrow(uint32_t* bins, int32_t eligible, Search* search, Pick* pick) {
-    const uint32_t lane = threadIdx.x % kWarp;
-    uint32_t above = 0, chunk = kChunks, own = 0;
-#pragma unroll
-    for (int i = kChunks - 1; i >= 0; --i) {
-        uint32_t* bin = bins + (i * kWarp + lane) * kRows;
-        const uint32_t count = *bin;
-        *bin = 0;
-        const uint32_t sum = __reduce_add_sync(kAllLanes, count);
-        if (chunk == kChunks) {
-            if (above + sum >= search->need) {
-                chunk = i;
-                own = count;
-            } else {
-                above += sum;
-            }
-        }
-    }
-    if (chunk == kChunks) {  // fewer keys than the row may take; only at first
-        if (lane == 0) *pick = {share_of_key(search->low), kEveryUnit};
-        search->stage = Stage::kDone;
-        return;
-    }
-    uint32_t suffix = own;  // of this lane's bin and those above it in the chunk
-#pragma unroll
-    for (int step = 1; step < kWarp; step *= 2) {
-        const uint32_t higher = __shfl_down_sync(kAllLanes, suffix, step);
-        if (lane + step < kWarp) suffix += higher;
-    }
-    const uint32_t at = 31 - __clz(__ballot_sync(kAllLanes, above + suffix >= search->need));
-    const uint32_t inside = __shfl_sync(kAllLanes, own, at);
-    search->need -= above + __shfl_sync(kAllLanes, suffix, at) - inside;
-    const uint32_t begin = (chunk * kWarp + at) << search->shift;
-    search->low += begin;
-    search->last = min((1u << search->shift) - 1, search->last - begin);
-    search->shift = bin_shift(search->last);
-    const bool by_unit = search->stage == Stage::kUnits;
-    if (search->need == inside) {
-        const Pick last = by_unit ? Pick{share_of_key(search->key), eligible - 1 - static_cast<int32_t>(search->low)}
-                                  : Pick{share_of_key(search->low), kEveryUnit};
-        if (lane == 0) *pick = last;
-        search->stage = Stage::kDone;
-    } else if (inside <= kCandidates) {
-        search->stage = by_unit ? Stage::kListUnits : Stage::kListKeys;
-    } else if (search->last == 0) {  // one key; a unit is alone in its bin and never comes here
-        search->stage = Stage::kUnits;
-        search->key = search->low;
-        search->low = 0;
-        search->last = static_cast<uint32_t>(eligible - 1);
-        search->shift = bin_shift(search->last);
-    }
-}
-
 template <bool kHolds>
 __global__ void __launch_bounds__(kSelectThreads, 2)
     mage_row_votes_select_kernel(const __grid_constant__ RowVotesArgs args) {
@@ -281,7 +147,7 @@ __global__ void __launch_bounds__(kSelectThreads, 2)
     }
     device::dependency_wait();
     if (first_row == 0 && threadIdx.x == 0) args.tickets[head] = 0;
-    const int32_t eligible = eligible_units(args, head);
+    const int32_t eligible = eligible_units(args, head / args.num_kv_heads);
     const bool has_row = first_row + own_row < args.rows;
     Keys<kHolds> keys;
     keys.column = args.row_mass + int64_t{head} * args.units * args.rows + first_row + own_row;
@@ -342,7 +208,7 @@ __global__ void __launch_bounds__(kSelectThreads, 2)
         if (warp < kRows) {
             Search led = searches[warp];
             if (is_searching(led.stage)) {
-                narrow(bins + warp, eligible, &led, &picks[warp]);
+                narrow<kRows>(bins + warp, eligible, &led, &picks[warp]);
                 __syncwarp();  // all lanes have read what is written now
                 if (lane == 0) searches[warp] = led;
                 goes_on = is_searching(led.stage);
@@ -368,28 +234,13 @@ __global__ void __launch_bounds__(kSelectThreads, 2)
     __syncthreads();
     if (warp >= kRows || first_row + warp >= args.rows) return;
 
-    // The list is in any order; its keys with their units are all different, so the one of rank `need` is not.
-    const Stage stage = searches[warp].stage;
     Pick pick = picks[warp];
-    bool writes = lane == 0;
-    if (stage == Stage::kListKeys || stage == Stage::kListUnits) {
-        const uint32_t need = searches[warp].need;
-        const int32_t count = min(listed[warp], static_cast<uint32_t>(kCandidates));
-        writes = false;
-        for (int32_t i = lane; i < count; i += kWarp) {
-            const uint2 candidate = candidates[warp][i];
-            uint32_t rank = 1;
-            for (int32_t j = 0; j < count; ++j) {
-                const uint2 other = candidates[warp][j];
-                rank += other.x > candidate.x || (other.x == candidate.x && other.y < candidate.y);
-            }
-            if (rank == need) {
-                writes = true;
-                pick = {share_of_key(candidate.x), static_cast<int32_t>(candidate.y)};
-            }
-        }
+    const Search search = searches[warp];
+    if (search.stage == Stage::kListKeys || search.stage == Stage::kListUnits) {
+        const uint2 last = last_taken(candidates[warp], listed[warp], search.need);
+        pick = {share_of_key(last.x), static_cast<int32_t>(last.y)};
     }
-    if (writes) args.picks[int64_t{head} * args.rows + first_row + warp] = pick;
+    if (lane == 0) args.picks[int64_t{head} * args.rows + first_row + warp] = pick;
 }
 
 // --- count -----------------------------------------------------------------------------------------------------------
@@ -452,7 +303,7 @@ __global__ void __launch_bounds__(kCountThreads)
         const int2 words = __ldcg(reinterpret_cast<const int2*>(args.picks + int64_t{head} * args.rows + row));
         pick = {__int_as_float(words.x), words.y};
     }
-    const int32_t eligible = eligible_units(args, head);
+    const int32_t eligible = eligible_units(args, head / args.num_kv_heads);
     sums[thread] = make_double2(0.0, 0.0);
     int32_t union_units = 0;
     for (int32_t round = 0; round < args.rounds; ++round) {
@@ -551,6 +402,8 @@ __global__ void __launch_bounds__(kCountThreads)
 
 std::vector<KernelEntry> row_votes_kernels() {
     return {
+        {"mage_row_votes_cluster_kernel", reinterpret_cast<const void*>(&mage_row_votes_cluster_kernel),
+         kClusterThreads, sizeof(ClusterShared)},
         {"mage_row_votes_select_kernel", reinterpret_cast<const void*>(&mage_row_votes_select_kernel<true>),
          kSelectThreads, 0},
         {"mage_row_votes_select_long_kernel", reinterpret_cast<const void*>(&mage_row_votes_select_kernel<false>),
@@ -572,8 +425,9 @@ void row_votes(const RowVotesParams& p, CudaStream stream) {
     const uintptr_t past = reinterpret_cast<uintptr_t>(p.workspace) % 16;
     MAGE_CHECK(past == 0, kOp, ": workspace must be aligned to 16 bytes, got a base ", past, " bytes past it");
 
+    const core::VoteClusters clusters = core::vote_clusters(p.num_requests, p.num_units, p.num_rows);
     const core::VoteTiles tiles = core::vote_tiles(heads, p.num_units, p.num_rows);
-    const int64_t row_blocks = (p.num_rows + kRows - 1) / kRows;
+    const int64_t row_blocks = clusters.ctas > 0 ? clusters.ctas : (p.num_rows + kRows - 1) / kRows;
     MAGE_CHECK(heads * std::max(row_blocks, tiles.tiles) < (int64_t{1} << 31), kOp,
                ": row_mass must need fewer than 2^31 blocks, got ", heads * std::max(row_blocks, tiles.tiles));
     RowVotesArgs args = {};
@@ -596,9 +450,25 @@ void row_votes(const RowVotesParams& p, CudaStream stream) {
     while ((int64_t{1} << args.unit_shift) < p.granularity) ++args.unit_shift;
     args.budget = static_cast<int32_t>(std::min(p.k / p.granularity, p.num_units));
     args.row_blocks = static_cast<int32_t>(row_blocks);
+    args.share = static_cast<int32_t>(clusters.share);
     args.tiles = static_cast<int32_t>(tiles.tiles);
     args.rounds = static_cast<int32_t>(tiles.rounds);
 
+    if (clusters.ctas > 0) {
+        args.vectors = p.num_rows % 4 == 0 && reinterpret_cast<uintptr_t>(p.row_mass) % 16 == 0;
+        LaunchPlan plan;
+        plan.grid[0] = static_cast<uint32_t>(p.num_kv_heads * clusters.ctas);
+        plan.grid[1] = static_cast<uint32_t>(p.num_requests);
+        plan.block[0] = kClusterThreads;
+        plan.cluster = static_cast<uint32_t>(clusters.ctas);
+        plan.shared_bytes = sizeof(ClusterShared);
+        plan.overlap = true;
+        const void* kernel = reinterpret_cast<const void*>(&mage_row_votes_cluster_kernel);
+        core::allow_shared_memory(kOp, kernel, sizeof(ClusterShared));
+        core::allow_large_clusters(kOp, kernel);
+        core::launch(kOp, mage_row_votes_cluster_kernel, plan, stream, args);
+        return;
+    }
     LaunchPlan select;
     select.grid[0] = static_cast<uint32_t>(heads * row_blocks);
     select.block[0] = kSelectThreads;
