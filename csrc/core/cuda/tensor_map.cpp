@@ -52,4 +52,24 @@ CUtensorMap paged_pool_map(const char* op, const char* name, const PagedPool& po
     return map;
 }
 
+CUtensorMap row_mass_map(const char* op, const char* name, const float* data, const int64_t (&sizes)[4],
+                         int32_t box_rows, int32_t box_units) {
+    const cuuint64_t dimensions[4] = {static_cast<cuuint64_t>(sizes[3]), static_cast<cuuint64_t>(sizes[2]),
+                                      static_cast<cuuint64_t>(sizes[1]), static_cast<cuuint64_t>(sizes[0])};
+    cuuint64_t strides[3];
+    cuuint64_t bytes = sizeof(float);
+    for (int i = 0; i < 3; ++i) strides[i] = bytes *= dimensions[i];
+    const cuuint32_t box[4] = {static_cast<cuuint32_t>(box_rows), static_cast<cuuint32_t>(box_units), 1, 1};
+    const cuuint32_t steps[4] = {1, 1, 1, 1};
+    CUtensorMap map;
+    const CUresult result =
+        encode_function(op)(&map, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 4, const_cast<float*>(data), dimensions, strides,
+                            box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_NONE,
+                            CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    MAGE_CHECK(result == CUDA_SUCCESS, op, ": ", name, " must be a tensor that the copy engine can read, got [",
+               sizes[0], ", ", sizes[1], ", ", sizes[2], ", ", sizes[3], "] (driver error ", static_cast<int>(result),
+               ")");
+    return map;
+}
+
 }  // namespace mage::core

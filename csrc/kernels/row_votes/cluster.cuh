@@ -2,19 +2,21 @@
 
 #include "core/row_votes_tiles.h"
 #include "device/barrier.cuh"
+#include "device/tma.cuh"
 #include "kernels/row_votes/search.cuh"
 
 // Purpose   row_votes in one launch, where a cluster can hold the shares of a KV head; see mage/row_votes.h.
 // Schedule  a cluster per KV head, a CTA of 512 threads per 16 of its rows; a thread has four rows of every 128th unit.
-//           All values of the CTA are asked for at once; as they arrive, each goes to shared memory as it is, its
-//           exponential stays in a register, and so do the maxima of each quarter of the thread's units. Per row then:
-//           bound   a value that at least `budget` of the row reach: bisection for the budget-th largest of 32 maxima,
-//                   each of four threads' units, or of the 128 threads'; above 128, of the least of the maxima of their
-//                   quarters, which four values reach;
-//           list    the values that reach the bound, 22 for the 16th of 2049, where a quarter's maximum does;
-//           cut     a warp per row finds the last unit taken: by rank in a list of at most 64, by a search in bins
-//                   (search.cuh) in one of at most 320. Longer lists, of many equal shares or for large budgets, are
-//                   given up, and all threads of the CTA search their values in the same way.
+//           All values of the CTA are asked for at once, in boxes of 128 units that the copy engine writes to shared
+//           memory (where rows can't be boxes, threads read and write them); as they arrive, the exponential of each
+//           stays in a register, and so do the maxima of each quarter of the thread's units. Per row then:
+//           bound   a value that at least `budget` of the row reach: bisection for the budget-th largest of the 128
+//                   threads' maxima; above 128, of the least of the maxima of their quarters, which four values reach;
+//           list    the values that reach the bound, 18 for the 16th of 2049, where a quarter's maximum does;
+//           cut     a warp per row finds the last unit taken: by rank in a list of at most 64, by bisection in one of
+//                   at most 320, among nearly equal shares by a search in bins (search.cuh). Longer lists, of many
+//                   equal shares or for large budgets, are given up, and all threads of the CTA search their values in
+//                   the same way.
 //           Votes of the CTA's rows are bytes, units with a vote are bits. Each CTA sends its bits to every CTA of the
 //           cluster, and the bytes of each CTA's share of the units to it; then votes are stored and every CTA adds
 //           what its rows have in the union. The first CTA gets the sums of the others.
@@ -62,7 +64,7 @@ struct ClusterShared {
     Pick picks[kClusterRows];
     uint32_t bounds[kClusterRows], kept[kClusterRows], listed[kClusterRows], highest[kClusterRows];
     uint32_t chosen_from[kClusterRows];
-    alignas(8) uint64_t exchanged, summed;
+    alignas(8) uint64_t exchanged, summed, arrived[kSpans];
 
     __device__ __forceinline__ float value(uint32_t unit, uint32_t row) const {
         return reinterpret_cast<const float*>(values)[unit * kClusterRows + row];
@@ -91,29 +93,26 @@ __device__ __forceinline__ void add_vote(ClusterShared& shared, uint32_t unit, u
     atomicOr(reinterpret_cast<uint32_t*>(shared.own.taken) + unit / kWarp, 1u << (unit % kWarp));
 }
 
-// A bound that `needed` of the keys of a warp reach, and hardly more; 1 <= needed <= 32 * kKeys.
+// A bound that `needed` of the keys of a warp reach, and hardly more; at least `needed` reach `low`. Sets `exact` where
+// no more reach it.
 template <int kKeys>
-__device__ __forceinline__ uint32_t bisect(const uint32_t (&keys)[kKeys], uint32_t needed) {
-    uint32_t low = keys[0], high = keys[0];
+__device__ __forceinline__ uint32_t bisect(const uint32_t (&keys)[kKeys], uint32_t needed, uint32_t low, bool* exact) {
+    uint32_t high = keys[0];
 #pragma unroll
-    for (int i = 1; i < kKeys; ++i) {
-        low = min(low, keys[i]);
-        high = max(high, keys[i]);
-    }
-    low = __reduce_min_sync(kAllLanes, low);
+    for (int i = 1; i < kKeys; ++i) high = max(high, keys[i]);
     high = __reduce_max_sync(kAllLanes, high);
+    *exact = false;
 #pragma unroll 1
     for (int step = 0; step < kBisections && low < high; ++step) {
         const uint32_t middle = high - (high - low) / 2;
         uint32_t reached = 0;
-        if constexpr (kKeys == 1) {
-            reached = __popc(__ballot_sync(kAllLanes, keys[0] >= middle));
-        } else {
 #pragma unroll
-            for (int i = 0; i < kKeys; ++i) reached += keys[i] >= middle;
-            reached = __reduce_add_sync(kAllLanes, reached);
+        for (int i = 0; i < kKeys; ++i) reached += keys[i] >= middle ? 1u : 0u;
+        reached = __reduce_add_sync(kAllLanes, reached);
+        if (reached == needed) {
+            *exact = true;
+            return middle;
         }
-        if (reached == needed) return middle;
         if (reached > needed) {
             low = middle;
         } else {
@@ -128,6 +127,16 @@ __device__ __noinline__ uint2 search_list(ClusterShared& shared, int32_t row, ui
                                           int32_t eligible) {
     const uint32_t lane = threadIdx.x % kWarp;
     const uint2* list = shared.list[row];
+    {
+        uint32_t keys[kListed / kWarp];
+#pragma unroll
+        for (uint32_t i = 0; i < kListed / kWarp; ++i)
+            keys[i] = lane + i * kWarp < count ? list[lane + i * kWarp].x : 0u;
+        bool exact;
+        const uint32_t key = bisect(keys, need, shared.bounds[row], &exact);
+        if (exact) return make_uint2(key, static_cast<uint32_t>(kEveryUnit));
+    }
+    // Keys that are equal, or nearly so, at the end of what is taken.
     for (uint32_t i = lane; i < kBins; i += kWarp) shared.bins[i * kClusterRows + row] = 0;
     if (lane == 0) shared.chosen_from[row] = 0;
     uint32_t highest = 0;
@@ -253,8 +262,8 @@ __device__ __forceinline__ float sum_rows(float4 own) {
 }
 
 __global__ void __launch_bounds__(kClusterThreads, 1)
-    mage_row_votes_cluster_kernel(const __grid_constant__ RowVotesArgs args) {
-    extern __shared__ __align__(16) unsigned char memory[];
+    mage_row_votes_cluster_kernel(const __grid_constant__ CUtensorMap map, const __grid_constant__ RowVotesArgs args) {
+    extern __shared__ __align__(128) unsigned char memory[];
     ClusterShared& shared = *reinterpret_cast<ClusterShared*>(memory);
 
     const int32_t request = blockIdx.y;
@@ -282,6 +291,12 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
         if (args.row_mask != nullptr && row < args.rows)
             mask = args.row_mask + int64_t{request} * args.positions + row / args.group;
     }
+    if (threadIdx.x == kWarp) {
+        device::prefetch_tensor_map(&map);
+#pragma unroll 1
+        for (int i = 0; i < kSpans; ++i) device::mbarrier_init(device::shared_address(&shared.arrived[i]), 1);
+        device::mbarrier_init_fence();
+    }
     if (threadIdx.x == 0) {
         device::mbarrier_init(exchanged, 1);
         device::mbarrier_init(summed, 1);
@@ -289,24 +304,27 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
         device::mbarrier_arrive_expect(exchanged, args.row_blocks * (word_vectors + count_vectors) * 16);
         device::mbarrier_arrive_expect(summed, cta == 0 ? args.row_blocks * 8 : 0);
     }
-    __syncwarp();
+    __syncthreads();
     device::cluster_arrive_relaxed();
     device::dependency_wait();
     device::dependency_release();
 
-    // Load. Values past the last unit or row are copies of others, and are counted nowhere. The length is read last, so
-    // that no read waits for it.
+    // Load. Values past the last unit or row are zeros or copies of others, and are counted nowhere. The length is read
+    // last, so that no read waits for it.
     float4 shares[kSpans];  // log-shares at first
     const float* from = args.row_mass + int64_t{head} * units * args.rows;
     if (args.vectors) {
-        const char* bytes = reinterpret_cast<const char*>(from + min(first_row + quad * 4, args.rows - 4));
-        const uint32_t row_bytes = args.rows * 4;
-#pragma unroll
-        for (int i = 0; i < kSpans; ++i) {
-            if (i * kSpan >= units) break;
-            const uint32_t unit = min(i * kSpan + slot, units - 1);
-            shares[i] = __ldcg(reinterpret_cast<const float4*>(bytes + uint64_t{unit} * row_bytes));
+        if (threadIdx.x == kWarp) {
+#pragma unroll 1
+            for (int i = 0; i * kSpan < units; ++i) {
+                const uint32_t barrier = device::shared_address(&shared.arrived[i]);
+                device::mbarrier_arrive_expect(barrier, kClusterThreads * sizeof(float4));
+                device::copy_box(&map, device::shared_address(&shared.values[i * kClusterThreads]), barrier,
+                                 {first_row, i * kSpan, head - request * args.num_kv_heads, request},
+                                 device::kEvictNormal);
+            }
         }
+        __syncwarp();
     } else {
         const int32_t last = args.rows - 1, row = first_row + quad * 4;
 #pragma unroll
@@ -328,7 +346,13 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
     for (int i = 0; i < kSpans; ++i) {
         if (i * kSpan >= units) break;
         float4& own = shares[i];
-        shared.values[i * kClusterThreads + threadIdx.x] = own;
+        float4& value = shared.values[i * kClusterThreads + threadIdx.x];
+        if (args.vectors) {
+            device::mbarrier_wait(device::shared_address(&shared.arrived[i]), 0);
+            own = value;
+        } else {
+            value = own;
+        }
         if (i * kSpan + slot < eligible) {
             float4& top = tops[i % 4];
             top.x = fmaxf(top.x, own.x);
@@ -365,14 +389,13 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
         for (int i = 0; i < 4; ++i)
             keys[i] = share_key(reinterpret_cast<const float*>(shared.tops[lane + i * kWarp])[warp]);
         const uint32_t needed = by_quarters ? (budget + 3) / 4 : budget;
-        const uint32_t joined[1] = {max(max(keys[0], keys[1]), max(keys[2], keys[3]))};
         uint32_t bound = kAllLanes;  // above all keys, as a value NaN: the row takes nothing
         if (shared.kept[warp] != 0 && needed > 0) {
             bound = 0;
-            if (needed <= kWarp) {
-                bound = bisect(joined, needed);
-            } else if (needed <= kSpan) {
-                bound = bisect(keys, needed);
+            if (needed <= kSpan) {
+                bool exact;
+                const uint32_t least = min(min(keys[0], keys[1]), min(keys[2], keys[3]));
+                bound = bisect(keys, needed, __reduce_min_sync(kAllLanes, least), &exact);
             }
             bound = max(bound, kLeastKey);
         }
@@ -394,16 +417,32 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
             if (tops[i].z >= bound.z) wanted |= 256u << i;
             if (tops[i].w >= bound.w) wanted |= 4096u << i;
         }
+        // A warp's hits, dealt evenly to its lanes: rows that are alike hit in the same threads.
+        uint32_t end = __popc(wanted);
+        const uint32_t own_hits = end;
+#pragma unroll
+        for (int step = 1; step < kWarp; step *= 2) {
+            const uint32_t before = __shfl_up_sync(kAllLanes, end, step);
+            if (lane >= step) end += before;
+        }
+        const uint32_t hits = __shfl_sync(kAllLanes, end, kWarp - 1);
+        static_assert(sizeof(shared.bins) == sizeof(uint16_t) * 16 * kClusterThreads);  // not in use yet
+        uint16_t* queue = reinterpret_cast<uint16_t*>(shared.bins) + warp * (16 * kWarp);
 #pragma unroll 1
-        for (; wanted != 0; wanted &= wanted - 1) {
-            const int32_t at = __ffs(wanted) - 1;
-            const int32_t row = quad * 4 + at / 4;
+        for (uint32_t next = end - own_hits; wanted != 0; wanted &= wanted - 1, ++next)
+            queue[next] = static_cast<uint16_t>(lane * 16 + __ffs(wanted) - 1);
+        __syncwarp();
+#pragma unroll 1
+        for (uint32_t hit = lane; hit < hits; hit += kWarp) {
+            const int32_t at = queue[hit] % 16, from_lane = queue[hit] / 16;
+            const int32_t row = from_lane % kQuads * 4 + at / 4;
+            const int32_t first_unit = at % 4 * kSpan + (warp * kWarp + from_lane) / kQuads;
             const float row_bound = reinterpret_cast<const float*>(shared.bound_values)[row];
             constexpr int kMost = (kSpans + 3) / 4;
             float values[kMost];
 #pragma unroll
             for (int i = 0; i < kMost; ++i) {
-                const int32_t unit = (at % 4 + i * 4) * kSpan + slot;
+                const int32_t unit = first_unit + i * 4 * kSpan;
                 values[i] = unit < eligible ? shared.value(unit, row) : -INFINITY;
             }
             uint32_t found = 0;
@@ -412,7 +451,7 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
             uint32_t next = atomicAdd(&shared.listed[row], found);
 #pragma unroll
             for (int i = 0; i < kMost; ++i) {
-                const uint32_t unit = (at % 4 + i * 4) * kSpan + slot;
+                const uint32_t unit = first_unit + i * 4 * kSpan;
                 if (values[i] >= row_bound && next < kListed)
                     shared.list[row][next] = make_uint2(finite_key(values[i]), unit);
                 next += values[i] >= row_bound;
@@ -543,8 +582,9 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
         const uint32_t kept_rows = __popc(__ballot_sync(kAllLanes, row_kept && lane < kClusterRows));
         if (lane == 0) {
             const uint32_t to = device::shared_address(&shared.coverage_in[cta]);
-            device::store_cluster_async(device::cluster_address(to, 0), make_uint2(__float_as_uint(coverage), kept_rows),
-                         device::cluster_address(summed, 0));
+            device::store_cluster_async(device::cluster_address(to, 0),
+                                        make_uint2(__float_as_uint(coverage), kept_rows),
+                                        device::cluster_address(summed, 0));
         }
         if (cta > 0) return;
         device::mbarrier_wait(summed, 0);

@@ -22,6 +22,7 @@
 
 #include "core/cuda/device_info.h"
 #include "core/cuda/launch.h"
+#include "core/cuda/tensor_map.h"
 #include "core/row_votes_tiles.h"
 #include "device/barrier.cuh"
 #include "kernels/kernel_list.h"
@@ -466,7 +467,12 @@ void row_votes(const RowVotesParams& p, CudaStream stream) {
         const void* kernel = reinterpret_cast<const void*>(&mage_row_votes_cluster_kernel);
         core::allow_shared_memory(kOp, kernel, sizeof(ClusterShared));
         core::allow_large_clusters(kOp, kernel);
-        core::launch(kOp, mage_row_votes_cluster_kernel, plan, stream, args);
+        CUtensorMap map = {};
+        if (args.vectors) {
+            map = core::row_mass_map(kOp, "row_mass", p.row_mass,
+                                     {p.num_requests, p.num_kv_heads, p.num_units, p.num_rows}, kClusterRows, kSpan);
+        }
+        core::launch(kOp, mage_row_votes_cluster_kernel, plan, stream, map, args);
         return;
     }
     LaunchPlan select;

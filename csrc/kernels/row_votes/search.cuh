@@ -41,7 +41,7 @@ struct RowVotesArgs {
     int32_t budget;      // units per row
     int32_t row_blocks;  // blocks of select per head, CTAs of a cluster
     int32_t share;       // units of a CTA of a cluster
-    bool vectors;        // rows are read four at a time
+    bool vectors;        // a cluster reads its rows in boxes, not one by one
     int32_t tiles;       // blocks of count per head
     int32_t rounds;
 };
