@@ -16,7 +16,6 @@ namespace {
 
 constexpr char kOp[] = "block_attention";
 constexpr double kLog2E = 1.4426950408889634;
-constexpr int64_t kFewUnits = 132 * 16;  // half of the merge's warps: more units than that go four to a warp
 constexpr int64_t kMergePieces = 8;      // that a warp reads at once
 constexpr int32_t kMostMergeWarps = 8;   // that share a row
 constexpr int32_t kMaxBoxTokens = 64;
@@ -63,8 +62,8 @@ std::vector<KernelEntry> block_attention_kernels() {
                                variant.shared_bytes});
         }
     }
-    for (int work = 0; work < kMergeWorks; ++work) {
-        const MergeVariant& merge = merge_variant(static_cast<MergeWork>(work));
+    for (const bool mass : {false, true}) {
+        const MergeVariant& merge = merge_variant(mass);
         entries.push_back({merge.name, reinterpret_cast<const void*>(merge.merge), merge.threads, 0});
     }
     return entries;
@@ -142,11 +141,9 @@ void launch_block_attention(const char* op, const BlockAttentionParams& p, const
         args.row_mask = outputs.row_mask;
         args.score_max = outputs.score == MassScore::kMax ? 1 : 0;
     }
-    const MergeVariant& merge = merge_variant(outputs.granularity == 0              ? MergeWork::kMerge
-                                              : streams * num_units > kFewUnits ? MergeWork::kMass4
-                                                                                : MergeWork::kMass);
+    const MergeVariant& merge = merge_variant(outputs.granularity != 0);
     // Fixed splits are merged in the same order whatever else is in the batch, so by a fixed number of warps.
-    const int64_t pieces = plan.schedule.max_workers / (streams * plan.row_tiles) + 1;
+    const int64_t pieces = plan.schedule.max_workers / (streams * plan.row_tiles);
     args.merge_warps = plan.schedule.fixed ? kFixedMergeWarps : 1;
     while (!plan.schedule.fixed && args.merge_warps < kMostMergeWarps && pieces > kMergePieces * args.merge_warps) {
         args.merge_warps *= 2;
@@ -177,7 +174,7 @@ void launch_block_attention(const char* op, const BlockAttentionParams& p, const
     args.merge_blocks = static_cast<int32_t>((plan.rows + groups - 1) / groups);
     int64_t blocks = args.merge_blocks;
     if (outputs.granularity != 0) {
-        const int64_t most = (num_units + merge.warps * merge.units - 1) / (merge.warps * merge.units);
+        const int64_t most = (num_units + merge.warps - 1) / merge.warps;
         const int64_t room = std::max(kBlocksAtOnce - args.merge_blocks * streams, streams < kFewStreams ? kBlocksAtOnce / 2 : kBlocksAtOnce);
         blocks += std::min(most, (room + streams - 1) / streams);
     }

@@ -6,7 +6,8 @@
 // Schedule  grid (blocks, Hkv, B). The first merge_blocks blocks of a stream deal out its rows: merge_warps warps to a
 //           row, each over its own pieces, kInFlight of them read at once; the first warp adds the others' results in
 //           their order. The other blocks find the final sums of all rows, kParts threads to a row, and a warp of theirs
-//           adds over the rows of kUnits units at a time.
+//           adds over the rows of one unit after the other.
+//           While attention ends, a dry run that reads and writes nothing brings the instructions to the SM.
 // Memory    partial O in 24 bits, in the order of store_partial; results of the warps of a row, and the final sums, in
 //           shared memory.
 // Ceiling   reads all partial results and all unit sums once, from L2 where they fit.
@@ -16,12 +17,12 @@ namespace {
 
 constexpr int kMergeWarps = 16;
 constexpr int kMergeThreads = kMergeWarps * kWarp;
-constexpr int kInFlight = 8;  // pieces
+constexpr int kInFlight = 6;  // pieces
 constexpr int kParts = 2;     // threads that share the final sums of a row
 constexpr int kSumsInFlight = 8;  // pieces of a thread among them
 constexpr int kOwn = 4;        // elements of a lane
 constexpr int kRecord = kOwn * kWarp + 3;
-constexpr int kRows = 4;  // of a lane in the sum over rows that are read at once
+constexpr int kRows = 8;  // of a lane in the sum over rows that are read at once
 
 __device__ __forceinline__ float warp_max(float value) {
 #pragma unroll
@@ -71,11 +72,13 @@ struct Row {
     core::Pieces pieces;
     int32_t row, tile_row;
 
-    __device__ __forceinline__ Row(const AttentionArgs& a, int64_t s, int32_t r, bool empty)
+    // Of an empty request, and in a dry run, it has no pieces.
+    __device__ __forceinline__ Row(const AttentionArgs& a, int64_t s, int32_t r, bool empty, bool dry)
         : args(a), stream(s), row(r) {
         const int32_t tile = a.row_tiles == 1 ? 0 : r / a.tile_rows;
         tile_row = r - tile * a.tile_rows;
-        pieces = a.pieces[s * a.row_tiles + tile];
+        pieces = {0, 0};
+        if (!dry) pieces = a.pieces[s * a.row_tiles + tile];
         if (empty) pieces.count = 0;
     }
 
@@ -89,7 +92,8 @@ struct Row {
 };
 
 // The rows of this block whose segments are in pieces or empty: out and lse.
-__device__ __forceinline__ void merge_rows(const AttentionArgs& args, int64_t stream, bool empty, float* records) {
+__device__ __forceinline__ void merge_rows(const AttentionArgs& args, int64_t stream, bool empty, bool dry,
+                                           float* records) {
     const int32_t lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
     const int32_t group = warp / args.merge_warps, part = warp - group * args.merge_warps;
     const int32_t groups = kMergeWarps / args.merge_warps;
@@ -98,19 +102,20 @@ __device__ __forceinline__ void merge_rows(const AttentionArgs& args, int64_t st
     for (int32_t first = blockIdx.x; first < args.rows; first += args.merge_blocks * groups) {
         const int32_t index = first + group * args.merge_blocks;
         const bool there = index < args.rows;
-        const Row row(args, stream, there ? index : first, empty);
-        const bool merges = there && row.pieces.count != 1;
+        const Row row(args, stream, there ? index : first, empty, dry);
+        const bool merges = there && row.pieces.count != 1 && !dry;
         Sums sums;
         float result[kOwn] = {};
-        for (int32_t base = part; base < row.pieces.count && merges; base += kWarp * args.merge_warps) {
+        for (int32_t base = part; dry ? base == part : base < row.pieces.count && merges;
+             base += kWarp * args.merge_warps) {
             // Of the next 32 pieces of this warp, one per lane.
             const int32_t own = base + lane * args.merge_warps;
-            const float* stats = row.stats(min(own, row.pieces.count - 1));
+            const float* stats = row.stats(own);
             const float all = own < row.pieces.count ? stats[0] : -INFINITY;
-            const float own_inverse = stats[2 * args.tile_rows];
+            const float own_inverse = own < row.pieces.count ? stats[2 * args.tile_rows] : 0.0f;
             const int32_t count = min(kWarp, (row.pieces.count - base + args.merge_warps - 1) / args.merge_warps);
             float weight = 0.0f;
-            for (int32_t i = 0; i < count; i += kInFlight) {
+            for (int32_t i = 0; i == 0 || i < count; i += kInFlight) {
                 uint2 upper[kInFlight];
                 uint32_t bytes[kInFlight];
 #pragma unroll
@@ -186,22 +191,23 @@ __device__ __forceinline__ void merge_rows(const AttentionArgs& args, int64_t st
 }
 
 // log2 of what every row's shares are divided by; -inf: the row does not count. Returns how many rows count.
-__device__ __forceinline__ int32_t find_final_sums(const AttentionArgs& args, int64_t stream, float* sums) {
+__device__ __forceinline__ int32_t find_final_sums(const AttentionArgs& args, int64_t stream, bool dry, float* sums) {
     const int32_t part = threadIdx.x % kParts;
     int32_t kept = 0;
     for (int32_t base = 0; base < args.rows; base += kMergeThreads / kParts) {
         const int32_t index = base + threadIdx.x / kParts;
         bool counts = index < args.rows;
-        if (counts && args.row_mask != nullptr)
+        if (counts && args.row_mask != nullptr && !dry)
             counts = args.row_mask[blockIdx.z * args.num_queries + query_of(args, index)];
         float2 found = make_float2(-INFINITY, -INFINITY);
         if (index < args.rows) {
-            const Row row(args, stream, index, false);
+            const Row row(args, stream, index, false, dry);
             if (row.pieces.count == 1) {
                 found = reinterpret_cast<const float2*>(args.row_stats)[stream * args.rows + index];
             } else {
                 Sums own;
-                for (int32_t first = part; first < row.pieces.count; first += kParts * kSumsInFlight) {
+                for (int32_t first = part; dry ? first == part : first < row.pieces.count;
+                     first += kParts * kSumsInFlight) {
                     float all[kSumsInFlight];
                     float highest = -INFINITY, scale;
 #pragma unroll
@@ -243,101 +249,87 @@ __device__ __forceinline__ int32_t find_final_sums(const AttentionArgs& args, in
     return kept;
 }
 
-// The unit sums of a warp that are read at once: kRows rows per lane of kUnits units. Those past the end are -inf.
-template <int kUnits>
+// The sums of one unit that a warp reads at once, kRows per lane. Rows that are not there are -inf.
 struct UnitSums {
-    float values[kRows][kUnits];
+    float values[kRows];
 
-    __device__ __forceinline__ void load(const AttentionArgs& args, const float* units, int32_t base, int32_t there) {
+    __device__ __forceinline__ void load(const AttentionArgs& args, const float* unit, int32_t base, bool there) {
 #pragma unroll
         for (int i = 0; i < kRows; ++i) {
-#pragma unroll
-            for (int j = 0; j < kUnits; ++j) {
-                const int32_t row = base + i * kWarp;
-                values[i][j] = row < args.rows && j < there ? units[int64_t{j} * args.rows + row] : -INFINITY;
-            }
+            const int32_t row = base + i * kWarp;
+            values[i] = row < args.rows && there ? unit[row] : -INFINITY;
         }
     }
 };
 
-// Masses, or the rows' log-shares, of the units of this block. The first sums are asked for before the final ones are
-// found, which they are divided by.
-template <int kUnits>
-__device__ __forceinline__ void finish_units(const AttentionArgs& args, int64_t stream, int32_t length, float* sums) {
+// Masses, or the rows' log-shares, of the units of this block, a warp to a unit. The first sums are asked for before the
+// final ones are found, which they are divided by, and those of the next unit before this one's are written.
+__device__ __forceinline__ void finish_units(const AttentionArgs& args, int64_t stream, int32_t length, bool dry,
+                                             float* sums) {
     const int32_t lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-    const int32_t used = (length + (1 << args.unit_shift) - 1) >> args.unit_shift;
-    const int32_t step = (gridDim.x - args.merge_blocks) * kMergeWarps * kUnits;
-    int32_t first = ((blockIdx.x - args.merge_blocks) * kMergeWarps + warp) * kUnits;
-    float* units = args.units + (stream * args.num_units + first) * args.rows;
-    UnitSums<kUnits> own;
-    own.load(args, units, lane, args.mass == nullptr ? 0 : min(kUnits, used - first));
-    const int32_t kept = length > 0 ? find_final_sums(args, stream, sums) : 0;
+    const int32_t used = (length + (1 << args.unit_shift) - 1) >> args.unit_shift;  // units that hold a token
+    const int32_t step = (gridDim.x - args.merge_blocks) * kMergeWarps;
+    int32_t unit = (blockIdx.x - args.merge_blocks) * kMergeWarps + warp;
+    float* at = args.units + (stream * args.num_units + unit) * args.rows;
+    UnitSums own;
+    own.load(args, at, lane, args.mass != nullptr && unit < used);
+    const int32_t kept = length > 0 || dry ? find_final_sums(args, stream, dry, sums) : 0;
     const float factor = kept > 0 && args.score_max == 0 ? 1.0f / static_cast<float>(kept) : 1.0f;
-    for (; first < args.num_units; first += step, units += int64_t{step} * args.rows) {
-        const int32_t there = max(0, min(kUnits, used - first));   // units that hold a token
-        const int32_t last = min(kUnits, args.num_units - first);  // and that there is room for
+    for (; unit < args.num_units; unit += dry ? args.num_units : step, at += int64_t{step} * args.rows) {
         if (args.mass == nullptr) {
-            for (int32_t unit = 0; unit < last; ++unit) {
-                float* at = units + int64_t{unit} * args.rows;
-                for (int32_t row = lane; row < args.rows; row += kWarp) {
-                    at[row] = unit < there && sums[row] != -INFINITY ? (at[row] - sums[row]) * kLn2 : -INFINITY;
-                }
-            }
+            for (int32_t row = lane; row < args.rows && !dry; row += kWarp)
+                at[row] = unit < used && sums[row] != -INFINITY ? (at[row] - sums[row]) * kLn2 : -INFINITY;
             continue;
         }
-        float mass[kUnits] = {};
-        for (int32_t base = lane; base < args.rows && there > 0; base += kRows * kWarp) {
-            if (base > lane) own.load(args, units, base, there);
+        float mass = 0.0f;
+        for (int32_t base = lane; base < args.rows && (unit < used || dry); base += kRows * kWarp) {
+            if (base > lane) own.load(args, at, base, unit < used);
 #pragma unroll
             for (int i = 0; i < kRows; ++i) {
                 const int32_t row = base + i * kWarp;
                 const float sum = row < args.rows ? sums[row] : -INFINITY;
-                if (sum == -INFINITY) continue;
-#pragma unroll
-                for (int j = 0; j < kUnits; ++j) {
-                    const float share = exp2_fast(own.values[i][j] - sum);
-                    mass[j] = args.score_max != 0 ? fmaxf(mass[j], share) : mass[j] + share;
-                }
+                const float share = sum == -INFINITY ? 0.0f : exp2_fast(own.values[i] - sum);
+                mass = args.score_max != 0 ? fmaxf(mass, share) : mass + share;
             }
         }
-        if (first + step < args.num_units)
-            own.load(args, units + int64_t{step} * args.rows, lane, min(kUnits, used - first - step));
-#pragma unroll
-        for (int j = 0; j < kUnits; ++j) {
-            mass[j] = args.score_max != 0 ? warp_max(mass[j]) : warp_total(mass[j]);
-            if (lane == 0 && j < last) args.mass[stream * args.num_units + first + j] = mass[j] * factor;
-        }
+        if (unit + step < used) own.load(args, at + int64_t{step} * args.rows, lane, true);
+        mass = args.score_max != 0 ? warp_max(mass) : warp_total(mass);
+        if (lane == 0 && !dry) args.mass[stream * args.num_units + unit] = mass * factor;
     }
 }
 
-// kUnits: that a warp adds at once; 0: no masses.
-template <int kUnits>
+template <bool kMass>
 __global__ void __launch_bounds__(kMergeThreads, 2)
     mage_block_attention_merge_kernel(const __grid_constant__ AttentionArgs args) {
     const int64_t stream = int64_t{blockIdx.z} * args.num_kv_heads + blockIdx.y;
-    device::dependency_wait();
-    device::dependency_release();
-    const int32_t length = clamped_length(args, blockIdx.z);
-    if (kUnits == 0 || static_cast<int32_t>(blockIdx.x) < args.merge_blocks) {
-        __shared__ float records[kMergeWarps * kRecord];
-        merge_rows(args, stream, length == 0, records);
-    } else if constexpr (kUnits > 0) {
-        __shared__ float sums[kMaxUnitRows];
-        finish_units<kUnits>(args, stream, length, sums);
+#pragma unroll 1
+    for (bool dry = true;; dry = false) {
+        int32_t length = 0;
+        if (!dry) {
+            device::dependency_wait();
+            device::dependency_release();
+            length = clamped_length(args, blockIdx.z);
+        }
+        if (!kMass || static_cast<int32_t>(blockIdx.x) < args.merge_blocks) {
+            __shared__ float records[kMergeWarps * kRecord];
+            merge_rows(args, stream, length == 0, dry, records);
+        } else if constexpr (kMass) {
+            __shared__ float sums[kMaxUnitRows];
+            finish_units(args, stream, length, dry, sums);
+            if (dry) __syncthreads();  // before sums are written again
+        }
+        if (!dry) return;
     }
 }
 
 }  // namespace
 
-const MergeVariant& merge_variant(MergeWork work) {
-    static const MergeVariant variants[3] = {
-        {"mage_block_attention_merge_kernel", &mage_block_attention_merge_kernel<0>, kMergeThreads, kMergeWarps, 0},
-        {"mage_block_attention_merge_kernel_mass", &mage_block_attention_merge_kernel<1>, kMergeThreads, kMergeWarps,
-         1},
-        {"mage_block_attention_merge_kernel_mass4", &mage_block_attention_merge_kernel<4>, kMergeThreads, kMergeWarps,
-         4},
+const MergeVariant& merge_variant(bool mass) {
+    static const MergeVariant variants[2] = {
+        {"mage_block_attention_merge_kernel", &mage_block_attention_merge_kernel<false>, kMergeThreads, kMergeWarps},
+        {"mage_block_attention_merge_kernel_mass", &mage_block_attention_merge_kernel<true>, kMergeThreads, kMergeWarps},
     };
-    return variants[static_cast<int>(work)];
+    return variants[mass ? 1 : 0];
 }
 
 }  // namespace mage::cuda

@@ -21,18 +21,14 @@ struct AttentionVariant {
     int rows, ctas, keys;  // as the row shape says
 };
 
-// What the launch after attention does: merge pieces; finish masses too; the same with four units to a warp.
-enum class MergeWork { kMerge = 0, kMass = 1, kMass4 = 2 };
-constexpr int kMergeWorks = 3;
-
+// The launch after attention: merges pieces and, with masses, finishes these too.
 struct MergeVariant {
     const char* name;
     MergeKernel merge;
     int threads, warps;
-    int units;  // that a warp takes at once
 };
 
-const MergeVariant& merge_variant(MergeWork work);
+const MergeVariant& merge_variant(bool mass);
 
 const AttentionVariant& attention_variant_bf16_d128(int row_shape);
 const AttentionVariant& attention_variant_bf16_d64(int row_shape);
