@@ -17,16 +17,14 @@
 //           piece (q, lse, limits) while this one is worked on, and at last fill what lies past the last tokens.
 //             per tile:  S = K Q^T     tensor cores; tokens are the 64 rows of S, the call's rows its columns
 //                        2^(scale S - lse), added over a thread's own columns and then over four lanes
-//           One warpgroup multiplies while the other is at its exponentials: a tile's product waits for that of the
-//           tile before. No sum leaves a quad, so a token's mass
-//           does not depend on who has its tile. More than 256 rows go through in chunks, each over a short run of
-//           tiles: the thread that stored a token's sum finds it again and adds to it.
+//           S comes in two halves of columns: the product of one runs while the exponentials of the other do. No sum
+//           leaves a quad, so a token's mass does not depend on who has its tile. More than 256 rows go through in
+//           chunks, each over a short run of tiles: the thread that stored a token's sum finds it again and adds to it.
 // Memory    rows x D of Q twice, kStages x (64 tokens x D), in the 128-byte swizzle; S and each column's lse, or its
 //           sum over the tokens, in registers.
 // Sync      full_k[stage]: the producer's expectation and the copies' bytes. empty_k[stage]: the warps of the warpgroup
-//           that has the tile. full_q[buffer]: the loaders. empty_q[buffer]: all consumer warps. multiplied: the
-//           warps of a tile, once per tile. Named barriers: the loaders (all rows are there); the consumers (sums of
-//           all warps are there, and read).
+//           that has the tile. full_q[buffer]: the loaders. empty_q[buffer]: all consumer warps. Named barriers: the
+//           loaders (all rows are there); the consumers (sums of all warps are there, and read).
 // Ceiling   max(bytes of K / HBM, 2 * rows padded to 64, 128, 192, 224 or 256 * D * tokens / tensor cores, rows *
 //           tokens / 16 exponentials per clock and multiprocessor); NOTES.md has the numbers.
 namespace mage::cuda {
@@ -107,7 +105,6 @@ struct alignas(1024) TokenMassShared {
     uint2 valid[Config::kStages];  // bit i: token i of the tile counts
     uint64_t full_k[Config::kStages], empty_k[Config::kStages];
     uint64_t full_q[2], empty_q[2];
-    uint64_t multiplied;
     Piece pieces[2];
     Start start;
     Walker walkers[1 + kLoaders / kWarp];
@@ -556,8 +553,11 @@ struct Consumer {
     const int32_t own_token = thread % kWarpgroup / kWarp * 16 + lane / 4;  // of a tile, and the one 8 further on
     uint32_t buffer = 0;                                                    // of Q
 
-    float s[kRows / 2];
+    static constexpr int kHalf = kRows / 2;  // columns that are multiplied at once
+
+    float s[2][kHalf / 2];
     float columns[kRows / 4];  // this thread's: negative lse, or sums over the tokens
+    float results[4];          // sums or maxima of the thread's columns: two of each of its tokens
 
     __device__ __forceinline__ Consumer(const TokenMassArgs& a, TokenMassShared<Config>& sh) : args(a), shared(sh) {}
 
@@ -565,27 +565,26 @@ struct Consumer {
         return *reinterpret_cast<const float2*>(&shared.negative_lse[buffer][8 * i + own_column]);
     }
 
-    // S = K Q^T of a stage.
-    __device__ __forceinline__ void multiply(uint32_t stage) {
+    // A half of S = K Q^T of a stage, asynchronous.
+    __device__ __forceinline__ void start(uint32_t stage, int half) {
         const uint64_t k =
             device::swizzled_tile(device::tile_address(device::shared_address(shared.k[stage])), kAtomBytes, 16);
         const uint64_t q =
-            device::swizzled_tile(device::tile_address(device::shared_address(shared.q[buffer])), kAtomBytes, 16);
-        device::pin_registers(s);
+            device::swizzled_tile(device::tile_address(device::shared_address(shared.q[buffer])), kAtomBytes, 16) +
+            half * kHalf * kRowBytes / 16;
+        device::pin_registers(s[half]);
         device::wgmma_fence();
 #pragma unroll
         for (int i = 0; i < kDim / 16; ++i) {
             const int step = i % 4 * 32;
-            device::WgmmaScores<T, kRows>::scores(s, k + (i / 4 * (kTile * kRowBytes) + step) / 16,
+            device::WgmmaScores<T, kHalf>::scores(s[half], k + (i / 4 * (kTile * kRowBytes) + step) / 16,
                                                   q + (i / 4 * (kRows * kRowBytes) + step) / 16, i != 0);
         }
         device::wgmma_commit();
-        device::wgmma_wait<0>();
-        device::pin_registers(s);
     }
 
     // Scores of tokens that don't count, or that a row must not see, become such that their share is 0.
-    __device__ __forceinline__ void hide(const Piece& piece, int32_t tile, uint32_t valid) {
+    __device__ __forceinline__ void hide(const Piece& piece, int32_t tile, uint32_t valid, int half) {
         int32_t tokens[2];
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
@@ -593,12 +592,13 @@ struct Consumer {
             tokens[r] = counts ? token_at(args, piece.stream, tile * kTile + own_token + 8 * r) : INT32_MAX;
         }
 #pragma unroll
-        for (int i = 0; i < kRows / 8; ++i) {
-            const int2 limit = *reinterpret_cast<const int2*>(&shared.limits[buffer][8 * i + own_column]);
+        for (int i = 0; i < kHalf / 8; ++i) {
+            const int2 limit =
+                *reinterpret_cast<const int2*>(&shared.limits[buffer][half * kHalf + 8 * i + own_column]);
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
-                if (tokens[r] >= limit.x) s[4 * i + 2 * r] = args.hidden;
-                if (tokens[r] >= limit.y) s[4 * i + 2 * r + 1] = args.hidden;
+                if (tokens[r] >= limit.x) s[half][4 * i + 2 * r] = args.hidden;
+                if (tokens[r] >= limit.y) s[half][4 * i + 2 * r + 1] = args.hidden;
             }
         }
     }
@@ -618,41 +618,48 @@ struct Consumer {
         *to = value * piece.factor;
     }
 
-    __device__ __forceinline__ void add_rows(const Piece& piece, int32_t tile) {
-        float sums[4] = {};
+    __device__ __forceinline__ void add_rows(int half) {
 #pragma unroll
-        for (int i = 0; i < kRows / 8; ++i) {
+        for (int i = 0; i < kHalf / 8; ++i) {
 #pragma unroll
-            for (int j = 0; j < 4; ++j) sums[j] += share(s[4 * i + j], columns[2 * i + j % 2]);
+            for (int j = 0; j < 4; ++j)
+                results[j] += share(s[half][4 * i + j], columns[half * kHalf / 4 + 2 * i + j % 2]);
         }
-        store(piece, tile, quad_sum(sums[0] + sums[1]), quad_sum(sums[2] + sums[3]), false);
     }
 
-    __device__ __forceinline__ void find_largest(const Piece& piece, int32_t tile) {
-        float most[4] = {};
+    __device__ __forceinline__ void find_largest(int half) {
 #pragma unroll
-        for (int i = 0; i < kRows / 8; ++i) {
+        for (int i = 0; i < kHalf / 8; ++i) {
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
-                most[j] = device::max_or_nan(most[j], share(s[4 * i + j], columns[2 * i + j % 2]));
+                results[j] = device::max_or_nan(results[j],
+                                                share(s[half][4 * i + j], columns[half * kHalf / 4 + 2 * i + j % 2]));
             }
         }
-        store(piece, tile, quad_max(device::max_or_nan(most[0], most[1])),
-              quad_max(device::max_or_nan(most[2], most[3])), true);
     }
 
-    __device__ __forceinline__ void store_rows(const Piece& piece, int32_t tile) {
+    __device__ __forceinline__ void store_results(const Piece& piece, int32_t tile) {
+        if (args.mode == MassMode::kMean) {
+            store(piece, tile, quad_sum(results[0] + results[1]), quad_sum(results[2] + results[3]), false);
+        } else {
+            store(piece, tile, quad_max(device::max_or_nan(results[0], results[1])),
+                  quad_max(device::max_or_nan(results[2], results[3])), true);
+        }
+    }
+
+    __device__ __forceinline__ void store_rows(const Piece& piece, int32_t tile, int half) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const int32_t at = tile * kTile + own_token + 8 * r;
             if (at >= args.length) continue;
-            float* to =
-                args.mass + (int64_t{piece.stream} * args.length + at) * args.rows + piece.first_row + own_column;
+            const int32_t first = half * kHalf + own_column;
+            float* to = args.mass + (int64_t{piece.stream} * args.length + at) * args.rows + piece.first_row + first;
 #pragma unroll
-            for (int i = 0; i < kRows / 8; ++i) {
-                const float x = (s[4 * i + 2 * r] * args.scale_log2 + columns[2 * i]) * kLn2;
-                const float y = (s[4 * i + 2 * r + 1] * args.scale_log2 + columns[2 * i + 1]) * kLn2;
-                const int32_t left = piece.rows - 8 * i - own_column;
+            for (int i = 0; i < kHalf / 8; ++i) {
+                const int column = half * kHalf / 4 + 2 * i;
+                const float x = (s[half][4 * i + 2 * r] * args.scale_log2 + columns[column]) * kLn2;
+                const float y = (s[half][4 * i + 2 * r + 1] * args.scale_log2 + columns[column + 1]) * kLn2;
+                const int32_t left = piece.rows - 8 * i - first;
                 if (args.pairs && left > 1) {
                     *reinterpret_cast<float2*>(to + 8 * i) = make_float2(x, y);
                 } else {
@@ -663,12 +670,31 @@ struct Consumer {
         }
     }
 
-    __device__ __forceinline__ void add_tokens() {
+    __device__ __forceinline__ void add_tokens(int half) {
 #pragma unroll
-        for (int i = 0; i < kRows / 8; ++i) {
-            const float2 negative = negative_lse(i);
-            columns[2 * i] += share(s[4 * i], negative.x) + share(s[4 * i + 2], negative.x);
-            columns[2 * i + 1] += share(s[4 * i + 1], negative.y) + share(s[4 * i + 3], negative.y);
+        for (int i = 0; i < kHalf / 8; ++i) {
+            const float2 negative = negative_lse(half * kHalf / 8 + i);
+            const float* of = &s[half][4 * i];
+            columns[half * kHalf / 4 + 2 * i] += share(of[0], negative.x) + share(of[2], negative.x);
+            columns[half * kHalf / 4 + 2 * i + 1] += share(of[1], negative.y) + share(of[3], negative.y);
+        }
+    }
+
+    // Of a half whose product is there.
+    __device__ __forceinline__ void take(const Piece& piece, int32_t tile, uint32_t valid, bool hides, int half) {
+        if (hides) hide(piece, tile, valid, half);
+        switch (args.mode) {
+            case MassMode::kMean:
+                add_rows(half);
+                break;
+            case MassMode::kMax:
+                find_largest(half);
+                break;
+            case MassMode::kRows:
+                store_rows(piece, tile, half);
+                break;
+            case MassMode::kTotals:
+                add_tokens(half);
         }
     }
 
@@ -725,28 +751,22 @@ struct Consumer {
                 const uint32_t place = tiles_before + i, stage = place % Config::kStages;
                 const int32_t tile = first_tile + i;
                 device::mbarrier_wait(device::shared_address(&shared.full_k[stage]), place / Config::kStages % 2);
-                // In turn: both at once would then be at their exponentials at once, and the tensor cores idle.
-                device::mbarrier_wait(device::shared_address(&shared.multiplied), (place + 1) % 2);
-                multiply(stage);
-                release(&shared.multiplied);
+                start(stage, 0);
+                start(stage, 1);
                 const uint2 words = shared.valid[stage];
                 const uint32_t word = thread % kWarpgroup < kWarpgroup / 2 ? words.x : words.y;
                 const uint32_t valid = word >> (thread / kWarp % 2 * 16) & 0xffffu;  // of the warp's 16 tokens
+                const bool hides = valid != 0xffffu || (tile + 1) * kTile > least;
+#pragma unroll
+                for (int j = 0; j < 4; ++j) results[j] = 0.0f;
+                device::wgmma_wait<1>();
+                device::pin_registers(s[0]);
+                take(piece, tile, valid, hides, 0);
+                device::wgmma_wait<0>();
+                device::pin_registers(s[1]);
                 release(&shared.empty_k[stage]);
-                if (valid != 0xffffu || (tile + 1) * kTile > least) hide(piece, tile, valid);
-                switch (args.mode) {
-                    case MassMode::kMean:
-                        add_rows(piece, tile);
-                        break;
-                    case MassMode::kMax:
-                        find_largest(piece, tile);
-                        break;
-                    case MassMode::kRows:
-                        store_rows(piece, tile);
-                        break;
-                    case MassMode::kTotals:
-                        add_tokens();
-                }
+                take(piece, tile, valid, hides, 1);
+                if (args.mode < MassMode::kRows) store_results(piece, tile);
             }
             if (args.mode == MassMode::kTotals) store_totals(piece);
             if (last) break;
@@ -775,7 +795,6 @@ __global__ void __launch_bounds__(kThreads, 1)
             device::mbarrier_init(device::shared_address(&shared.full_q[i]), kLoaders);
             device::mbarrier_init(device::shared_address(&shared.empty_q[i]), kConsumers / kWarp);
         }
-        device::mbarrier_init(device::shared_address(&shared.multiplied), kWarpgroup / kWarp);
         device::mbarrier_init_fence();
     }
     device::dependency_wait();
