@@ -16,13 +16,12 @@ namespace {
 
 constexpr char kOp[] = "block_attention";
 constexpr double kLog2E = 1.4426950408889634;
-constexpr int64_t kMergePieces = 8;      // that a warp reads at once
+constexpr int64_t kMergePieces = 6;      // that a warp reads at once
 constexpr int32_t kMostMergeWarps = 8;   // that share a row
 constexpr int32_t kMaxBoxTokens = 64;
 constexpr int64_t kMaxGrid = 65535;
 constexpr int32_t kFixedMergeWarps = 4;
-constexpr int64_t kFewStreams = 32;
-constexpr int64_t kBlocksAtOnce = 2 * 132;  // of the merge, that run at once
+constexpr int64_t kBlocksAtOnce = 2 * 132;  // of the merge
 
 int32_t log2_of(int64_t value) {
     int32_t shift = 0;
@@ -142,11 +141,27 @@ void launch_block_attention(const char* op, const BlockAttentionParams& p, const
         args.score_max = outputs.score == MassScore::kMax ? 1 : 0;
     }
     const MergeVariant& merge = merge_variant(outputs.granularity != 0);
-    // Fixed splits are merged in the same order whatever else is in the batch, so by a fixed number of warps.
+    // Warps that share a row: the same with masses and without, so that out and lse are too. Fixed splits are merged in the
+    // same order whatever else is in the batch, so by a fixed number of warps.
     const int64_t pieces = plan.schedule.max_workers / (streams * plan.row_tiles);
-    args.merge_warps = plan.schedule.fixed ? kFixedMergeWarps : 1;
-    while (!plan.schedule.fixed && args.merge_warps < kMostMergeWarps && pieces > kMergePieces * args.merge_warps) {
-        args.merge_warps *= 2;
+    const auto merge_blocks = [&] {
+        const int64_t rows_of_block = merge.warps / args.merge_warps;
+        return (plan.rows + rows_of_block - 1) / rows_of_block;
+    };
+    args.merge_warps = kFixedMergeWarps;
+    if (!plan.schedule.fixed) {
+        args.merge_warps = 1;
+        while (args.merge_warps < kMostMergeWarps && pieces > kMergePieces * args.merge_warps) args.merge_warps *= 2;
+        while (args.merge_warps > 1 && merge_blocks() * streams > kBlocksAtOnce * 3 / 4) args.merge_warps /= 2;
+    }
+    // All blocks should run at once; those that finish masses have what the merge leaves, half of them if need be.
+    const bool finishes = outputs.granularity != 0;
+    const int64_t merge_most = args.merge_warps == 1 && finishes ? kBlocksAtOnce / 2 : kBlocksAtOnce;
+    args.merge_blocks = static_cast<int32_t>(std::min(merge_blocks(), std::max(merge_most / streams, int64_t{1})));
+    int64_t finish_blocks = 0;
+    if (finishes) {
+        finish_blocks = std::min((num_units + merge.warps - 1) / merge.warps,
+                                 std::max(kBlocksAtOnce / streams - args.merge_blocks, int64_t{1}));
     }
     MAGE_CHECK(p.num_requests <= kMaxGrid && p.num_kv_heads <= kMaxGrid, op,
                ": q and k_cache must have at most 65535 requests and KV heads on CUDA, got ", p.num_requests, " and ",
@@ -169,17 +184,8 @@ void launch_block_attention(const char* op, const BlockAttentionParams& p, const
     attention.cluster = static_cast<uint32_t>(plan.shape.ctas);
     attention.overlap = true;
     core::launch(op, variant.attention, attention, stream, args, k_map, v_map);
-    // Blocks of a stream: one for every group of warps that share a row, and with masses enough to fill the GPU.
-    const int64_t groups = merge.warps / args.merge_warps;
-    args.merge_blocks = static_cast<int32_t>((plan.rows + groups - 1) / groups);
-    int64_t blocks = args.merge_blocks;
-    if (outputs.granularity != 0) {
-        const int64_t most = (num_units + merge.warps - 1) / merge.warps;
-        const int64_t room = std::max(kBlocksAtOnce - args.merge_blocks * streams, streams < kFewStreams ? kBlocksAtOnce / 2 : kBlocksAtOnce);
-        blocks += std::min(most, (room + streams - 1) / streams);
-    }
     LaunchPlan plan_of_merge;
-    plan_of_merge.grid[0] = static_cast<uint32_t>(blocks);
+    plan_of_merge.grid[0] = static_cast<uint32_t>(args.merge_blocks + finish_blocks);
     plan_of_merge.grid[1] = static_cast<uint32_t>(p.num_kv_heads);
     plan_of_merge.grid[2] = static_cast<uint32_t>(p.num_requests);
     plan_of_merge.block[0] = static_cast<uint32_t>(merge.threads);

@@ -7,7 +7,6 @@
 //           row, each over its own pieces, kInFlight of them read at once; the first warp adds the others' results in
 //           their order. The other blocks find the final sums of all rows, kParts threads to a row, and a warp of theirs
 //           adds over the rows of one unit after the other.
-//           While attention ends, a dry run that reads and writes nothing brings the instructions to the SM.
 // Memory    partial O in 24 bits, in the order of store_partial; results of the warps of a row, and the final sums, in
 //           shared memory.
 // Ceiling   reads all partial results and all unit sums once, from L2 where they fit.
@@ -17,7 +16,7 @@ namespace {
 
 constexpr int kMergeWarps = 16;
 constexpr int kMergeThreads = kMergeWarps * kWarp;
-constexpr int kInFlight = 6;  // pieces
+constexpr int kInFlight = 8;  // pieces
 constexpr int kParts = 2;     // threads that share the final sums of a row
 constexpr int kSumsInFlight = 8;  // pieces of a thread among them
 constexpr int kOwn = 4;        // elements of a lane
@@ -72,13 +71,12 @@ struct Row {
     core::Pieces pieces;
     int32_t row, tile_row;
 
-    // Of an empty request, and in a dry run, it has no pieces.
-    __device__ __forceinline__ Row(const AttentionArgs& a, int64_t s, int32_t r, bool empty, bool dry)
+    // Of an empty request it has no pieces.
+    __device__ __forceinline__ Row(const AttentionArgs& a, int64_t s, int32_t r, bool empty)
         : args(a), stream(s), row(r) {
         const int32_t tile = a.row_tiles == 1 ? 0 : r / a.tile_rows;
         tile_row = r - tile * a.tile_rows;
-        pieces = {0, 0};
-        if (!dry) pieces = a.pieces[s * a.row_tiles + tile];
+        pieces = a.pieces[s * a.row_tiles + tile];
         if (empty) pieces.count = 0;
     }
 
@@ -92,8 +90,7 @@ struct Row {
 };
 
 // The rows of this block whose segments are in pieces or empty: out and lse.
-__device__ __forceinline__ void merge_rows(const AttentionArgs& args, int64_t stream, bool empty, bool dry,
-                                           float* records) {
+__device__ __forceinline__ void merge_rows(const AttentionArgs& args, int64_t stream, bool empty, float* records) {
     const int32_t lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
     const int32_t group = warp / args.merge_warps, part = warp - group * args.merge_warps;
     const int32_t groups = kMergeWarps / args.merge_warps;
@@ -102,12 +99,11 @@ __device__ __forceinline__ void merge_rows(const AttentionArgs& args, int64_t st
     for (int32_t first = blockIdx.x; first < args.rows; first += args.merge_blocks * groups) {
         const int32_t index = first + group * args.merge_blocks;
         const bool there = index < args.rows;
-        const Row row(args, stream, there ? index : first, empty, dry);
-        const bool merges = there && row.pieces.count != 1 && !dry;
+        const Row row(args, stream, there ? index : first, empty);
+        const bool merges = there && row.pieces.count != 1;
         Sums sums;
         float result[kOwn] = {};
-        for (int32_t base = part; dry ? base == part : base < row.pieces.count && merges;
-             base += kWarp * args.merge_warps) {
+        for (int32_t base = part; base < row.pieces.count && merges; base += kWarp * args.merge_warps) {
             // Of the next 32 pieces of this warp, one per lane.
             const int32_t own = base + lane * args.merge_warps;
             const float* stats = row.stats(own);
@@ -115,7 +111,7 @@ __device__ __forceinline__ void merge_rows(const AttentionArgs& args, int64_t st
             const float own_inverse = own < row.pieces.count ? stats[2 * args.tile_rows] : 0.0f;
             const int32_t count = min(kWarp, (row.pieces.count - base + args.merge_warps - 1) / args.merge_warps);
             float weight = 0.0f;
-            for (int32_t i = 0; i == 0 || i < count; i += kInFlight) {
+            for (int32_t i = 0; i < count; i += kInFlight) {
                 uint2 upper[kInFlight];
                 uint32_t bytes[kInFlight];
 #pragma unroll
@@ -191,23 +187,22 @@ __device__ __forceinline__ void merge_rows(const AttentionArgs& args, int64_t st
 }
 
 // log2 of what every row's shares are divided by; -inf: the row does not count. Returns how many rows count.
-__device__ __forceinline__ int32_t find_final_sums(const AttentionArgs& args, int64_t stream, bool dry, float* sums) {
+__device__ __forceinline__ int32_t find_final_sums(const AttentionArgs& args, int64_t stream, float* sums) {
     const int32_t part = threadIdx.x % kParts;
     int32_t kept = 0;
     for (int32_t base = 0; base < args.rows; base += kMergeThreads / kParts) {
         const int32_t index = base + threadIdx.x / kParts;
         bool counts = index < args.rows;
-        if (counts && args.row_mask != nullptr && !dry)
+        if (counts && args.row_mask != nullptr)
             counts = args.row_mask[blockIdx.z * args.num_queries + query_of(args, index)];
         float2 found = make_float2(-INFINITY, -INFINITY);
         if (index < args.rows) {
-            const Row row(args, stream, index, false, dry);
+            const Row row(args, stream, index, false);
             if (row.pieces.count == 1) {
                 found = reinterpret_cast<const float2*>(args.row_stats)[stream * args.rows + index];
             } else {
                 Sums own;
-                for (int32_t first = part; dry ? first == part : first < row.pieces.count;
-                     first += kParts * kSumsInFlight) {
+                for (int32_t first = part; first < row.pieces.count; first += kParts * kSumsInFlight) {
                     float all[kSumsInFlight];
                     float highest = -INFINITY, scale;
 #pragma unroll
@@ -264,8 +259,7 @@ struct UnitSums {
 
 // Masses, or the rows' log-shares, of the units of this block, a warp to a unit. The first sums are asked for before the
 // final ones are found, which they are divided by, and those of the next unit before this one's are written.
-__device__ __forceinline__ void finish_units(const AttentionArgs& args, int64_t stream, int32_t length, bool dry,
-                                             float* sums) {
+__device__ __forceinline__ void finish_units(const AttentionArgs& args, int64_t stream, int32_t length, float* sums) {
     const int32_t lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
     const int32_t used = (length + (1 << args.unit_shift) - 1) >> args.unit_shift;  // units that hold a token
     const int32_t step = (gridDim.x - args.merge_blocks) * kMergeWarps;
@@ -273,16 +267,16 @@ __device__ __forceinline__ void finish_units(const AttentionArgs& args, int64_t 
     float* at = args.units + (stream * args.num_units + unit) * args.rows;
     UnitSums own;
     own.load(args, at, lane, args.mass != nullptr && unit < used);
-    const int32_t kept = length > 0 || dry ? find_final_sums(args, stream, dry, sums) : 0;
+    const int32_t kept = length > 0 ? find_final_sums(args, stream, sums) : 0;
     const float factor = kept > 0 && args.score_max == 0 ? 1.0f / static_cast<float>(kept) : 1.0f;
-    for (; unit < args.num_units; unit += dry ? args.num_units : step, at += int64_t{step} * args.rows) {
+    for (; unit < args.num_units; unit += step, at += int64_t{step} * args.rows) {
         if (args.mass == nullptr) {
-            for (int32_t row = lane; row < args.rows && !dry; row += kWarp)
+            for (int32_t row = lane; row < args.rows; row += kWarp)
                 at[row] = unit < used && sums[row] != -INFINITY ? (at[row] - sums[row]) * kLn2 : -INFINITY;
             continue;
         }
         float mass = 0.0f;
-        for (int32_t base = lane; base < args.rows && (unit < used || dry); base += kRows * kWarp) {
+        for (int32_t base = lane; base < args.rows && unit < used; base += kRows * kWarp) {
             if (base > lane) own.load(args, at, base, unit < used);
 #pragma unroll
             for (int i = 0; i < kRows; ++i) {
@@ -294,7 +288,7 @@ __device__ __forceinline__ void finish_units(const AttentionArgs& args, int64_t 
         }
         if (unit + step < used) own.load(args, at + int64_t{step} * args.rows, lane, true);
         mass = args.score_max != 0 ? warp_max(mass) : warp_total(mass);
-        if (lane == 0 && !dry) args.mass[stream * args.num_units + unit] = mass * factor;
+        if (lane == 0) args.mass[stream * args.num_units + unit] = mass * factor;
     }
 }
 
@@ -302,23 +296,15 @@ template <bool kMass>
 __global__ void __launch_bounds__(kMergeThreads, 2)
     mage_block_attention_merge_kernel(const __grid_constant__ AttentionArgs args) {
     const int64_t stream = int64_t{blockIdx.z} * args.num_kv_heads + blockIdx.y;
-#pragma unroll 1
-    for (bool dry = true;; dry = false) {
-        int32_t length = 0;
-        if (!dry) {
-            device::dependency_wait();
-            device::dependency_release();
-            length = clamped_length(args, blockIdx.z);
-        }
-        if (!kMass || static_cast<int32_t>(blockIdx.x) < args.merge_blocks) {
-            __shared__ float records[kMergeWarps * kRecord];
-            merge_rows(args, stream, length == 0, dry, records);
-        } else if constexpr (kMass) {
-            __shared__ float sums[kMaxUnitRows];
-            finish_units(args, stream, length, dry, sums);
-            if (dry) __syncthreads();  // before sums are written again
-        }
-        if (!dry) return;
+    device::dependency_wait();
+    device::dependency_release();
+    const int32_t length = clamped_length(args, blockIdx.z);
+    if (!kMass || static_cast<int32_t>(blockIdx.x) < args.merge_blocks) {
+        __shared__ float records[kMergeWarps * kRecord];
+        merge_rows(args, stream, length == 0, records);
+    } else if constexpr (kMass) {
+        __shared__ float sums[kMaxUnitRows];
+        finish_units(args, stream, length, sums);
     }
 }
 
