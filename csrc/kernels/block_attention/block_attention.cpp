@@ -16,8 +16,8 @@ namespace {
 
 constexpr char kOp[] = "block_attention";
 constexpr double kLog2E = 1.4426950408889634;
-constexpr int64_t kMergePieces = 8;      // that a warp reads at once
-constexpr int32_t kMostMergeWarps = 8;   // that share a row
+constexpr int64_t kMergePieces = 8;     // that a warp reads at once
+constexpr int32_t kMostMergeWarps = 8;  // that share a row
 constexpr int32_t kMaxBoxTokens = 64;
 constexpr int64_t kMaxGrid = 65535;
 constexpr int32_t kFixedMergeWarps = 4;
@@ -93,7 +93,8 @@ void launch_block_attention(const char* op, const BlockAttentionParams& p, const
         outputs.granularity == 0 ? 0 : (p.max_seq_len + outputs.granularity - 1) / outputs.granularity;
     AttentionArgs args = {};
     args.schedule = plan.schedule;
-    const auto units = static_cast<int32_t>(most_units / std::max(p.num_requests * args.schedule.segments_per_request, int64_t{1}));
+    const auto units =
+        static_cast<int32_t>(most_units / std::max(p.num_requests * args.schedule.segments_per_request, int64_t{1}));
     const int32_t most = core::aligned_units(plan.schedule, static_cast<int32_t>(most_units), [&](int32_t t) {
         return plan.schedule.num_requests * plan.schedule.segments_per_request * core::ceil_div(units, t);
     });
@@ -175,7 +176,8 @@ void launch_block_attention(const char* op, const BlockAttentionParams& p, const
     int64_t blocks = args.merge_blocks;
     if (outputs.granularity != 0) {
         const int64_t most = (num_units + merge.warps - 1) / merge.warps;
-        const int64_t room = std::max(kBlocksAtOnce - args.merge_blocks * streams, streams < kFewStreams ? kBlocksAtOnce / 2 : kBlocksAtOnce);
+        const int64_t room = std::max(kBlocksAtOnce - args.merge_blocks * streams,
+                                      streams < kFewStreams ? kBlocksAtOnce / 2 : kBlocksAtOnce);
         blocks += std::min(most, (room + streams - 1) / streams);
     }
     LaunchPlan plan_of_merge;

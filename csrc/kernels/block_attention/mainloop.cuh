@@ -175,7 +175,8 @@ __device__ __forceinline__ bool aligned_piece(const AttentionArgs& args, int32_t
 }
 
 // The first piece of a worker that takes units in a row, and the walk to the next; one warp.
-__device__ __forceinline__ bool balanced_piece(const AttentionArgs& args, const Share& share, Walk* walk, Piece* piece) {
+__device__ __forceinline__ bool balanced_piece(const AttentionArgs& args, const Share& share, Walk* walk,
+                                               Piece* piece) {
     const core::Schedule& s = args.schedule;
     const int32_t lane = threadIdx.x % kWarp;
     const int32_t begin = walk->at;
@@ -240,8 +241,8 @@ __device__ __forceinline__ void find_start(const AttentionArgs& args, int32_t wo
     }
 }
 
-// Before the launches ahead are known to be complete: brings what the worker's piece will need into L2, by the guess that
-// all requests are as long as they may be, so that lengths, pages and Q are not waited for one after the other.
+// Before the launches ahead are known to be complete: brings what the worker's piece will need into L2, by the guess
+// that all requests are as long as they may be, so that lengths, pages and Q are not waited for one after the other.
 template <typename Config>
 __device__ __forceinline__ void prefetch_first(const AttentionArgs& args, int32_t worker) {
     const core::Schedule& s = args.schedule;
@@ -254,10 +255,10 @@ __device__ __forceinline__ void prefetch_first(const AttentionArgs& args, int32_
         constexpr int32_t kEntries = 32;  // of a line
         const int32_t units = core::units_of(s, args.max_seq_len), part = worker - index * args.guess_workers;
         const int32_t first = core::first_unit(units, args.guess_workers, part) * s.unit_tokens;
-        const int32_t last = min(args.max_seq_len, core::first_unit(units, args.guess_workers, part + 1) * s.unit_tokens) - 1;
+        const int32_t last =
+            min(args.max_seq_len, core::first_unit(units, args.guess_workers, part + 1) * s.unit_tokens) - 1;
         const int32_t page = (first >> args.page_shift) + thread * kEntries;
-        if (page <= last >> args.page_shift)
-            device::prefetch_l2(args.block_table + request * args.stride_table + page);
+        if (page <= last >> args.page_shift) device::prefetch_l2(args.block_table + request * args.stride_table + page);
     } else {
         constexpr int32_t kLines = (Config::kDim * 2 + 127) / 128;  // of a row
         const int32_t kv_head = args.row_tiles == 1 ? segment : segment / args.row_tiles;
@@ -267,10 +268,9 @@ __device__ __forceinline__ void prefetch_first(const AttentionArgs& args, int32_
             const int32_t row = first_row + i / kLines;
             if (row >= args.rows) break;
             const int32_t query = query_of(args, row);
-            device::prefetch_l2(static_cast<const uint16_t*>(args.q) + request * args.stride_q_request +
-                                query * args.stride_q_query +
-                                (int64_t{kv_head} * args.group + row - query * args.group) * args.stride_q_head +
-                                i % kLines * 64);
+            device::prefetch_l2(
+                static_cast<const uint16_t*>(args.q) + request * args.stride_q_request + query * args.stride_q_query +
+                (int64_t{kv_head} * args.group + row - query * args.group) * args.stride_q_head + i % kLines * 64);
         }
     }
 }
@@ -676,11 +676,11 @@ struct Consumer {
         unit_at += unit_step;
     }
 
-    // Turns S into P, in 16 bits, and adds up its sums; keeps the block sums for emit_units. Exponents are taken against a
-    // reference that follows a row's maximum only when that has grown by more than 2^kSlack: terms stay below 2^kSlack,
-    // which 16-bit P and float32 sums hold as well as 1. So most tiles need no maximum, only the knowledge that nothing
-    // exceeds the slack, which one integer maximum over both rows gives: what is above a positive number is above it as
-    // an integer too, and what is negative is below it.
+    // Turns S into P, in 16 bits, and adds up its sums; keeps the block sums for emit_units. Exponents are taken
+    // against a reference that follows a row's maximum only when that has grown by more than 2^kSlack: terms stay below
+    // 2^kSlack, which 16-bit P and float32 sums hold as well as 1. So most tiles need no maximum, only the knowledge
+    // that nothing exceeds the slack, which one integer maximum over both rows gives: what is above a positive number
+    // is above it as an integer too, and what is negative is below it.
     __device__ __forceinline__ void softmax(int32_t token) {
         constexpr float kSlack = 8.0f;
         const bool unseen[2] = {reference[0] == -INFINITY, reference[1] == -INFINITY};
@@ -690,7 +690,8 @@ struct Consumer {
         for (int i = 0; i < kKeys / 2; i += 2) {
             s[i] = fmaf(s[i], args.scale_log2, -base[i / 2 % 2]);
             s[i + 1] = fmaf(s[i + 1], args.scale_log2, -base[i / 2 % 2]);
-            highest_bits[i / 2 % 4] = __vimax3_s32(highest_bits[i / 2 % 4], __float_as_int(s[i]), __float_as_int(s[i + 1]));
+            highest_bits[i / 2 % 4] =
+                __vimax3_s32(highest_bits[i / 2 % 4], __float_as_int(s[i]), __float_as_int(s[i + 1]));
         }
         const int32_t highest = max(__vimax3_s32(highest_bits[0], highest_bits[1], highest_bits[2]), highest_bits[3]);
         if (__any_sync(~0u, highest > __float_as_int(kSlack) || unseen[0] || unseen[1])) rebase(kSlack);
@@ -717,8 +718,8 @@ struct Consumer {
         prefix_sum[1] += added[1];
     }
 
-    // Moves the references of rows that have grown too far, or have seen nothing so far, to their maximum, and everything
-    // that was counted from the old ones along.
+    // Moves the references of rows that have grown too far, or have seen nothing so far, to their maximum, and
+    // everything that was counted from the old ones along.
     __device__ __forceinline__ void rebase(float slack) {
         float scale[2];
 #pragma unroll
@@ -786,9 +787,9 @@ struct Consumer {
     }
 
     // Of one row: the upper 24 bits of each float32, 2^-15 of a value, which is nothing beside the rounding of P and of
-    // out. First the upper 16 of all columns, then the 8 below them. The pairs of columns that a lane of the quad holds of
-    // blocks of eight lie together, so that it writes 16 bytes at once: in units of elements, 32 b + 8 (lane % 4) + 2 i + j
-    // is column 32 b + 8 i + 2 (lane % 4) + j, in both halves.
+    // out. First the upper 16 of all columns, then the 8 below them. The pairs of columns that a lane of the quad holds
+    // of blocks of eight lie together, so that it writes 16 bytes at once: in units of elements, 32 b + 8 (lane % 4) +
+    // 2 i + j is column 32 b + 8 i + 2 (lane % 4) + j, in both halves.
     __device__ __forceinline__ void store_partial(int r, float inverse, float log2_all, float log2_below) const {
         if (row_of(r) >= args.rows) return;
         const int32_t tile_row = row_of(r) - piece.row_tile * Config::kTileRows;
@@ -849,8 +850,8 @@ struct Consumer {
                 device::mbarrier_wait(device::shared_address(&shared.full_v[v_ring.stage]), v_ring.parity);
                 if (token + kKeys >= token_end) break;
                 device::mbarrier_wait(device::shared_address(&shared.full_k[k_ring.stage]), k_ring.parity);
-                // P V of this tile, then S of the next. The tensor cores take P from registers, so that issuing P V lasts
-                // about as long as it does: S comes last, that other work of this warpgroup may run beside it.
+                // P V of this tile, then S of the next. The tensor cores take P from registers, so that issuing P V
+                // lasts about as long as it does: S comes last, that other work of this warpgroup may run beside it.
                 if (kTurns) device::named_barrier(kTurnBarrier + warpgroup, kTurnThreads);
                 start_values(v_ring.stage);
                 start_scores(k_ring.stage);

@@ -5,9 +5,9 @@
 //           sums, whose last factor is the final lse: share[r, j] = 2^(unit[j, r] - log2 sum[r]).
 // Schedule  grid (blocks, Hkv, B). The first merge_blocks blocks of a stream deal out its rows: merge_warps warps to a
 //           row, each over its own pieces, kInFlight of them read at once; the first warp adds the others' results in
-//           their order. The other blocks find the final sums of all rows, kParts threads to a row, and a warp of theirs
-//           adds over the rows of one unit after the other.
-//           While attention ends, a dry run that reads and writes nothing brings the instructions to the SM.
+//           their order. The other blocks find the final sums of all rows, kParts threads to a row, and a warp of
+//           theirs adds over the rows of one unit after the other. While attention ends, a dry run that reads and
+//           writes nothing brings the instructions to the SM.
 // Memory    partial O in 24 bits, in the order of store_partial; results of the warps of a row, and the final sums, in
 //           shared memory.
 // Ceiling   reads all partial results and all unit sums once, from L2 where they fit.
@@ -17,10 +17,10 @@ namespace {
 
 constexpr int kMergeWarps = 16;
 constexpr int kMergeThreads = kMergeWarps * kWarp;
-constexpr int kInFlight = 6;  // pieces
-constexpr int kParts = 2;     // threads that share the final sums of a row
+constexpr int kInFlight = 6;      // pieces
+constexpr int kParts = 2;         // threads that share the final sums of a row
 constexpr int kSumsInFlight = 8;  // pieces of a thread among them
-constexpr int kOwn = 4;        // elements of a lane
+constexpr int kOwn = 4;           // elements of a lane
 constexpr int kRecord = kOwn * kWarp + 3;
 constexpr int kRows = 8;  // of a lane in the sum over rows that are read at once
 
@@ -124,7 +124,8 @@ __device__ __forceinline__ void merge_rows(const AttentionArgs& args, int64_t st
                     bytes[j] = 0;
                     if (i + j < count && owns) {
                         const int64_t slot = row.slot(base + (i + j) * args.merge_warps);
-                        const uint8_t* from = args.partial + (slot * args.tile_rows + row.tile_row) * (3 * args.head_dim);
+                        const uint8_t* from =
+                            args.partial + (slot * args.tile_rows + row.tile_row) * (3 * args.head_dim);
                         upper[j] = reinterpret_cast<const uint2*>(from)[lane];
                         bytes[j] = reinterpret_cast<const uint32_t*>(from + 2 * args.head_dim)[lane];
                     }
@@ -178,9 +179,9 @@ __device__ __forceinline__ void merge_rows(const AttentionArgs& args, int64_t st
         if (owns) {
             // Elements 4 lane .. 4 lane + 3 of the order in which store_partial leaves them: two pairs of columns.
             const int32_t column = lane / 8 * 32 + lane % 2 * 16 + lane / 2 % 4 * 2;
-            uint32_t* out = static_cast<uint32_t*>(args.out) +
-                            (((int64_t{request} * args.num_queries + query) * args.num_heads + head) * args.head_dim +
-                             column) / 2;
+            uint32_t* out =
+                static_cast<uint32_t*>(args.out) +
+                (((int64_t{request} * args.num_queries + query) * args.num_heads + head) * args.head_dim + column) / 2;
             out[0] = pack_as(result[0] * inverse, result[1] * inverse, args.is_half);
             out[4] = pack_as(result[2] * inverse, result[3] * inverse, args.is_half);
         }
@@ -230,8 +231,8 @@ __device__ __forceinline__ int32_t find_final_sums(const AttentionArgs& args, in
                 const uint32_t mask = ((1u << kParts) - 1) << (threadIdx.x % kWarp / kParts * kParts);
 #pragma unroll
                 for (int step = 1; step < kParts; step *= 2) {
-                    const Sums other = {__shfl_xor_sync(mask, own.reference, step), __shfl_xor_sync(mask, own.all, step),
-                                        __shfl_xor_sync(mask, own.below, step)};
+                    const Sums other = {__shfl_xor_sync(mask, own.reference, step),
+                                        __shfl_xor_sync(mask, own.all, step), __shfl_xor_sync(mask, own.below, step)};
                     float scale;
                     const float from = own.rebase(other.reference, &scale);
                     const float share = exp2_fast(other.reference - from);
@@ -262,8 +263,8 @@ struct UnitSums {
     }
 };
 
-// Masses, or the rows' log-shares, of the units of this block, a warp to a unit. The first sums are asked for before the
-// final ones are found, which they are divided by, and those of the next unit before this one's are written.
+// Masses, or the rows' log-shares, of the units of this block, a warp to a unit. The first sums are asked for before
+// the final ones are found, which they are divided by, and those of the next unit before this one's are written.
 __device__ __forceinline__ void finish_units(const AttentionArgs& args, int64_t stream, int32_t length, bool dry,
                                              float* sums) {
     const int32_t lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -327,7 +328,8 @@ __global__ void __launch_bounds__(kMergeThreads, 2)
 const MergeVariant& merge_variant(bool mass) {
     static const MergeVariant variants[2] = {
         {"mage_block_attention_merge_kernel", &mage_block_attention_merge_kernel<false>, kMergeThreads, kMergeWarps},
-        {"mage_block_attention_merge_kernel_mass", &mage_block_attention_merge_kernel<true>, kMergeThreads, kMergeWarps},
+        {"mage_block_attention_merge_kernel_mass", &mage_block_attention_merge_kernel<true>, kMergeThreads,
+         kMergeWarps},
     };
     return variants[mass ? 1 : 0];
 }
