@@ -4,6 +4,7 @@
 #include <cuda_fp16.h>
 
 #include "device/barrier.cuh"
+#include "device/math.cuh"
 #include "device/tma.cuh"
 #include "device/wgmma.cuh"
 #include "kernels/block_attention/arguments.h"
@@ -416,21 +417,6 @@ __device__ __forceinline__ uint32_t pack(float low, float high, __half) {
     return *reinterpret_cast<const uint32_t*>(&both);
 }
 
-__device__ __forceinline__ float exp2_fast(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-__device__ __forceinline__ float log2_fast(float x) {
-    float y;
-    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-__device__ __forceinline__ float quad_sum(float x) {
-    x += __shfl_xor_sync(~0u, x, 1);
-    return x + __shfl_xor_sync(~0u, x, 2);
-}
-
 template <typename Config>
 struct Consumer {
     using T = typename Config::T;
@@ -639,7 +625,7 @@ struct Consumer {
         const bool second = (lane & 2) != 0, lower = (lane & 1) != 0;
         total += __shfl_xor_sync(~0u, other, 1);
         if (emits && offset + (second ? 1 : 0) < left) {
-            unit_at[int64_t{offset} * args.rows] = log2_fast(total) + (lower ? reference[1] : reference[0]);
+            unit_at[int64_t{offset} * args.rows] = device::log2_fast(total) + (lower ? reference[1] : reference[0]);
         }
     }
 
@@ -699,7 +685,7 @@ struct Consumer {
 #pragma unroll
         for (int i = 0; i < kBlocks; ++i) {
 #pragma unroll
-            for (int j = 8 * i; j < 8 * i + 8; ++j) s[j] = exp2_fast(s[j]);
+            for (int j = 8 * i; j < 8 * i + 8; ++j) s[j] = device::exp2_fast(s[j]);
             blocks[0][i] = (s[8 * i] + s[8 * i + 1]) + (s[8 * i + 4] + s[8 * i + 5]);
             blocks[1][i] = (s[8 * i + 2] + s[8 * i + 3]) + (s[8 * i + 6] + s[8 * i + 7]);
             added[0] += blocks[0][i];
@@ -732,7 +718,7 @@ struct Consumer {
             const bool unseen = reference[r] == -INFINITY;
             const bool moves = unseen ? highest != -INFINITY : highest > slack;
             const float by = moves ? highest : 0.0f;
-            scale[r] = exp2_fast(-by);
+            scale[r] = device::exp2_fast(-by);
             reference[r] = unseen ? (moves ? highest : -INFINITY) : reference[r] + by;
             if (unseen) scale[r] = 1.0f;  // of nothing
 #pragma unroll
@@ -761,10 +747,10 @@ struct Consumer {
         const int64_t stream = int64_t{piece.request} * args.num_kv_heads + piece.kv_head;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            const float all = quad_sum(sum[r]);
-            const float below = quad_sum(prefix_sum[r]);
-            const float log2_all = all == 0.0f ? -INFINITY : reference[r] + log2_fast(all);
-            const float log2_below = below == 0.0f ? -INFINITY : reference[r] + log2_fast(below);
+            const float all = device::quad_sum(sum[r]);
+            const float below = device::quad_sum(prefix_sum[r]);
+            const float log2_all = all == 0.0f ? -INFINITY : reference[r] + device::log2_fast(all);
+            const float log2_below = below == 0.0f ? -INFINITY : reference[r] + device::log2_fast(below);
             const float inverse = all == 0.0f ? 0.0f : __fdividef(1.0f, all);  // NaN stays
             if (piece.slot >= 0) {
                 store_partial(r, inverse, log2_all, log2_below);

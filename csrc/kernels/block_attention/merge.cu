@@ -51,7 +51,7 @@ struct Sums {
     __device__ __forceinline__ float rebase(float highest, float* scale) {
         const float next = fmaxf(reference, highest);
         const float base = next == -INFINITY ? 0.0f : next;
-        *scale = exp2_fast(reference - base);
+        *scale = device::exp2_fast(reference - base);
         reference = next;
         all *= *scale;
         below *= *scale;
@@ -133,7 +133,7 @@ __device__ __forceinline__ void merge_rows(const AttentionArgs& args, int64_t st
                 if (i == 0) {
                     float scale;
                     const float from = sums.rebase(warp_max(all), &scale);
-                    weight = exp2_fast(all - from);
+                    weight = device::exp2_fast(all - from);
                     sums.all += warp_total(weight);
                     weight = all == -INFINITY ? 0.0f : weight * own_inverse;
 #pragma unroll
@@ -166,7 +166,7 @@ __device__ __forceinline__ void merge_rows(const AttentionArgs& args, int64_t st
                 const float* other = own + i * kRecord;
                 float scale;
                 const float from = sums.rebase(other[kOwn * kWarp], &scale);
-                const float share = exp2_fast(other[kOwn * kWarp] - from);
+                const float share = device::exp2_fast(other[kOwn * kWarp] - from);
                 sums.all += share * other[kOwn * kWarp + 1];
 #pragma unroll
                 for (int e = 0; e < kOwn; ++e) result[e] = result[e] * scale + share * other[e * kWarp + lane];
@@ -219,12 +219,14 @@ __device__ __forceinline__ int32_t find_final_sums(const AttentionArgs& args, in
                     }
                     const float from = own.rebase(highest, &scale);
 #pragma unroll
-                    for (int i = 0; i < kSumsInFlight; ++i) own.all += exp2_fast(all[i] - from);
+                    for (int i = 0; i < kSumsInFlight; ++i) own.all += device::exp2_fast(all[i] - from);
                     if (args.prefix_lens == nullptr) continue;
 #pragma unroll
                     for (int i = 0; i < kSumsInFlight; ++i) {
                         const int32_t piece = first + i * kParts;
-                        if (piece < row.pieces.count) own.below += exp2_fast(row.stats(piece)[args.tile_rows] - from);
+                        if (piece < row.pieces.count) {
+                            own.below += device::exp2_fast(row.stats(piece)[args.tile_rows] - from);
+                        }
                     }
                 }
                 // The parts of a row are neighbours in a warp, and all of them are here or none.
@@ -235,7 +237,7 @@ __device__ __forceinline__ int32_t find_final_sums(const AttentionArgs& args, in
                                         __shfl_xor_sync(mask, own.all, step), __shfl_xor_sync(mask, own.below, step)};
                     float scale;
                     const float from = own.rebase(other.reference, &scale);
-                    const float share = exp2_fast(other.reference - from);
+                    const float share = device::exp2_fast(other.reference - from);
                     own.all += share * other.all;
                     own.below += share * other.below;
                 }
@@ -289,7 +291,7 @@ __device__ __forceinline__ void finish_units(const AttentionArgs& args, int64_t 
             for (int i = 0; i < kRows; ++i) {
                 const int32_t row = base + i * kWarp;
                 const float sum = row < args.rows ? sums[row] : -INFINITY;
-                const float share = sum == -INFINITY ? 0.0f : exp2_fast(own.values[i] - sum);
+                const float share = sum == -INFINITY ? 0.0f : device::exp2_fast(own.values[i] - sum);
                 mass = args.score_max != 0 ? fmaxf(mass, share) : mass + share;
             }
         }

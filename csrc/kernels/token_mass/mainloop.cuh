@@ -141,11 +141,6 @@ __device__ __forceinline__ int32_t warp_sum(int32_t value) {
     return value;
 }
 
-__device__ __forceinline__ float quad_sum(float x) {
-    x += __shfl_xor_sync(~0u, x, 1);
-    return x + __shfl_xor_sync(~0u, x, 2);
-}
-
 __device__ __forceinline__ float quad_max(float x) {
     x = device::max_or_nan(x, __shfl_xor_sync(~0u, x, 1));
     return device::max_or_nan(x, __shfl_xor_sync(~0u, x, 2));
@@ -640,7 +635,8 @@ struct Consumer {
 
     __device__ __forceinline__ void store_results(const Piece& piece, int32_t tile) {
         if (args.mode == MassMode::kMean) {
-            store(piece, tile, quad_sum(results[0] + results[1]), quad_sum(results[2] + results[3]), false);
+            store(piece, tile, device::quad_sum(results[0] + results[1]), device::quad_sum(results[2] + results[3]),
+                  false);
         } else {
             store(piece, tile, quad_max(device::max_or_nan(results[0], results[1])),
                   quad_max(device::max_or_nan(results[2], results[3])), true);
