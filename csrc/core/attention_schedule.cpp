@@ -9,7 +9,7 @@ namespace mage::core {
 
 namespace {
 
-constexpr int64_t kMinKeys = 128;  // tokens that a worker should have: below, its result costs more
+constexpr int64_t kMinKeys = 128;    // tokens that a worker should have: below, its result costs more
 constexpr int64_t kPieceKeys = 384;  // as many tokens as take as long as starting and ending a piece
 
 }  // namespace

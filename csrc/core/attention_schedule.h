@@ -8,13 +8,16 @@
 // (tests, plans), in the attention kernel and in the merge.
 //
 // A segment is one row tile of one (request, KV head): its stream is cut into units of one tile of keys.
-//   aligned   every segment has workers of its own, as many as it has times a number of units, the last fraction included,
+//   aligned   every segment has workers of its own, as many as it has times a number of units, the last fraction
+//   included,
 //             and they share its units evenly: a worker has one piece. That number is the least with which the workers
 //             suffice.
-//   balanced  where that is much more than an even share of all units: every worker takes as many units in a row, or one
-//             more, whatever they belong to, so that it holds whole segments and at most two pieces: the end of one, the
-//             start of another.
-//   fixed     a unit is a split, and a piece is always one unit, whoever takes it: results then depend on nothing but the
+//   balanced  where that is much more than an even share of all units: every worker takes as many units in a row, or
+//   one
+//             more, whatever they belong to, so that it holds whole segments and at most two pieces: the end of one,
+//             the start of another.
+//   fixed     a unit is a split, and a piece is always one unit, whoever takes it: results then depend on nothing but
+//   the
 //             request itself.
 #if defined(__CUDACC__)
 #define MAGE_BOTH __host__ __device__ __forceinline__

@@ -123,10 +123,10 @@ __device__ __forceinline__ void store_cluster_async(uint32_t address, uint4 valu
 }
 
 __device__ __forceinline__ void store_cluster_async(uint32_t address, uint2 value, uint32_t barrier) {
-    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::"r"(
-                     address),
-                 "r"(value.x), "r"(value.y), "r"(barrier)
-                 : "memory");
+    asm volatile(
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::"r"(address),
+        "r"(value.x), "r"(value.y), "r"(barrier)
+        : "memory");
 }
 
 // Asks for the line of 128 bytes at an address, which must be one of a tensor, to be brought into L2.

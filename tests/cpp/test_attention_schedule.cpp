@@ -214,10 +214,10 @@ TEST(AttentionSchedule, EveryUnitHasOneWorkerInRandomBatches) {
         const auto longest = static_cast<int32_t>(1 + random() % (i % 7 == 0 ? 30000 : 700));
         for (int32_t& len : lens) len = random() % 4 == 0 ? 0 : static_cast<int32_t>(random() % (longest + 1));
         const int32_t tiles[] = {64, 128, 192, 320};
-        const core::Schedule s = make_schedule(lens.size(), static_cast<int32_t>(1 + random() % 12),
-                                               tiles[random() % 4], static_cast<int32_t>(1 + random() % 132),
-                                               static_cast<int32_t>(1 + random() % 4), random() % 3 == 0,
-                                               static_cast<int32_t>(random() % 7));
+        const core::Schedule s =
+            make_schedule(lens.size(), static_cast<int32_t>(1 + random() % 12), tiles[random() % 4],
+                          static_cast<int32_t>(1 + random() % 132), static_cast<int32_t>(1 + random() % 4),
+                          random() % 3 == 0, static_cast<int32_t>(random() % 7));
         expect_sound(s, lens, longest);
         if (HasFatalFailure()) return;
     }

@@ -10,7 +10,7 @@ namespace mage::cuda {
 struct AttentionArgs {
     core::Schedule schedule;
     int32_t guess_workers;  // of a segment, if all requests are as long as they may be; 0: the guess is not worth it
-    const void* q;  // [B, Q, H, D]
+    const void* q;          // [B, Q, H, D]
     int64_t stride_q_request, stride_q_query, stride_q_head;
     const int32_t* block_table;
     int64_t stride_table;
@@ -33,7 +33,8 @@ struct AttentionArgs {
     float* lse;  // [B, H, Q]
 
     uint8_t* partial;      // [slots, tile rows, 3 D]: O, unnormalised, as store_partial says
-    float* partial_rows;   // [slots, 3, tile rows]: log2 of the piece's sums, all and below P; what O is divided by, inverted
+    float* partial_rows;   // [slots, 3, tile rows]: log2 of the piece's sums, all and below P; what O is divided by,
+                           // inverted
     core::Pieces* pieces;  // [B * Hkv * row tiles]; not written for empty requests
     float* row_stats;      // [B * Hkv, R, 2]: log2 of the sums, all and below P, of segments that are not in pieces
     float* units;          // [B * Hkv, n, R]: log2 of unit sums; null: no masses

@@ -16,8 +16,8 @@ namespace {
 
 constexpr char kOp[] = "block_attention";
 constexpr double kLog2E = 1.4426950408889634;
-constexpr int64_t kMergePieces = 6;      // that a warp reads at once
-constexpr int32_t kMostMergeWarps = 8;   // that share a row
+constexpr int64_t kMergePieces = 6;     // that a warp reads at once
+constexpr int32_t kMostMergeWarps = 8;  // that share a row
 constexpr int32_t kMaxBoxTokens = 64;
 constexpr int64_t kMaxGrid = 65535;
 constexpr int32_t kFixedMergeWarps = 4;
@@ -92,7 +92,8 @@ void launch_block_attention(const char* op, const BlockAttentionParams& p, const
         outputs.granularity == 0 ? 0 : (p.max_seq_len + outputs.granularity - 1) / outputs.granularity;
     AttentionArgs args = {};
     args.schedule = plan.schedule;
-    const auto units = static_cast<int32_t>(most_units / std::max(p.num_requests * args.schedule.segments_per_request, int64_t{1}));
+    const auto units =
+        static_cast<int32_t>(most_units / std::max(p.num_requests * args.schedule.segments_per_request, int64_t{1}));
     const int32_t most = core::aligned_units(plan.schedule, static_cast<int32_t>(most_units), [&](int32_t t) {
         return plan.schedule.num_requests * plan.schedule.segments_per_request * core::ceil_div(units, t);
     });
@@ -141,8 +142,8 @@ void launch_block_attention(const char* op, const BlockAttentionParams& p, const
         args.score_max = outputs.score == MassScore::kMax ? 1 : 0;
     }
     const MergeVariant& merge = merge_variant(outputs.granularity != 0);
-    // Warps that share a row: the same with masses and without, so that out and lse are too. Fixed splits are merged in the
-    // same order whatever else is in the batch, so by a fixed number of warps.
+    // Warps that share a row: the same with masses and without, so that out and lse are too. Fixed splits are merged in
+    // the same order whatever else is in the batch, so by a fixed number of warps.
     const int64_t pieces = plan.schedule.max_workers / (streams * plan.row_tiles);
     const auto merge_blocks = [&] {
         const int64_t rows_of_block = merge.warps / args.merge_warps;

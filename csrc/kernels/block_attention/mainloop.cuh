@@ -4,6 +4,7 @@
 #include <cuda_fp16.h>
 
 #include "device/barrier.cuh"
+#include "device/math.cuh"
 #include "device/tma.cuh"
 #include "device/wgmma.cuh"
 #include "kernels/block_attention/arguments.h"
@@ -175,7 +176,8 @@ __device__ __forceinline__ bool aligned_piece(const AttentionArgs& args, int32_t
 }
 
 // The first piece of a worker that takes units in a row, and the walk to the next; one warp.
-__device__ __forceinline__ bool balanced_piece(const AttentionArgs& args, const Share& share, Walk* walk, Piece* piece) {
+__device__ __forceinline__ bool balanced_piece(const AttentionArgs& args, const Share& share, Walk* walk,
+                                               Piece* piece) {
     const core::Schedule& s = args.schedule;
     const int32_t lane = threadIdx.x % kWarp;
     const int32_t begin = walk->at;
@@ -240,8 +242,8 @@ __device__ __forceinline__ void find_start(const AttentionArgs& args, int32_t wo
     }
 }
 
-// Before the launches ahead are known to be complete: brings what the worker's piece will need into L2, by the guess that
-// all requests are as long as they may be, so that lengths, pages and Q are not waited for one after the other.
+// Before the launches ahead are known to be complete: brings what the worker's piece will need into L2, by the guess
+// that all requests are as long as they may be, so that lengths, pages and Q are not waited for one after the other.
 template <typename Config>
 __device__ __forceinline__ void prefetch_first(const AttentionArgs& args, int32_t worker) {
     const core::Schedule& s = args.schedule;
@@ -254,10 +256,10 @@ __device__ __forceinline__ void prefetch_first(const AttentionArgs& args, int32_
         constexpr int32_t kEntries = 32;  // of a line
         const int32_t units = core::units_of(s, args.max_seq_len), part = worker - index * args.guess_workers;
         const int32_t first = core::first_unit(units, args.guess_workers, part) * s.unit_tokens;
-        const int32_t last = min(args.max_seq_len, core::first_unit(units, args.guess_workers, part + 1) * s.unit_tokens) - 1;
+        const int32_t last =
+            min(args.max_seq_len, core::first_unit(units, args.guess_workers, part + 1) * s.unit_tokens) - 1;
         const int32_t page = (first >> args.page_shift) + thread * kEntries;
-        if (page <= last >> args.page_shift)
-            device::prefetch_l2(args.block_table + request * args.stride_table + page);
+        if (page <= last >> args.page_shift) device::prefetch_l2(args.block_table + request * args.stride_table + page);
     } else {
         constexpr int32_t kLines = (Config::kDim * 2 + 127) / 128;  // of a row
         const int32_t kv_head = args.row_tiles == 1 ? segment : segment / args.row_tiles;
@@ -267,10 +269,9 @@ __device__ __forceinline__ void prefetch_first(const AttentionArgs& args, int32_
             const int32_t row = first_row + i / kLines;
             if (row >= args.rows) break;
             const int32_t query = query_of(args, row);
-            device::prefetch_l2(static_cast<const uint16_t*>(args.q) + request * args.stride_q_request +
-                                query * args.stride_q_query +
-                                (int64_t{kv_head} * args.group + row - query * args.group) * args.stride_q_head +
-                                i % kLines * 64);
+            device::prefetch_l2(
+                static_cast<const uint16_t*>(args.q) + request * args.stride_q_request + query * args.stride_q_query +
+                (int64_t{kv_head} * args.group + row - query * args.group) * args.stride_q_head + i % kLines * 64);
         }
     }
 }
@@ -414,21 +415,6 @@ __device__ __forceinline__ uint32_t pack(float low, float high, __nv_bfloat16) {
 __device__ __forceinline__ uint32_t pack(float low, float high, __half) {
     const __half2 both = __floats2half2_rn(low, high);
     return *reinterpret_cast<const uint32_t*>(&both);
-}
-
-__device__ __forceinline__ float exp2_fast(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-__device__ __forceinline__ float log2_fast(float x) {
-    float y;
-    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-__device__ __forceinline__ float quad_sum(float x) {
-    x += __shfl_xor_sync(~0u, x, 1);
-    return x + __shfl_xor_sync(~0u, x, 2);
 }
 
 template <typename Config>
@@ -639,7 +625,7 @@ struct Consumer {
         const bool second = (lane & 2) != 0, lower = (lane & 1) != 0;
         total += __shfl_xor_sync(~0u, other, 1);
         if (emits && offset + (second ? 1 : 0) < left) {
-            unit_at[int64_t{offset} * args.rows] = log2_fast(total) + (lower ? reference[1] : reference[0]);
+            unit_at[int64_t{offset} * args.rows] = device::log2_fast(total) + (lower ? reference[1] : reference[0]);
         }
     }
 
@@ -676,11 +662,11 @@ struct Consumer {
         unit_at += unit_step;
     }
 
-    // Turns S into P, in 16 bits, and adds up its sums; keeps the block sums for emit_units. Exponents are taken against a
-    // reference that follows a row's maximum only when that has grown by more than 2^kSlack: terms stay below 2^kSlack,
-    // which 16-bit P and float32 sums hold as well as 1. So most tiles need no maximum, only the knowledge that nothing
-    // exceeds the slack, which one integer maximum over both rows gives: what is above a positive number is above it as
-    // an integer too, and what is negative is below it.
+    // Turns S into P, in 16 bits, and adds up its sums; keeps the block sums for emit_units. Exponents are taken
+    // against a reference that follows a row's maximum only when that has grown by more than 2^kSlack: terms stay below
+    // 2^kSlack, which 16-bit P and float32 sums hold as well as 1. So most tiles need no maximum, only the knowledge
+    // that nothing exceeds the slack, which one integer maximum over both rows gives: what is above a positive number
+    // is above it as an integer too, and what is negative is below it.
     __device__ __forceinline__ void softmax(int32_t token) {
         constexpr float kSlack = 8.0f;
         const bool unseen[2] = {reference[0] == -INFINITY, reference[1] == -INFINITY};
@@ -690,7 +676,8 @@ struct Consumer {
         for (int i = 0; i < kKeys / 2; i += 2) {
             s[i] = fmaf(s[i], args.scale_log2, -base[i / 2 % 2]);
             s[i + 1] = fmaf(s[i + 1], args.scale_log2, -base[i / 2 % 2]);
-            highest_bits[i / 2 % 4] = __vimax3_s32(highest_bits[i / 2 % 4], __float_as_int(s[i]), __float_as_int(s[i + 1]));
+            highest_bits[i / 2 % 4] =
+                __vimax3_s32(highest_bits[i / 2 % 4], __float_as_int(s[i]), __float_as_int(s[i + 1]));
         }
         const int32_t highest = max(__vimax3_s32(highest_bits[0], highest_bits[1], highest_bits[2]), highest_bits[3]);
         if (__any_sync(~0u, highest > __float_as_int(kSlack) || unseen[0] || unseen[1])) rebase(kSlack);
@@ -698,7 +685,7 @@ struct Consumer {
 #pragma unroll
         for (int i = 0; i < kBlocks; ++i) {
 #pragma unroll
-            for (int j = 8 * i; j < 8 * i + 8; ++j) s[j] = exp2_fast(s[j]);
+            for (int j = 8 * i; j < 8 * i + 8; ++j) s[j] = device::exp2_fast(s[j]);
             blocks[0][i] = (s[8 * i] + s[8 * i + 1]) + (s[8 * i + 4] + s[8 * i + 5]);
             blocks[1][i] = (s[8 * i + 2] + s[8 * i + 3]) + (s[8 * i + 6] + s[8 * i + 7]);
             added[0] += blocks[0][i];
@@ -717,8 +704,8 @@ struct Consumer {
         prefix_sum[1] += added[1];
     }
 
-    // Moves the references of rows that have grown too far, or have seen nothing so far, to their maximum, and everything
-    // that was counted from the old ones along.
+    // Moves the references of rows that have grown too far, or have seen nothing so far, to their maximum, and
+    // everything that was counted from the old ones along.
     __device__ __forceinline__ void rebase(float slack) {
         float scale[2];
 #pragma unroll
@@ -731,7 +718,7 @@ struct Consumer {
             const bool unseen = reference[r] == -INFINITY;
             const bool moves = unseen ? highest != -INFINITY : highest > slack;
             const float by = moves ? highest : 0.0f;
-            scale[r] = exp2_fast(-by);
+            scale[r] = device::exp2_fast(-by);
             reference[r] = unseen ? (moves ? highest : -INFINITY) : reference[r] + by;
             if (unseen) scale[r] = 1.0f;  // of nothing
 #pragma unroll
@@ -760,10 +747,10 @@ struct Consumer {
         const int64_t stream = int64_t{piece.request} * args.num_kv_heads + piece.kv_head;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            const float all = quad_sum(sum[r]);
-            const float below = quad_sum(prefix_sum[r]);
-            const float log2_all = all == 0.0f ? -INFINITY : reference[r] + log2_fast(all);
-            const float log2_below = below == 0.0f ? -INFINITY : reference[r] + log2_fast(below);
+            const float all = device::quad_sum(sum[r]);
+            const float below = device::quad_sum(prefix_sum[r]);
+            const float log2_all = all == 0.0f ? -INFINITY : reference[r] + device::log2_fast(all);
+            const float log2_below = below == 0.0f ? -INFINITY : reference[r] + device::log2_fast(below);
             const float inverse = all == 0.0f ? 0.0f : __fdividef(1.0f, all);  // NaN stays
             if (piece.slot >= 0) {
                 store_partial(r, inverse, log2_all, log2_below);
@@ -786,9 +773,9 @@ struct Consumer {
     }
 
     // Of one row: the upper 24 bits of each float32, 2^-15 of a value, which is nothing beside the rounding of P and of
-    // out. First the upper 16 of all columns, then the 8 below them. The pairs of columns that a lane of the quad holds of
-    // blocks of eight lie together, so that it writes 16 bytes at once: in units of elements, 32 b + 8 (lane % 4) + 2 i + j
-    // is column 32 b + 8 i + 2 (lane % 4) + j, in both halves.
+    // out. First the upper 16 of all columns, then the 8 below them. The pairs of columns that a lane of the quad holds
+    // of blocks of eight lie together, so that it writes 16 bytes at once: in units of elements, 32 b + 8 (lane % 4) +
+    // 2 i + j is column 32 b + 8 i + 2 (lane % 4) + j, in both halves.
     __device__ __forceinline__ void store_partial(int r, float inverse, float log2_all, float log2_below) const {
         if (row_of(r) >= args.rows) return;
         const int32_t tile_row = row_of(r) - piece.row_tile * Config::kTileRows;
@@ -849,8 +836,8 @@ struct Consumer {
                 device::mbarrier_wait(device::shared_address(&shared.full_v[v_ring.stage]), v_ring.parity);
                 if (token + kKeys >= token_end) break;
                 device::mbarrier_wait(device::shared_address(&shared.full_k[k_ring.stage]), k_ring.parity);
-                // P V of this tile, then S of the next. The tensor cores take P from registers, so that issuing P V lasts
-                // about as long as it does: S comes last, that other work of this warpgroup may run beside it.
+                // P V of this tile, then S of the next. The tensor cores take P from registers, so that issuing P V
+                // lasts about as long as it does: S comes last, that other work of this warpgroup may run beside it.
                 if (kTurns) device::named_barrier(kTurnBarrier + warpgroup, kTurnThreads);
                 start_values(v_ring.stage);
                 start_scores(k_ring.stage);

@@ -5,8 +5,8 @@
 //           sums, whose last factor is the final lse: share[r, j] = 2^(unit[j, r] - log2 sum[r]).
 // Schedule  grid (blocks, Hkv, B). The first merge_blocks blocks of a stream deal out its rows: merge_warps warps to a
 //           row, each over its own pieces, kInFlight of them read at once; the first warp adds the others' results in
-//           their order. The other blocks find the final sums of all rows, kParts threads to a row, and a warp of theirs
-//           adds over the rows of one unit after the other.
+//           their order. The other blocks find the final sums of all rows, kParts threads to a row, and a warp of
+//           theirs adds over the rows of one unit after the other.
 // Memory    partial O in 24 bits, in the order of store_partial; results of the warps of a row, and the final sums, in
 //           shared memory.
 // Ceiling   reads all partial results and all unit sums once, from L2 where they fit.
@@ -16,10 +16,10 @@ namespace {
 
 constexpr int kMergeWarps = 16;
 constexpr int kMergeThreads = kMergeWarps * kWarp;
-constexpr int kInFlight = 8;  // pieces
-constexpr int kParts = 2;     // threads that share the final sums of a row
+constexpr int kInFlight = 8;      // pieces
+constexpr int kParts = 2;         // threads that share the final sums of a row
 constexpr int kSumsInFlight = 8;  // pieces of a thread among them
-constexpr int kOwn = 4;        // elements of a lane
+constexpr int kOwn = 4;           // elements of a lane
 constexpr int kRecord = kOwn * kWarp + 3;
 constexpr int kRows = 8;  // of a lane in the sum over rows that are read at once
 
@@ -50,7 +50,7 @@ struct Sums {
     __device__ __forceinline__ float rebase(float highest, float* scale) {
         const float next = fmaxf(reference, highest);
         const float base = next == -INFINITY ? 0.0f : next;
-        *scale = exp2_fast(reference - base);
+        *scale = device::exp2_fast(reference - base);
         reference = next;
         all *= *scale;
         below *= *scale;
@@ -120,7 +120,8 @@ __device__ __forceinline__ void merge_rows(const AttentionArgs& args, int64_t st
                     bytes[j] = 0;
                     if (i + j < count && owns) {
                         const int64_t slot = row.slot(base + (i + j) * args.merge_warps);
-                        const uint8_t* from = args.partial + (slot * args.tile_rows + row.tile_row) * (3 * args.head_dim);
+                        const uint8_t* from =
+                            args.partial + (slot * args.tile_rows + row.tile_row) * (3 * args.head_dim);
                         upper[j] = reinterpret_cast<const uint2*>(from)[lane];
                         bytes[j] = reinterpret_cast<const uint32_t*>(from + 2 * args.head_dim)[lane];
                     }
@@ -128,7 +129,7 @@ __device__ __forceinline__ void merge_rows(const AttentionArgs& args, int64_t st
                 if (i == 0) {
                     float scale;
                     const float from = sums.rebase(warp_max(all), &scale);
-                    weight = exp2_fast(all - from);
+                    weight = device::exp2_fast(all - from);
                     sums.all += warp_total(weight);
                     weight = all == -INFINITY ? 0.0f : weight * own_inverse;
 #pragma unroll
@@ -161,7 +162,7 @@ __device__ __forceinline__ void merge_rows(const AttentionArgs& args, int64_t st
                 const float* other = own + i * kRecord;
                 float scale;
                 const float from = sums.rebase(other[kOwn * kWarp], &scale);
-                const float share = exp2_fast(other[kOwn * kWarp] - from);
+                const float share = device::exp2_fast(other[kOwn * kWarp] - from);
                 sums.all += share * other[kOwn * kWarp + 1];
 #pragma unroll
                 for (int e = 0; e < kOwn; ++e) result[e] = result[e] * scale + share * other[e * kWarp + lane];
@@ -174,9 +175,9 @@ __device__ __forceinline__ void merge_rows(const AttentionArgs& args, int64_t st
         if (owns) {
             // Elements 4 lane .. 4 lane + 3 of the order in which store_partial leaves them: two pairs of columns.
             const int32_t column = lane / 8 * 32 + lane % 2 * 16 + lane / 2 % 4 * 2;
-            uint32_t* out = static_cast<uint32_t*>(args.out) +
-                            (((int64_t{request} * args.num_queries + query) * args.num_heads + head) * args.head_dim +
-                             column) / 2;
+            uint32_t* out =
+                static_cast<uint32_t*>(args.out) +
+                (((int64_t{request} * args.num_queries + query) * args.num_heads + head) * args.head_dim + column) / 2;
             out[0] = pack_as(result[0] * inverse, result[1] * inverse, args.is_half);
             out[4] = pack_as(result[2] * inverse, result[3] * inverse, args.is_half);
         }
@@ -213,23 +214,24 @@ __device__ __forceinline__ int32_t find_final_sums(const AttentionArgs& args, in
                     }
                     const float from = own.rebase(highest, &scale);
 #pragma unroll
-                    for (int i = 0; i < kSumsInFlight; ++i) own.all += exp2_fast(all[i] - from);
+                    for (int i = 0; i < kSumsInFlight; ++i) own.all += device::exp2_fast(all[i] - from);
                     if (args.prefix_lens == nullptr) continue;
 #pragma unroll
                     for (int i = 0; i < kSumsInFlight; ++i) {
                         const int32_t piece = first + i * kParts;
-                        if (piece < row.pieces.count) own.below += exp2_fast(row.stats(piece)[args.tile_rows] - from);
+                        if (piece < row.pieces.count)
+                            own.below += device::exp2_fast(row.stats(piece)[args.tile_rows] - from);
                     }
                 }
                 // The parts of a row are neighbours in a warp, and all of them are here or none.
                 const uint32_t mask = ((1u << kParts) - 1) << (threadIdx.x % kWarp / kParts * kParts);
 #pragma unroll
                 for (int step = 1; step < kParts; step *= 2) {
-                    const Sums other = {__shfl_xor_sync(mask, own.reference, step), __shfl_xor_sync(mask, own.all, step),
-                                        __shfl_xor_sync(mask, own.below, step)};
+                    const Sums other = {__shfl_xor_sync(mask, own.reference, step),
+                                        __shfl_xor_sync(mask, own.all, step), __shfl_xor_sync(mask, own.below, step)};
                     float scale;
                     const float from = own.rebase(other.reference, &scale);
-                    const float share = exp2_fast(other.reference - from);
+                    const float share = device::exp2_fast(other.reference - from);
                     own.all += share * other.all;
                     own.below += share * other.below;
                 }
@@ -257,8 +259,8 @@ struct UnitSums {
     }
 };
 
-// Masses, or the rows' log-shares, of the units of this block, a warp to a unit. The first sums are asked for before the
-// final ones are found, which they are divided by, and those of the next unit before this one's are written.
+// Masses, or the rows' log-shares, of the units of this block, a warp to a unit. The first sums are asked for before
+// the final ones are found, which they are divided by, and those of the next unit before this one's are written.
 __device__ __forceinline__ void finish_units(const AttentionArgs& args, int64_t stream, int32_t length, float* sums) {
     const int32_t lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
     const int32_t used = (length + (1 << args.unit_shift) - 1) >> args.unit_shift;  // units that hold a token
@@ -282,7 +284,7 @@ __device__ __forceinline__ void finish_units(const AttentionArgs& args, int64_t 
             for (int i = 0; i < kRows; ++i) {
                 const int32_t row = base + i * kWarp;
                 const float sum = row < args.rows ? sums[row] : -INFINITY;
-                const float share = sum == -INFINITY ? 0.0f : exp2_fast(own.values[i] - sum);
+                const float share = sum == -INFINITY ? 0.0f : device::exp2_fast(own.values[i] - sum);
                 mass = args.score_max != 0 ? fmaxf(mass, share) : mass + share;
             }
         }
@@ -313,7 +315,8 @@ __global__ void __launch_bounds__(kMergeThreads, 2)
 const MergeVariant& merge_variant(bool mass) {
     static const MergeVariant variants[2] = {
         {"mage_block_attention_merge_kernel", &mage_block_attention_merge_kernel<false>, kMergeThreads, kMergeWarps},
-        {"mage_block_attention_merge_kernel_mass", &mage_block_attention_merge_kernel<true>, kMergeThreads, kMergeWarps},
+        {"mage_block_attention_merge_kernel_mass", &mage_block_attention_merge_kernel<true>, kMergeThreads,
+         kMergeWarps},
     };
     return variants[mass ? 1 : 0];
 }

@@ -2,6 +2,7 @@
 
 #include "core/row_votes_tiles.h"
 #include "device/barrier.cuh"
+#include "device/math.cuh"
 #include "device/tma.cuh"
 #include "kernels/row_votes/search.cuh"
 
@@ -77,9 +78,7 @@ static_assert(sizeof(ClusterShared) <= kMostSharedMemory);
 // A share: 1 for a log-share above 0, 0 for NaN and where the share is below the smallest normal number. Its relative
 // error is below 2^-18, and below 2^-21 for shares above e^-8.
 __device__ __forceinline__ float share_of(float log_share) {
-    float share;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(share) : "f"(log_share * kLog2OfE));
-    return __saturatef(share);
+    return __saturatef(device::exp2_fast(log_share * kLog2OfE));
 }
 
 // share_key of a finite log-share or infinity.

@@ -23,6 +23,7 @@
 #include "core/cuda/device_info.h"
 #include "core/cuda/launch.h"
 #include "device/barrier.cuh"
+#include "device/math.cuh"
 #include "kernels/kernel_list.h"
 #include "mage/token_confidence.h"
 
@@ -176,11 +177,7 @@ private:
     }
 };
 
-__device__ __forceinline__ float exp_of(float below) {
-    float result;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(below * kLog2E));
-    return result;
-}
+__device__ __forceinline__ float exp_of(float below) { return device::exp2_fast(below * kLog2E); }
 
 // x - top, at least kLeast; for two that are -inf too.
 __device__ __forceinline__ float below_of(float x, float top) { return fmaxf(x - top, kLeast); }

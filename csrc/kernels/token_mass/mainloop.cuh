@@ -23,8 +23,9 @@
 // Memory    rows x D of Q twice, kStages x (64 tokens x D), in the 128-byte swizzle; S and each column's lse, or its
 //           sum over the tokens, in registers.
 // Sync      full_k[stage]: the producer's expectation and the copies' bytes. empty_k[stage]: the warps of the warpgroup
-//           that has the tile. full_q[buffer]: the loaders. empty_q[buffer]: all consumer warps. Named barriers: the
-//           loaders (all rows are there); the consumers (sums of all warps are there, and read).
+//           that has the tile; the producer waits for it, and the other warpgroup where it may have the stage next.
+//           full_q[buffer]: the loaders. empty_q[buffer]: all consumer warps. Named barriers: the loaders (all rows are
+//           there); the consumers (sums of all warps are there, and read).
 // Ceiling   max(bytes of K / HBM, 2 * rows padded to 64, 128, 192, 224 or 256 * D * tokens / tensor cores, rows *
 //           tokens / 16 exponentials per clock and multiprocessor); NOTES.md has the numbers.
 namespace mage::cuda {
@@ -139,11 +140,6 @@ __device__ __forceinline__ int32_t warp_sum(int32_t value) {
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(~0u, value, step);
     return value;
-}
-
-__device__ __forceinline__ float quad_sum(float x) {
-    x += __shfl_xor_sync(~0u, x, 1);
-    return x + __shfl_xor_sync(~0u, x, 2);
 }
 
 __device__ __forceinline__ float quad_max(float x) {
@@ -640,7 +636,8 @@ struct Consumer {
 
     __device__ __forceinline__ void store_results(const Piece& piece, int32_t tile) {
         if (args.mode == MassMode::kMean) {
-            store(piece, tile, quad_sum(results[0] + results[1]), quad_sum(results[2] + results[3]), false);
+            store(piece, tile, device::quad_sum(results[0] + results[1]), device::quad_sum(results[2] + results[3]),
+                  false);
         } else {
             store(piece, tile, quad_max(device::max_or_nan(results[0], results[1])),
                   quad_max(device::max_or_nan(results[2], results[3])), true);
@@ -745,11 +742,17 @@ struct Consumer {
                 columns[2 * i] = negative.x;
                 columns[2 * i + 1] = negative.y;
             }
-            // Chunks of rows must find a token's tile with the same warpgroup; without them the two go on taking turns.
+            // Chunks of rows must find a token's tile with the same warpgroup; without them the two go on alternating.
             const int32_t offset = args.chunks == 1 ? static_cast<int32_t>(tiles_before % 2) : 0;
             for (int32_t i = (warpgroup + offset) % 2; i < tiles; i += 2) {
                 const uint32_t place = tiles_before + i, stage = place % Config::kStages;
                 const int32_t tile = first_tile + i;
+                // A parity tells a round only from its neighbours: where the other warpgroup may have had this stage
+                // last, its tile must be done with before this one's is waited for.
+                if (Config::kStages % 2 != 0 || args.chunks > 1) {
+                    device::mbarrier_wait(device::shared_address(&shared.empty_k[stage]),
+                                          (place / Config::kStages + 1) % 2);
+                }
                 device::mbarrier_wait(device::shared_address(&shared.full_k[stage]), place / Config::kStages % 2);
                 start(stage, 0);
                 start(stage, 1);
