@@ -14,17 +14,17 @@
 // Schedule  persistent workers (core/attention_schedule.h): a CTA, or a pair of CTAs that share the rows of a tile and
 //           multicast K and V to one another. Of the first warpgroup, warp 0 feeds a ring of K and V tiles by TMA, and
 //           warp 1 writes the pieces of segments down for the merge; each other warpgroup owns 64 rows.
-//             per tile j:  S = Q K(j)^T              tensor cores, asynchronous
-//                          O += P V(j - 1)           tensor cores, asynchronous, behind S
-//                          store the unit sums of tile j - 1                 while both are running
-//                          wait S; mask, maximum, exponentials, sums         while P V is running
-//                          wait O; rescale O if a maximum grew; P = S in 16 bits
-//           Two warpgroups take turns at issuing the products.
+//             per tile j:  mask, exponentials, sums, P = S in 16 bits
+//                          O += P V(j)              tensor cores; P is in registers, so that issuing lasts as long
+//                          S = Q K(j + 1)^T         tensor cores, asynchronous
+//                          store the unit sums of tile j             while S is on its way
+//           Warpgroups take turns at the products: while one multiplies, the others are at their exponentials.
 // Memory    Q tile (64 rows x D per warpgroup), kStages x (K tile, V tile) of kKeys rows, all in the 128-byte swizzle;
 //           S, P and O in registers, float32 sums.
 // Sync      full_k/full_v[stage]: the producer's expectation and the copies' bytes. empty_k/empty_v[stage]: one arrival
 //           per consumer warp of every CTA of the pair. Named barriers: all consumers (V's tail is clear); one per
-//           warpgroup (its Q is stored); consumers and producer, once (Q is asked for); one per warpgroup (its turn).
+//           warpgroup (its Q is stored); consumers and producer, once (Q is asked for); one per warpgroup (its turn,
+//           two warpgroups at a time).
 // Ceiling   max(bytes of K and V / HBM, 4 * rows padded to 64 * D * tokens / tensor cores); NOTES.md has the numbers.
 namespace mage::cuda {
 
