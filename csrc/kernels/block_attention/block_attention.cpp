@@ -21,6 +21,9 @@ constexpr int32_t kMostMergeWarps = 8;  // that share a row
 constexpr int32_t kMaxBoxTokens = 64;
 constexpr int64_t kMaxGrid = 65535;
 constexpr int32_t kFixedMergeWarps = 4;
+constexpr int64_t kManyStreams = 32;
+constexpr int64_t kUnitsOfBlock = 64;       // that are worth a block of the merge
+constexpr int64_t kManyBlocks = 32;         // of a stream that finish masses
 constexpr int64_t kBlocksAtOnce = 2 * 132;  // of the merge
 
 int32_t log2_of(int64_t value) {
@@ -161,8 +164,13 @@ void launch_block_attention(const char* op, const BlockAttentionParams& p, const
     args.merge_blocks = static_cast<int32_t>(std::min(merge_blocks(), std::max(merge_most / streams, int64_t{1})));
     int64_t finish_blocks = 0;
     if (finishes) {
-        finish_blocks = std::min((num_units + merge.warps - 1) / merge.warps,
-                                 std::max(kBlocksAtOnce / streams - args.merge_blocks, int64_t{1}));
+        finish_blocks = std::max(kBlocksAtOnce / streams - args.merge_blocks, int64_t{1});
+        // In a batch of many streams one may have most of the units: its blocks must not be few.
+        if (streams > kManyStreams) {
+            finish_blocks =
+                std::max(finish_blocks, std::min((num_units + kUnitsOfBlock - 1) / kUnitsOfBlock, kManyBlocks));
+        }
+        finish_blocks = std::min(finish_blocks, (num_units + merge.warps - 1) / merge.warps);
     }
     MAGE_CHECK(p.num_requests <= kMaxGrid && p.num_kv_heads <= kMaxGrid, op,
                ": q and k_cache must have at most 65535 requests and KV heads on CUDA, got ", p.num_requests, " and ",
