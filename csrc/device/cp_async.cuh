@@ -12,6 +12,15 @@ __device__ __forceinline__ void copy_16_bytes(uint32_t to, const void* from, uin
                  : "memory");
 }
 
+// Makes a group of the calling thread's copies since the last one.
+__device__ __forceinline__ void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Returns when at most kPending groups of the calling thread are in flight.
+template <int kPending>
+__device__ __forceinline__ void copies_wait_but() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
 // Returns when all copies of the calling thread have arrived.
 __device__ __forceinline__ void copies_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
