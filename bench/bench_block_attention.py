@@ -22,6 +22,7 @@ import statistics
 import time
 
 import block_attention_cuda
+import gpu_bench
 import torch
 from result_file import make_result
 
@@ -159,14 +160,11 @@ def main():
     cpu.add_argument("--repeats", type=int, default=30)
     cpu.add_argument("--profile", action="store_true", help="one call of ours per case, for a profiler")
     cuda = parser.add_argument_group("with --device cuda")
-    cuda.add_argument("--rows", default="", help="MODEL:BATCH:CONTEXT:Q, parts may be left out, several by commas")
+    gpu_bench.add_options(cuda, "MODEL:BATCH:CONTEXT:Q")
     cuda.add_argument("--emit", default=block_attention_cuda.DEFAULT_EMISSIONS, help="none, mass64, rows16, by commas")
     cuda.add_argument("--peers", default="fa3,flashinfer,sdpa", help="which of these are timed")
     cuda.add_argument("--fa3", help="the library _vllm_fa3_C.abi3.so of a vllm wheel")
     cuda.add_argument("--warm", action="store_true", help="rows with a warm L2 too")
-    cuda.add_argument("--replays", type=int, default=15)
-    cuda.add_argument("--seed", type=int, default=0)
-    cuda.add_argument("--out", help="result file, written on an H100 only")
     args = parser.parse_args()
     if args.device == "cuda":
         block_attention_cuda.run(args, parser)

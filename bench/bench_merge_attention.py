@@ -10,14 +10,13 @@ log2, as it wants them; torch gets lists, as we do. Every case is checked agains
 import argparse
 import gc
 import itertools
-import json
 import math
 from dataclasses import dataclass
 
 import torch
 from cuda_timing import capture, median_us
+from gpu_bench import add_options, chosen_shapes, finish, gpu_name
 from kv_sets import COLD_BYTES, DTYPE, HBM_BYTES_PER_S, MODELS, tokens_of
-from result_file import check_device, make_result, write_result
 from torch import Tensor
 
 from mage_ext import ops
@@ -140,25 +139,10 @@ def measure(shape: MergeShape, make_peer, replays: int, seed: int) -> dict[str, 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rows", default="", help="MODEL:BATCH:PARTS, parts may be left out, several by commas")
-    parser.add_argument("--replays", type=int, default=15)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", help="result file, written on an H100 only")
+    add_options(parser, "MODEL:BATCH:PARTS")
     args = parser.parse_args()
-    try:
-        shapes = [shape for shape in all_shapes() if any(matches(shape, rows) for rows in args.rows.split(","))]
-    except ValueError as error:
-        parser.error(str(error))
-    if not shapes:
-        parser.error(f"--rows must fit a row of the table, got {args.rows!r}")
-    if not torch.cuda.is_available():
-        parser.error("needs a GPU that torch can use")
-    device = torch.cuda.get_device_name()
-    if args.out:
-        try:
-            check_device(device)
-        except ValueError as error:
-            parser.error(str(error))
+    shapes = chosen_shapes(args, parser, all_shapes(), matches)
+    device = gpu_name(args, parser)
     peer, make_peer = find_peer()
     print(f"{device}, torch {torch.__version__}, seed {args.seed}; peer: {peer}")
     print(f"{'case':24}{'MB':>7}{'floor':>8}{'cache':>7}{'us':>8}{'fl%':>5}{'peer':>9}{'speed':>7}")
@@ -176,11 +160,7 @@ def main():
             rows.append(row | {"ratio": round(peer_us / us, 3)})
         gc.collect()
         torch.cuda.empty_cache()
-    result = make_result("merge_attention", device, rows, seed=args.seed)
-    if args.out:
-        write_result(args.out, result)
-        print(f"written: {args.out}")
-    print(json.dumps(result))
+    finish(args, "merge_attention", device, rows)
 
 
 if __name__ == "__main__":

@@ -11,14 +11,13 @@ normal(unit, row) * (1 - a), a from --rows-alike. Votes and union sizes of every
 import argparse
 import gc
 import itertools
-import json
 import math
 from dataclasses import dataclass
 
 import torch
 from cuda_timing import capture, median_us
+from gpu_bench import add_options, chosen_shapes, finish, gpu_name
 from kv_sets import COLD_BYTES, HBM_BYTES_PER_S, MODELS, short, tokens_of
-from result_file import check_device, make_result, write_result
 from torch import Tensor
 
 from mage_ext import ops
@@ -141,30 +140,15 @@ def measure(shape: VotesShape, alike: float, replays: int, seed: int) -> dict[st
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rows", default="", help="MODEL:BATCH:CONTEXT:G, parts may be left out, several by commas")
+    add_options(parser, "MODEL:BATCH:CONTEXT:G")
     parser.add_argument(
         "--rows-alike", type=float, default=0.7, help="0: every row ranks units on its own, 1: all alike"
     )
-    parser.add_argument("--replays", type=int, default=15)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", help="result file, written on an H100 only")
     args = parser.parse_args()
-    try:
-        shapes = [shape for shape in all_shapes() if any(matches(shape, rows) for rows in args.rows.split(","))]
-    except ValueError as error:
-        parser.error(str(error))
-    if not shapes:
-        parser.error(f"--rows must fit a row of the table, got {args.rows!r}")
+    shapes = chosen_shapes(args, parser, all_shapes(), matches)
     if not 0 <= args.rows_alike <= 1:
         parser.error(f"--rows-alike must be in [0, 1], got {args.rows_alike}")
-    if not torch.cuda.is_available():
-        parser.error("needs a GPU that torch can use")
-    device = torch.cuda.get_device_name()
-    if args.out:
-        try:
-            check_device(device)
-        except ValueError as error:
-            parser.error(str(error))
+    device = gpu_name(args, parser)
     print(f"{device}, torch {torch.__version__}, seed {args.seed}, rows alike {args.rows_alike}")
     print("us; fl% = floor / us; speed = torch (topk, scatter_add, sums) / us")
     print(f"{'case':22}{'n x R':>11}{'MB':>7}{'floor':>8}{'cache':>7}{'us':>8}{'fl%':>5}{'torch':>9}{'speed':>7}")
@@ -187,11 +171,7 @@ def main():
             rows.append(row | {"ratio": round(peer_us / us, 3)})
         gc.collect()
         torch.cuda.empty_cache()
-    result = make_result("row_votes", device, rows, seed=args.seed, rows_alike=args.rows_alike)
-    if args.out:
-        write_result(args.out, result)
-        print(f"written: {args.out}")
-    print(json.dumps(result))
+    finish(args, "row_votes", device, rows, rows_alike=args.rows_alike)
 
 
 if __name__ == "__main__":

@@ -11,14 +11,13 @@ block_attention's, which must not exceed 0.55 for `all`. floor = max(bytes / HBM
 """
 
 import argparse
-import json
 import math
 
 import torch
 from block_attention_cuda import exact_results, matches, mixed_contexts
 from cuda_timing import capture, median_us
+from gpu_bench import add_options, chosen_shapes, finish, gpu_name
 from kv_sets import HBM_BYTES_PER_S, MMA_FLOPS_PER_S, MODELS, KvSet, Shape, make_sets, num_sets, tokens_of
-from result_file import check_device, make_result, write_result
 
 from mage_ext import ops
 from mage_ext.testing.compare import assert_mass_close
@@ -149,30 +148,15 @@ def measure(shape: Shape, kinds: list[str], replays: int, seed: int) -> dict[str
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rows", default="", help="MODEL:BATCH:CONTEXT, parts may be left out, several by commas")
+    add_options(parser, "MODEL:BATCH:CONTEXT")
     parser.add_argument("--kinds", default="all,prefix,list,rows", help="which of these are timed")
-    parser.add_argument("--replays", type=int, default=15)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", help="result file, written on an H100 only")
     args = parser.parse_args()
     kinds = args.kinds.split(",")
     for kind in kinds:
         if kind not in KINDS:
             parser.error(f"--kinds must be of {', '.join(KINDS)}, got {kind!r}")
-    try:
-        shapes = [s for s in all_shapes() if any(matches(s, pattern) for pattern in args.rows.split(","))]
-    except ValueError as error:
-        parser.error(str(error))
-    if not shapes:
-        parser.error(f"--rows must fit a row of the table, got {args.rows!r}")
-    if not torch.cuda.is_available():
-        parser.error("this bench needs a GPU that torch can use")
-    device = torch.cuda.get_device_name()
-    if args.out:
-        try:
-            check_device(device)
-        except ValueError as error:
-            parser.error(str(error))
+    shapes = chosen_shapes(args, parser, all_shapes(), matches)
+    device = gpu_name(args, parser)
     print(f"{device}, torch {torch.__version__}, seed {args.seed}")
     print(f"{'case':25}{'kind':8}{'us':>8}{'floor':>8}{'fl%':>5}{'attention us':>14}{'share':>7}")
     rows, missed = [], []
@@ -199,11 +183,7 @@ def main():
             print(f"{shape.name:25}{kind:8}{numbers}{mark}", flush=True)
         torch.cuda.empty_cache()
     print(f"targets missed: {len(missed)}" + "".join(f"\n  {line}" for line in missed))
-    result = make_result("token_mass", device, rows, seed=args.seed)
-    if args.out:
-        write_result(args.out, result)
-        print(f"written: {args.out}")
-    print(json.dumps(result))
+    finish(args, "token_mass", device, rows)
 
 
 if __name__ == "__main__":

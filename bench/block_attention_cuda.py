@@ -6,14 +6,13 @@ FlashInfer; SDPA on contiguous K and V has a column of its own and is the peer o
 
 import gc
 import itertools
-import json
 import math
 
 import torch
 from cuda_timing import capture, median_us
+from gpu_bench import chosen_shapes, finish, gpu_name
 from kv_sets import KvSet, Shape, contiguous_kv, make_sets, num_sets, tokens_of
 from peers import Absent, find_peers, reason_of
-from result_file import check_device, make_result, write_result
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mage_ext import ops
@@ -255,21 +254,8 @@ def run(args, parser) -> None:
     for emission in emissions:
         if emission not in EMISSIONS:
             parser.error(f"--emit must be of {', '.join(EMISSIONS)}, got {emission!r}")
-    try:
-        patterns = args.rows.split(",")
-        shapes = [shape for shape in all_shapes() if any(matches(shape, pattern) for pattern in patterns)]
-    except ValueError as error:
-        parser.error(str(error))
-    if not shapes:
-        parser.error(f"--rows must fit a row of the table, got {args.rows!r}")
-    if not torch.cuda.is_available():
-        parser.error("--device cuda needs a GPU that torch can use")
-    device = torch.cuda.get_device_name()
-    if args.out:
-        try:
-            check_device(device)
-        except ValueError as error:
-            parser.error(str(error))
+    shapes = chosen_shapes(args, parser, all_shapes(), matches)
+    device = gpu_name(args, parser)
     peers, absent = find_peers(args.peers.split(","), args.fa3)
     print(f"{device}, torch {torch.__version__}, seed {args.seed}")
     for name, reason in absent.items():
@@ -285,8 +271,4 @@ def run(args, parser) -> None:
         gc.collect()
         torch.cuda.empty_cache()
     print(f"targets missed: {len(missed)}" + "".join(f"\n  {line}" for line in missed))
-    result = make_result("block_attention", device, rows, seed=args.seed, absent=absent)
-    if args.out:
-        write_result(args.out, result)
-        print(f"written: {args.out}")
-    print(json.dumps(result))
+    finish(args, "block_attention", device, rows, absent=absent)

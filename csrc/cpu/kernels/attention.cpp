@@ -217,23 +217,33 @@ struct Accumulators {
     }
 };
 
+// Rounding grows with the length of a sum: scores of more than kLongSum terms are summed kShortSum at a time.
+constexpr int kLongSum = 128, kShortSum = 32;
+
 // s[token][lanes] = sum_d k[token][d] q[d][lanes]; tokens is a multiple of kSteps, D of kChains.
 template <int kVectors, int kDim>
 void score_tokens(const float* k, const float* q, int tokens, int head_dim, float* s) {
     constexpr int kLanes = kVectors * kWidth;
     const int dims = kDim != 0 ? kDim : head_dim;
+    const int span = dims <= kLongSum ? dims : kShortSum;
     for (int t = 0; t < tokens; t += kSteps, k += kSteps * dims) {
-        Accumulators<kVectors> acc;
-        for (auto& chain : acc.sum) {
-            for (int i = 0; i < kSteps; ++i) {
-                for (int j = 0; j < kVectors; ++j) chain[i][j] = zero();
+        for (int first = 0; first < dims; first += span) {
+            const int end = first + span < dims ? first + span : dims;
+            Accumulators<kVectors> acc;
+            for (auto& chain : acc.sum) {
+                for (int i = 0; i < kSteps; ++i) {
+                    for (int j = 0; j < kVectors; ++j) chain[i][j] = zero();
+                }
             }
-        }
-        for (int d = 0; d < dims; d += kChains<kVectors>) {
-            for (int c = 0; c < kChains<kVectors>; ++c) acc.add(c, k + d + c, dims, q + (d + c) * kLanes);
-        }
-        for (int i = 0; i < kSteps; ++i) {
-            for (int j = 0; j < kVectors; ++j) store(s + (t + i) * kLanes + j * kWidth, acc.total(i, j));
+            for (int d = first; d < end; d += kChains<kVectors>) {
+                for (int c = 0; c < kChains<kVectors>; ++c) acc.add(c, k + d + c, dims, q + (d + c) * kLanes);
+            }
+            for (int i = 0; i < kSteps; ++i) {
+                for (int j = 0; j < kVectors; ++j) {
+                    float* to = s + (t + i) * kLanes + j * kWidth;
+                    store(to, first == 0 ? acc.total(i, j) : load(to) + acc.total(i, j));
+                }
+            }
         }
     }
 }
