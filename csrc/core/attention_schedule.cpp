@@ -47,7 +47,7 @@ AttentionPlan plan_attention(const BlockAttentionParams& p, int64_t sms) {
     s.fixed = p.split_tokens > 0;
     s.unit_tokens = s.fixed ? static_cast<int32_t>(p.split_tokens) : plan.shape.keys;
     s.max_workers = static_cast<int32_t>(std::min(sms, kMaxSms) / plan.shape.ctas);
-    for (s.unit_shift = 0; int64_t{1} << s.unit_shift < s.unit_tokens;) ++s.unit_shift;
+    s.unit_shift = log2_of(s.unit_tokens);
     if (int64_t{1} << s.unit_shift != s.unit_tokens) s.unit_shift = 0;
     s.min_units = s.fixed ? 1 : static_cast<int32_t>((kMinKeys + plan.shape.keys - 1) / plan.shape.keys);
     s.piece_units = static_cast<int32_t>(kPieceKeys / plan.shape.keys);

@@ -62,6 +62,13 @@ MAGE_BOTH int32_t worker_of(int32_t total_units, int32_t workers, int32_t unit) 
     return unit < longer ? unit / (each + 1) : more + (unit - longer) / each;
 }
 
+// Of a power of two; of others that of the next one.
+inline int32_t log2_of(int64_t value) {
+    int32_t shift = 0;
+    while ((int64_t{1} << shift) < value) ++shift;
+    return shift;
+}
+
 MAGE_BOTH int32_t ceil_div(int32_t value, int32_t by) { return (value + by - 1) / by; }
 
 // Units of a worker where every segment has its own workers, or 0: balanced is better. `workers_with(t)` counts the

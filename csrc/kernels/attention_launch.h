@@ -1,9 +1,10 @@
 #pragma once
 
+#include "core/check.h"
 #include "mage/block_attention_mass.h"
 #include "mage/stream.h"
 
-// How the ops that are attention reach its one kernel.
+// How the ops that are attention reach its one kernel, and what token_mass shares with them.
 namespace mage::cuda {
 
 // What is emitted beside out and lse.
@@ -15,6 +16,13 @@ struct UnitOutputs {
     float* mass = nullptr;                 // [B, Hkv, n]; null: natural logs of the rows' shares, in `units`
     float* units = nullptr;                // [B, Hkv, n, R]; null: in the workspace
 };
+
+// What the kernels over K and V serve.
+inline void check_served(const char* op, DType dtype, int64_t head_dim) {
+    MAGE_CHECK(dtype == DType::kBFloat16 || dtype == DType::kFloat16, op,
+               ": q must be bfloat16 or float16 on CUDA, got float32");
+    MAGE_CHECK(head_dim == 64 || head_dim == 128, op, ": the head dim of q must be 64 or 128 on CUDA, got ", head_dim);
+}
 
 // Two launches: attention, and the merge of what it left in pieces, which also finishes units.
 void launch_block_attention(const char* op, const BlockAttentionParams& params, const UnitOutputs& outputs,

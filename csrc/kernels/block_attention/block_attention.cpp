@@ -26,12 +26,6 @@ constexpr int64_t kUnitsOfBlock = 64;       // that are worth a block of the mer
 constexpr int64_t kManyBlocks = 32;         // of a stream that finish masses
 constexpr int64_t kBlocksAtOnce = 2 * 132;  // of the merge
 
-int32_t log2_of(int64_t value) {
-    int32_t shift = 0;
-    while ((int64_t{1} << shift) < value) ++shift;
-    return shift;
-}
-
 const AttentionVariant& variant_of(DType dtype, int64_t head_dim, int row_shape) {
     if (dtype == DType::kBFloat16) {
         return head_dim == 64 ? attention_variant_bf16_d64(row_shape) : attention_variant_bf16_d128(row_shape);
@@ -40,10 +34,7 @@ const AttentionVariant& variant_of(DType dtype, int64_t head_dim, int row_shape)
 }
 
 void check_supported(const char* op, const BlockAttentionParams& p, const UnitOutputs& outputs) {
-    MAGE_CHECK(p.dtype == DType::kBFloat16 || p.dtype == DType::kFloat16, op,
-               ": q must be bfloat16 or float16 on CUDA, got float32");
-    MAGE_CHECK(p.head_dim == 64 || p.head_dim == 128, op, ": the head dim of q must be 64 or 128 on CUDA, got ",
-               p.head_dim);
+    check_served(op, p.dtype, p.head_dim);
     if (outputs.granularity == 0) return;
     MAGE_CHECK(outputs.granularity == 16 || outputs.granularity == 32 || outputs.granularity == 64, op,
                ": g must be 16, 32 or 64 on CUDA (token_mass has g = 1), got ", outputs.granularity);
@@ -112,8 +103,8 @@ void launch_block_attention(const char* op, const BlockAttentionParams& p, const
     args.prefix_lens = outputs.prefix_lens;
     args.num_pages = p.pages.num_pages;
     args.max_seq_len = static_cast<int32_t>(std::min(p.max_seq_len, int64_t{p.pages.max_pages} * p.pages.page_size));
-    args.page_shift = log2_of(p.pages.page_size);
-    args.box_shift = std::min(args.page_shift, log2_of(kMaxBoxTokens));
+    args.page_shift = core::log2_of(p.pages.page_size);
+    args.box_shift = std::min(args.page_shift, core::log2_of(kMaxBoxTokens));
     args.num_queries = static_cast<int32_t>(p.num_queries);
     args.num_heads = static_cast<int32_t>(p.num_heads);
     args.num_kv_heads = static_cast<int32_t>(p.num_kv_heads);
@@ -138,7 +129,7 @@ void launch_block_attention(const char* op, const BlockAttentionParams& p, const
     args.row_stats = args.partial_rows + plan.partial_row_floats() + plan.piece_floats(streams);
     if (outputs.granularity != 0) {
         args.units = outputs.units != nullptr ? outputs.units : args.row_stats + plan.stat_floats(streams);
-        args.unit_shift = log2_of(outputs.granularity);
+        args.unit_shift = core::log2_of(outputs.granularity);
         args.num_units = static_cast<int32_t>(num_units);
         args.mass = outputs.mass;
         args.row_mask = outputs.row_mask;

@@ -7,6 +7,7 @@
 #include "core/cuda/device_info.h"
 #include "core/cuda/launch.h"
 #include "core/cuda/tensor_map.h"
+#include "kernels/attention_launch.h"
 #include "kernels/kernel_list.h"
 #include "kernels/token_mass/variants.h"
 
@@ -18,12 +19,6 @@ constexpr char kOp[] = "token_mass";
 constexpr double kLog2E = 1.4426950408889634;
 constexpr float kNoScale = 1e-30f;  // for a scale that is 0 in float32: scores vanish beside any lse
 
-int32_t log2_of(int64_t value) {
-    int32_t shift = 0;
-    while ((int64_t{1} << shift) < value) ++shift;
-    return shift;
-}
-
 const TokenMassVariant& variant_of(DType dtype, int64_t head_dim, int shape) {
     if (dtype == DType::kBFloat16) {
         return head_dim == 64 ? token_mass_variant_bf16_d64(shape) : token_mass_variant_bf16_d128(shape);
@@ -32,10 +27,7 @@ const TokenMassVariant& variant_of(DType dtype, int64_t head_dim, int shape) {
 }
 
 void check_supported(const TokenMassParams& p) {
-    MAGE_CHECK(p.dtype == DType::kBFloat16 || p.dtype == DType::kFloat16, kOp,
-               ": q must be bfloat16 or float16 on CUDA, got float32");
-    MAGE_CHECK(p.head_dim == 64 || p.head_dim == 128, kOp, ": the head dim of q must be 64 or 128 on CUDA, got ",
-               p.head_dim);
+    check_served(kOp, p.dtype, p.head_dim);
     const int64_t group = p.num_heads / p.num_kv_heads;
     MAGE_CHECK(p.num_queries * group * group < (int64_t{1} << 32), kOp,
                ": q must have fewer than 2^32 rows per KV head times heads per KV head on CUDA, got ",
@@ -66,7 +58,7 @@ MassMode mode_of(MassScore score) {
 void launch_pass(const TokenMassParams& p, const core::TokenMassPlan& plan, TokenMassArgs args, int64_t tiles,
                  CudaStream stream) {
     MAGE_CHECK(tiles < (int64_t{1} << 31), kOp, ": the call must have fewer than 2^31 tiles of 64 tokens, got ", tiles);
-    args.box_shift = std::min(args.page_shift, log2_of(core::kMassTile));
+    args.box_shift = std::min(args.page_shift, core::log2_of(core::kMassTile));
     if (args.units != nullptr) args.box_shift = std::min(args.box_shift, args.unit_shift);
     PagedPool k_cache = p.k_cache;
     if (p.pages.num_pages == 0) k_cache.data = p.q;  // a pool without pages has no address, and none is read
@@ -123,7 +115,7 @@ void token_mass(const TokenMassParams& p, CudaStream stream) {
     args.row_mask = p.row_mask;
     args.num_pages = p.pages.num_pages;
     args.max_seq_len = static_cast<int32_t>(std::min(p.max_seq_len, int64_t{p.pages.max_pages} * p.pages.page_size));
-    args.page_shift = log2_of(p.pages.page_size);
+    args.page_shift = core::log2_of(p.pages.page_size);
     args.num_requests = static_cast<int32_t>(p.num_requests);
     args.num_queries = static_cast<int32_t>(p.num_queries);
     args.num_heads = static_cast<int32_t>(p.num_heads);
@@ -151,7 +143,7 @@ void token_mass(const TokenMassParams& p, CudaStream stream) {
     if (p.has_units) {
         args.units = p.units;
         args.num_candidates = static_cast<int32_t>(p.num_candidates);
-        args.unit_shift = log2_of(p.granularity);
+        args.unit_shift = core::log2_of(p.granularity);
         args.list_tiles = static_cast<int32_t>(plan.list_tiles);
     }
     launch_pass(p, plan, args, p.has_units ? streams * plan.list_tiles : plan.max_tiles, stream);
