@@ -4,6 +4,7 @@
 
 #include "mage/block_attention_mass.h"
 #include "mage/block_attention_rows.h"
+#include "mage/sparse_block_attention.h"
 
 namespace mage::core {
 
@@ -35,15 +36,18 @@ int choose_row_shape(int64_t rows) {
     return best;
 }
 
-AttentionPlan plan_attention(const BlockAttentionParams& p, int64_t sms) {
+namespace {
+
+AttentionPlan plan(const BlockAttentionParams& p, int64_t requests, int64_t heads_per_request, int64_t max_length,
+                   int64_t sms) {
     AttentionPlan plan;
     plan.rows = p.num_queries * (p.num_heads / p.num_kv_heads);
     plan.shape_index = choose_row_shape(plan.rows);
     plan.shape = row_shape(plan.shape_index);
     plan.row_tiles = (plan.rows + plan.shape.rows - 1) / plan.shape.rows;
     Schedule& s = plan.schedule;
-    s.num_requests = static_cast<int32_t>(p.num_requests);
-    s.segments_per_request = static_cast<int32_t>(p.num_kv_heads * plan.row_tiles);
+    s.num_requests = static_cast<int32_t>(requests);
+    s.segments_per_request = static_cast<int32_t>(heads_per_request * plan.row_tiles);
     s.fixed = p.split_tokens > 0;
     s.unit_tokens = s.fixed ? static_cast<int32_t>(p.split_tokens) : plan.shape.keys;
     s.max_workers = static_cast<int32_t>(std::min(sms, kMaxSms) / plan.shape.ctas);
@@ -51,8 +55,18 @@ AttentionPlan plan_attention(const BlockAttentionParams& p, int64_t sms) {
     if (int64_t{1} << s.unit_shift != s.unit_tokens) s.unit_shift = 0;
     s.min_units = s.fixed ? 1 : static_cast<int32_t>((kMinKeys + plan.shape.keys - 1) / plan.shape.keys);
     s.piece_units = static_cast<int32_t>(kPieceKeys / plan.shape.keys);
-    plan.slots = max_slots(s, p.max_seq_len);
+    plan.slots = max_slots(s, max_length);
     return plan;
+}
+
+}  // namespace
+
+AttentionPlan plan_attention(const BlockAttentionParams& p, int64_t sms) {
+    return plan(p, p.num_requests, p.num_kv_heads, p.max_seq_len, sms);
+}
+
+AttentionPlan plan_list_attention(const BlockAttentionParams& p, int64_t list_tokens, int64_t sms) {
+    return plan(p, p.num_requests * p.num_kv_heads, 1, max_list_positions(list_tokens, p.max_seq_len), sms);
 }
 
 }  // namespace mage::core
@@ -61,6 +75,13 @@ namespace mage::cuda {
 
 int64_t block_attention_workspace(const BlockAttentionParams& p) {
     const core::AttentionPlan plan = core::plan_attention(p, core::kMaxSms);
+    return 4 * (plan.partial_floats(p.head_dim) + plan.partial_row_floats() +
+                plan.piece_floats(p.num_requests * p.num_kv_heads));
+}
+
+int64_t sparse_block_attention_workspace(const SparseBlockAttentionParams& params) {
+    const BlockAttentionParams& p = params.attention;
+    const core::AttentionPlan plan = core::plan_list_attention(p, params.capacity * params.granularity, core::kMaxSms);
     return 4 * (plan.partial_floats(p.head_dim) + plan.partial_row_floats() +
                 plan.piece_floats(p.num_requests * p.num_kv_heads));
 }

@@ -154,4 +154,11 @@ struct AttentionPlan {
 
 AttentionPlan plan_attention(const BlockAttentionParams& params, int64_t sms);
 
+// The same over lists of up to `list_tokens` tokens and a tail: the schedule's requests are the streams (request, KV
+// head).
+AttentionPlan plan_list_attention(const BlockAttentionParams& params, int64_t list_tokens, int64_t sms);
+
+// Positions that a stream may have: a list and a tail, which begins with a whole box of the copy engine.
+inline int64_t max_list_positions(int64_t list_tokens, int64_t max_seq_len) { return list_tokens + max_seq_len + 64; }
+
 }  // namespace mage::core

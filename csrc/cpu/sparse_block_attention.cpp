@@ -38,7 +38,12 @@ int64_t sparse_block_attention_workspace(int64_t num_requests, int64_t num_queri
                                                           head_dim, max_seq_len, split_tokens);
     cpu::check_granularity(kOp, granularity);
     MAGE_CHECK(capacity >= 0, kOp, ": capacity must be at least 0, got ", capacity);
-    return 4 * make_plan(dims, granularity, capacity).workspace_floats();
+    SparseBlockAttentionParams params;
+    params.attention = dims;
+    params.granularity = granularity;
+    params.capacity = capacity;
+    return std::max(4 * make_plan(dims, granularity, capacity).workspace_floats(),
+                    cuda::sparse_block_attention_workspace(params));
 }
 
 void check_sparse_block_attention(const SparseBlockAttentionParams& params) {

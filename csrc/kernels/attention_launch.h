@@ -17,6 +17,14 @@ struct UnitOutputs {
     float* units = nullptr;                // [B, Hkv, n, R]; null: in the workspace
 };
 
+// What is read where it is not the whole cache; mage/sparse_block_attention.h.
+struct ListInputs {
+    const int32_t* indices = nullptr;
+    const int32_t* counts = nullptr;
+    const int32_t* tail_start = nullptr;
+    int64_t capacity = 0, granularity = 0;
+};
+
 // What the kernels over K and V serve.
 inline void check_served(const char* op, DType dtype, int64_t head_dim) {
     MAGE_CHECK(dtype == DType::kBFloat16 || dtype == DType::kFloat16, op,
@@ -24,8 +32,9 @@ inline void check_served(const char* op, DType dtype, int64_t head_dim) {
     MAGE_CHECK(head_dim == 64 || head_dim == 128, op, ": the head dim of q must be 64 or 128 on CUDA, got ", head_dim);
 }
 
-// Two launches: attention, and the merge of what it left in pieces, which also finishes units.
+// One launch where clusters merge the pieces of their segment; else two: attention, and the merge of what it left in
+// pieces. Either finishes units.
 void launch_block_attention(const char* op, const BlockAttentionParams& params, const UnitOutputs& outputs,
-                            CudaStream stream);
+                            const ListInputs* lists, CudaStream stream);
 
 }  // namespace mage::cuda

@@ -25,7 +25,8 @@ struct SparseBlockAttentionParams {
     int64_t granularity = 64;             // g
 };
 
-// Bytes of workspace: as block_attention_workspace says for the CPU, with the splits of this op.
+// Bytes of workspace, enough for every backend: as block_attention_workspace says, with the splits of this op; a stream
+// may have capacity * g + max_seq_len + 64 tokens on CUDA, and each is a request of its own there.
 int64_t sparse_block_attention_workspace(int64_t num_requests, int64_t num_queries, int64_t num_heads,
                                          int64_t num_kv_heads, int64_t head_dim, int64_t max_seq_len,
                                          int64_t granularity, int64_t capacity, int64_t split_tokens);
@@ -39,4 +40,15 @@ namespace cpu {
 void sparse_block_attention(const SparseBlockAttentionParams& params);
 
 }  // namespace cpu
+
+namespace cuda {
+
+// Bytes of workspace that the call asks for; pointers are not looked at.
+int64_t sparse_block_attention_workspace(const SparseBlockAttentionParams& params);
+
+// Asynchronous on `stream`, one launch where clusters merge the pieces of their segment, else two; allocates nothing;
+// can be captured in a graph. Throws mage::Error if an argument does not hold: D 64 or 128, bfloat16 or float16.
+void sparse_block_attention(const SparseBlockAttentionParams& params, CudaStream stream);
+
+}  // namespace cuda
 }  // namespace mage

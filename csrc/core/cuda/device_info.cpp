@@ -1,5 +1,9 @@
 #include "core/cuda/device_info.h"
 
+#include <map>
+#include <mutex>
+#include <tuple>
+
 #include "core/cuda/cuda_check.h"
 
 namespace mage::core {
@@ -29,6 +33,32 @@ void allow_shared_memory(const char* op, const void* kernel, int bytes) {
 
 void allow_large_clusters(const char* op, const void* kernel) {
     MAGE_CUDA_CHECK(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+}
+
+int active_clusters(const char* op, const void* kernel, int ctas, int threads, int bytes) {
+    static std::mutex mutex;
+    static std::map<std::tuple<const void*, int, int>, int> known;
+    int device = 0;
+    MAGE_CUDA_CHECK(op, cudaGetDevice(&device));
+    const std::lock_guard lock(mutex);
+    const auto [entry, is_new] = known.try_emplace({kernel, device, ctas}, 0);
+    if (!is_new) return entry->second;
+    allow_shared_memory(op, kernel, bytes);
+    allow_large_clusters(op, kernel);
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(static_cast<unsigned>(ctas));
+    config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.dynamicSmemBytes = static_cast<size_t>(bytes);
+    cudaLaunchAttribute attribute;
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {static_cast<unsigned>(ctas), 1, 1};
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    if (cudaOccupancyMaxActiveClusters(&entry->second, kernel, &config) != cudaSuccess) {
+        entry->second = 0;
+        cudaGetLastError();  // the size is not possible here, which is the answer
+    }
+    return entry->second;
 }
 
 }  // namespace mage::core

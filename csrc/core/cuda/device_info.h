@@ -15,4 +15,9 @@ void allow_shared_memory(const char* op, const void* kernel, int bytes);
 // Lets a kernel have clusters of up to 16 CTAs; 8 are the most without.
 void allow_large_clusters(const char* op, const void* kernel);
 
+// Clusters of `ctas` CTAs that run at once on the current device, each with `threads` threads and `bytes` of dynamic
+// shared memory, which the kernel is allowed; 0 if none of that size runs. Asked for once per kernel, device and size,
+// then remembered.
+int active_clusters(const char* op, const void* kernel, int ctas, int threads, int bytes);
+
 }  // namespace mage::core

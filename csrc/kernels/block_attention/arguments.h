@@ -10,6 +10,9 @@ namespace mage::cuda {
 struct AttentionArgs {
     core::Schedule schedule;
     int32_t guess_workers;  // of a segment, if all requests are as long as they may be; 0: the guess is not worth it
+    int32_t splits;         // workers of a cluster that share a segment and merge it themselves; 1: a segment has one
+                            // worker, and nothing is merged; 0: workers and pieces are as the schedule says
+    int32_t ctas;           // of a worker, where the kernel leaves that open
     const void* q;          // [B, Q, H, D]
     int64_t stride_q_request, stride_q_query, stride_q_head;
     const int32_t* block_table;
@@ -25,6 +28,11 @@ struct AttentionArgs {
     uint32_t group_reciprocal;  // ceil(2^32 / G), unless G is 1
     int32_t rows;               // R = G * Q
     int32_t row_tiles;          // tiles of the kernel's rows per (request, KV head)
+    const int32_t* indices;     // [B, Hkv, Kmax] or null: all of [0, S)
+    const int32_t* counts;      // [B, Hkv]
+    const int32_t* tail_start;  // [B]
+    int32_t capacity;           // Kmax
+    int32_t list_shift;         // a listed unit has 1 << list_shift tokens
     float scale_log2;           // |softmax_scale| * log2(e)
     uint32_t flip;              // sign bits to flip in two elements of q: a negative scale
     uint32_t keep;              // all ones, or 0: a scale of 0

@@ -25,12 +25,16 @@ constexpr int64_t kManyStreams = 32;
 constexpr int64_t kUnitsOfBlock = 64;       // that are worth a block of the merge
 constexpr int64_t kManyBlocks = 32;         // of a stream that finish masses
 constexpr int64_t kBlocksAtOnce = 2 * 132;  // of the merge
+constexpr int kMaxCluster = 16;             // CTAs
+constexpr int64_t kClusterTokens = 640;     // of a split: with more, all SMs and a second launch are faster
 
-const AttentionVariant& variant_of(DType dtype, int64_t head_dim, int row_shape) {
+const AttentionVariant& variant_of(DType dtype, int64_t head_dim, int row_shape, bool lists) {
     if (dtype == DType::kBFloat16) {
-        return head_dim == 64 ? attention_variant_bf16_d64(row_shape) : attention_variant_bf16_d128(row_shape);
+        return head_dim == 64 ? attention_variant_bf16_d64(row_shape, lists)
+                              : attention_variant_bf16_d128(row_shape, lists);
     }
-    return head_dim == 64 ? attention_variant_fp16_d64(row_shape) : attention_variant_fp16_d128(row_shape);
+    return head_dim == 64 ? attention_variant_fp16_d64(row_shape, lists)
+                          : attention_variant_fp16_d128(row_shape, lists);
 }
 
 void check_supported(const char* op, const BlockAttentionParams& p, const UnitOutputs& outputs) {
@@ -43,16 +47,76 @@ void check_supported(const char* op, const BlockAttentionParams& p, const UnitOu
                rows);
 }
 
+// How segments are served by clusters that need no second launch.
+struct ClusterPlan {
+    int shape_index = 0;
+    int ctas = 1;    // of a worker
+    int splits = 0;  // workers of a segment; 0: no clusters
+};
+
+int64_t clusters_at_once(const char* op, const AttentionVariant& variant, int ctas) {
+    return core::active_clusters(op, reinterpret_cast<const void*>(variant.attention), ctas, variant.threads,
+                                 variant.shared_bytes);
+}
+
+// Of a dense call. NOTE: masses are sums over all rows, so that a segment must have them all.
+ClusterPlan plan_clusters(const char* op, const BlockAttentionParams& p, const core::AttentionPlan& plan) {
+    ClusterPlan clusters;
+    const int64_t segments = int64_t{plan.schedule.num_requests} * plan.schedule.segments_per_request;
+    const AttentionVariant& variant = variant_of(p.dtype, p.head_dim, plan.shape_index, false);
+    if (plan.schedule.fixed || plan.row_tiles != 1 || !variant.merges) return clusters;
+    for (int ctas = kMaxCluster; ctas >= 2 * plan.shape.ctas; ctas /= 2) {
+        const int splits = ctas / plan.shape.ctas;
+        if (p.max_seq_len > splits * kClusterTokens) break;
+        if (segments <= clusters_at_once(op, variant, ctas)) return {plan.shape_index, plan.shape.ctas, splits};
+    }
+    return clusters;
+}
+
+// Of a call with lists: what takes least by a rough count, in microseconds. Lists are taken to be full.
+ClusterPlan plan_list_clusters(const char* op, const BlockAttentionParams& p, const core::AttentionPlan& plan,
+                               int64_t list_tokens) {
+    constexpr double kTile[core::kRowShapes] = {0.5, 1.7, 1.25, 1.7};
+    constexpr double kExchange[core::kRowShapes] = {1.6, 2.4, 0.0, 2.4};
+    constexpr double kSecondLaunch = 6.5;
+    constexpr int64_t kExpectedTail = 64;
+    ClusterPlan best;
+    const int64_t segments = int64_t{plan.schedule.num_requests} * plan.schedule.segments_per_request;
+    if (plan.schedule.fixed || plan.row_tiles != 1) return best;
+    const auto tiles_of = [&](int keys) { return (list_tokens + kExpectedTail + keys - 1) / keys; };
+    const int64_t all = tiles_of(plan.shape.keys) * segments;
+    double least = kTile[plan.shape_index] *
+                       static_cast<double>((all + plan.schedule.max_workers - 1) / plan.schedule.max_workers) +
+                   kSecondLaunch;
+    for (const int shape : {0, plan.shape_index}) {
+        const AttentionVariant& variant = variant_of(p.dtype, p.head_dim, shape, true);
+        const int ctas =
+            variant.ctas == 0 ? static_cast<int>((plan.rows + variant.rows - 1) / variant.rows) : variant.ctas;
+        const int64_t tiles = tiles_of(variant.keys);
+        for (int splits = 1; splits * ctas <= kMaxCluster && (splits == 1 || (variant.merges && splits <= tiles));
+             ++splits) {
+            const double time = kTile[shape] * static_cast<double>((tiles + splits - 1) / splits) +
+                                (splits > 1 ? kExchange[shape] : 0.0);
+            if (time >= least || segments > clusters_at_once(op, variant, splits * ctas)) continue;
+            least = time;
+            best = {shape, ctas, splits};
+        }
+    }
+    return best;
+}
+
 }  // namespace
 
 std::vector<KernelEntry> block_attention_kernels() {
     std::vector<KernelEntry> entries;
     for (const auto variants : {attention_variant_bf16_d128, attention_variant_bf16_d64, attention_variant_fp16_d128,
                                 attention_variant_fp16_d64}) {
-        for (int shape = 0; shape < core::kRowShapes; ++shape) {
-            const AttentionVariant& variant = variants(shape);
-            entries.push_back({variant.name, reinterpret_cast<const void*>(variant.attention), variant.threads,
-                               variant.shared_bytes});
+        for (const bool lists : {false, true}) {
+            for (int shape = 0; shape < core::kRowShapes; ++shape) {
+                const AttentionVariant& variant = variants(shape, lists);
+                entries.push_back({variant.name, reinterpret_cast<const void*>(variant.attention), variant.threads,
+                                   variant.shared_bytes});
+            }
         }
     }
     for (const bool mass : {false, true}) {
@@ -63,35 +127,62 @@ std::vector<KernelEntry> block_attention_kernels() {
 }
 
 void launch_block_attention(const char* op, const BlockAttentionParams& p, const UnitOutputs& outputs,
-                            CudaStream stream) {
+                            const ListInputs* lists, CudaStream stream) {
     core::require_hopper(op);
     check_block_attention(p, op);
     check_supported(op, p, outputs);
     if (p.num_requests == 0) return;
 
-    const core::AttentionPlan plan = core::plan_attention(p, core::multiprocessors(op));
-    const int64_t most_units = core::max_units(plan.schedule, p.max_seq_len);
+    const int64_t list_tokens = lists == nullptr ? 0 : lists->capacity * lists->granularity;
+    const int64_t most_positions =
+        lists == nullptr ? p.max_seq_len : core::max_list_positions(list_tokens, p.max_seq_len);
+    MAGE_CHECK(most_positions < (int64_t{1} << 31), op, ": lists and tail must have fewer than 2^31 tokens, got ",
+               most_positions);
+    const core::AttentionPlan plan = lists == nullptr
+                                         ? core::plan_attention(p, core::multiprocessors(op))
+                                         : core::plan_list_attention(p, list_tokens, core::multiprocessors(op));
+    const int64_t most_units = core::max_units(plan.schedule, most_positions);
     MAGE_CHECK(most_units < (int64_t{1} << 31), op, ": the call must have fewer than 2^31 tiles of keys, got ",
                most_units);
     const int64_t group = p.num_heads / p.num_kv_heads;
     MAGE_CHECK(plan.rows * group < (int64_t{1} << 32), op,
                ": q must have fewer than 2^32 rows per KV head times heads per KV head on CUDA, got ", plan.rows, " x ",
                group);
-    const AttentionVariant& variant = variant_of(p.dtype, p.head_dim, plan.shape_index);
-    MAGE_CHECK(variant.rows == plan.shape.rows && variant.ctas == plan.shape.ctas && variant.keys == plan.shape.keys,
-               op, ": internal: the kernel of ", variant.rows, " rows must serve the shape of ", plan.shape.rows);
+    const ClusterPlan clusters =
+        lists == nullptr ? plan_clusters(op, p, plan) : plan_list_clusters(op, p, plan, list_tokens);
+    const AttentionVariant& variant = variant_of(
+        p.dtype, p.head_dim, clusters.splits > 0 ? clusters.shape_index : plan.shape_index, lists != nullptr);
+    MAGE_CHECK(clusters.splits > 0 || variant.rows * std::max(variant.ctas, 1) == plan.shape.rows, op,
+               ": internal: the kernel of ", variant.rows, " rows must serve the shape of ", plan.shape.rows);
+    core::allow_shared_memory(op, reinterpret_cast<const void*>(variant.attention), variant.shared_bytes);
+    core::allow_large_clusters(op, reinterpret_cast<const void*>(variant.attention));
 
     const int64_t streams = p.num_requests * p.num_kv_heads;
+    const int64_t segments = int64_t{plan.schedule.num_requests} * plan.schedule.segments_per_request;
     const int64_t num_units =
         outputs.granularity == 0 ? 0 : (p.max_seq_len + outputs.granularity - 1) / outputs.granularity;
     AttentionArgs args = {};
     args.schedule = plan.schedule;
-    const auto units =
-        static_cast<int32_t>(most_units / std::max(p.num_requests * args.schedule.segments_per_request, int64_t{1}));
-    const int32_t most = core::aligned_units(plan.schedule, static_cast<int32_t>(most_units), [&](int32_t t) {
-        return plan.schedule.num_requests * plan.schedule.segments_per_request * core::ceil_div(units, t);
-    });
-    args.guess_workers = most > 0 ? core::ceil_div(units, most) : 0;
+    args.splits = clusters.splits;
+    args.ctas = clusters.splits > 0 ? clusters.ctas : plan.shape.ctas;
+    if (clusters.splits > 0) {  // tiles of the kernel that was chosen
+        args.schedule.unit_tokens = variant.keys;
+        args.schedule.unit_shift = core::log2_of(variant.keys);
+        args.guess_workers = clusters.splits;
+    } else if (lists == nullptr) {
+        const auto units = static_cast<int32_t>(most_units / std::max(segments, int64_t{1}));
+        const int32_t most = core::aligned_units(plan.schedule, static_cast<int32_t>(most_units), [&](int32_t t) {
+            return static_cast<int32_t>(segments) * core::ceil_div(units, t);
+        });
+        args.guess_workers = most > 0 ? core::ceil_div(units, most) : 0;
+    }
+    if (lists != nullptr) {
+        args.indices = lists->indices;
+        args.counts = lists->counts;
+        args.tail_start = lists->tail_start;
+        args.capacity = static_cast<int32_t>(lists->capacity);
+        args.list_shift = core::log2_of(lists->granularity);
+    }
     args.q = p.q;
     args.stride_q_request = p.stride_q_request;
     args.stride_q_query = p.stride_q_query;
@@ -105,6 +196,7 @@ void launch_block_attention(const char* op, const BlockAttentionParams& p, const
     args.max_seq_len = static_cast<int32_t>(std::min(p.max_seq_len, int64_t{p.pages.max_pages} * p.pages.page_size));
     args.page_shift = core::log2_of(p.pages.page_size);
     args.box_shift = std::min(args.page_shift, core::log2_of(kMaxBoxTokens));
+    if (lists != nullptr) args.box_shift = std::min(args.box_shift, args.list_shift);
     args.num_queries = static_cast<int32_t>(p.num_queries);
     args.num_heads = static_cast<int32_t>(p.num_heads);
     args.num_kv_heads = static_cast<int32_t>(p.num_kv_heads);
@@ -175,15 +267,19 @@ void launch_block_attention(const char* op, const BlockAttentionParams& p, const
         core::paged_pool_map(op, "k_cache", k_cache, p.pages, p.num_kv_heads, p.head_dim, p.dtype, box_tokens);
     const CUtensorMap v_map =
         core::paged_pool_map(op, "v_cache", v_cache, p.pages, p.num_kv_heads, p.head_dim, p.dtype, box_tokens);
-    core::allow_shared_memory(op, reinterpret_cast<const void*>(variant.attention), variant.shared_bytes);
     const int64_t workers = std::min<int64_t>(plan.schedule.max_workers, most_units);
     LaunchPlan attention;
-    attention.grid[0] = static_cast<uint32_t>(workers * plan.shape.ctas);
+    attention.grid[0] = static_cast<uint32_t>(workers * args.ctas);
     attention.block[0] = static_cast<uint32_t>(variant.threads);
     attention.shared_bytes = static_cast<uint32_t>(variant.shared_bytes);
-    attention.cluster = static_cast<uint32_t>(plan.shape.ctas);
+    attention.cluster = static_cast<uint32_t>(args.ctas);
     attention.overlap = true;
+    if (args.splits > 0) {
+        attention.cluster *= static_cast<uint32_t>(args.splits);
+        attention.grid[0] = static_cast<uint32_t>(segments) * attention.cluster;
+    }
     core::launch(op, variant.attention, attention, stream, args, k_map, v_map);
+    if (args.splits > 0) return;
     LaunchPlan plan_of_merge;
     plan_of_merge.grid[0] = static_cast<uint32_t>(args.merge_blocks + finish_blocks);
     plan_of_merge.grid[1] = static_cast<uint32_t>(p.num_kv_heads);
@@ -198,7 +294,7 @@ void block_attention(const BlockAttentionParams& params, CudaStream stream) {
     const int64_t needed = block_attention_workspace(params);
     MAGE_CHECK(params.workspace_bytes >= needed, kOp, ": workspace must have at least ", needed, " bytes, got ",
                params.workspace_bytes);
-    launch_block_attention(kOp, params, UnitOutputs(), stream);
+    launch_block_attention(kOp, params, UnitOutputs(), nullptr, stream);
 }
 
 }  // namespace mage::cuda

@@ -1,13 +1,7 @@
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include "device/barrier.cuh"
-#include "device/math.cuh"
-#include "device/tma.cuh"
-#include "device/wgmma.cuh"
-#include "kernels/block_attention/arguments.h"
+#include "kernels/block_attention/cluster_merge.cuh"
+#include "kernels/block_attention/worker.cuh"
 
 // Purpose   out[r] = sum_t softmax(scale q[r] . k[t]) v[t] over the tokens of a paged KV stream, and on request the
 //           logarithm of every row's sum over every unit of g tokens; mage/block_attention.h, block_attention_mass.h.
@@ -28,254 +22,6 @@
 // Ceiling   max(bytes of K and V / HBM, 4 * rows padded to 64 * D * tokens / tensor cores); NOTES.md has the numbers.
 namespace mage::cuda {
 
-constexpr int kWarp = 32;
-constexpr float kLn2 = 0.6931471805599453f;
-constexpr int kWarpgroup = 128;
-constexpr int kSpan = 64;  // elements of a swizzled row of 128 bytes
-constexpr int kRowBytes = 128;
-constexpr int kAtomBytes = 8 * kRowBytes;
-constexpr int kTailBarrier = 1, kGroupBarrier = 2, kStartBarrier = 5,
-              kTurnBarrier = 6;  // named barriers; from 2 and from 6: one of each warpgroup
-
-template <typename T_, int kDim_, int kWarpgroups_, int kKeys_, int kStages_, int kCtas_>
-struct AttentionConfig {
-    using T = T_;
-    static constexpr int kDim = kDim_;
-    static constexpr int kWarpgroups = kWarpgroups_;  // of consumers
-    static constexpr int kKeys = kKeys_;              // tokens of a tile
-    static constexpr int kStages = kStages_;
-    static constexpr int kCtas = kCtas_;  // of a worker
-    static constexpr int kCtaRows = 64 * kWarpgroups;
-    static constexpr int kTileRows = kCtaRows * kCtas;
-    static constexpr int kConsumers = kWarpgroup * kWarpgroups;
-    static constexpr int kThreads = kConsumers + kWarpgroup;
-    static constexpr int kSpans = kDim / kSpan;
-    static constexpr int kTileBytes = kKeys * kDim * 2;
-    // Registers per thread: what remains of 65536 after the producer's share, in steps of 8.
-    static constexpr int kConsumerRegisters = kWarpgroups == 3 ? 160 : kWarpgroups == 2 ? 224 : 248;
-    static constexpr int kProducerRegisters = kWarpgroups == 3 ? 32 : kWarpgroups == 2 ? 56 : 120;
-};
-
-struct Piece {
-    bool first;  // of its worker
-    int32_t request, kv_head, row_tile;
-    int32_t token_begin, token_end;
-    int32_t prefix;  // tokens that count for mass
-    int32_t slot;    // -1: the piece is a whole segment
-    int32_t pieces;  // of its segment, or 0: to be counted
-};
-
-// Where a warp is in its worker's units; `at` is the first unit that no piece has had.
-struct Walk {
-    int32_t at, request_begin, request;
-};
-
-// All units of the launch, the workers that they are for, and the end of this worker's.
-struct Share {
-    int32_t total, workers, worker, end;
-};
-
-template <typename Config>
-struct alignas(1024) AttentionShared {
-    uint8_t q[Config::kCtaRows * Config::kDim * 2];
-    uint8_t k[Config::kStages][Config::kTileBytes];
-    uint8_t v[Config::kStages][Config::kTileBytes];
-    uint4 broken[Config::kStages];  // bit i: box i of the tile lies on a page outside the pool
-    uint64_t full_k[Config::kStages], full_v[Config::kStages];
-    uint64_t empty_k[Config::kStages], empty_v[Config::kStages];
-    // The worker's part, whether it has a piece, and every warp's walk through its pieces.
-    Share share;
-    bool any;
-    Piece piece[Config::kThreads / 32], next[Config::kThreads / 32];
-    Walk walk[Config::kThreads / 32];
-};
-
-__device__ __forceinline__ int32_t clamped_length(const AttentionArgs& args, int32_t request) {
-    return min(max(args.seq_lens[request], 0), args.max_seq_len);
-}
-
-// Row / G by a multiplication: exact for rows below 2^32 / G.
-__device__ __forceinline__ int32_t query_of(const AttentionArgs& args, int32_t row) {
-    return args.group == 1 ? row : static_cast<int32_t>(__umulhi(static_cast<uint32_t>(row), args.group_reciprocal));
-}
-
-// The next piece of a walk, if the worker has one more.
-__device__ __forceinline__ bool next_piece(const AttentionArgs& args, const Share& share, Walk* walk, Piece* piece) {
-    if (walk->at >= share.end) return false;
-    const core::Schedule& s = args.schedule;
-    int32_t seq_len = clamped_length(args, walk->request);
-    int32_t units = core::units_of(s, seq_len);
-    while (walk->at >= walk->request_begin + units * s.segments_per_request) {
-        walk->request_begin += units * s.segments_per_request;
-        seq_len = clamped_length(args, ++walk->request);
-        units = core::units_of(s, seq_len);
-    }
-    const int32_t offset = walk->at - walk->request_begin;
-    const int32_t segment = offset / units;
-    const int32_t first = offset - segment * units;
-    const int32_t last = s.fixed ? first + 1 : min(units, first + (share.end - walk->at));
-    piece->first = false;
-    piece->pieces = 0;
-    piece->prefix = args.prefix_lens != nullptr ? max(0, args.prefix_lens[walk->request]) : INT32_MAX;
-    piece->request = walk->request;
-    piece->kv_head = args.row_tiles == 1 ? segment : segment / args.row_tiles;
-    piece->row_tile = segment - piece->kv_head * args.row_tiles;
-    piece->token_begin = first * s.unit_tokens;
-    piece->token_end = min(seq_len, last * s.unit_tokens);
-    piece->slot = first == 0 && last == units ? -1 : core::slot_of(s, walk->at, share.worker, first == 0);
-    walk->at += last - first;
-    return true;
-}
-
-// The same for the calling warp, whose walk and piece lie in shared memory to spare registers.
-template <typename Config, typename Shared>
-__device__ __forceinline__ bool next_piece_of_warp(const AttentionArgs& args, Shared& shared, Piece* next) {
-    const int32_t warp = threadIdx.x / kWarp;
-    Walk walk = shared.walk[warp];
-    Piece piece;
-    if (!next_piece(args, shared.share, &walk, &piece)) return false;
-    __syncwarp();
-    if (threadIdx.x % kWarp == 0) {
-        shared.walk[warp] = walk;
-        *next = piece;
-    }
-    __syncwarp();
-    return true;
-}
-
-// The piece of a worker whose segments have workers of their own, `most` units to each at most; `length` is that of the
-// lane's request. One warp.
-__device__ __forceinline__ bool aligned_piece(const AttentionArgs& args, int32_t worker, int32_t most, int32_t length,
-                                              Piece* piece) {
-    const core::Schedule& s = args.schedule;
-    const int32_t lane = threadIdx.x % kWarp;
-    const int32_t each = core::ceil_div(core::units_of(s, length), most);  // workers of a segment
-    const int32_t own = each * s.segments_per_request;
-    int32_t until = own;
-    for (int step = 1; step < s.num_requests; step *= 2) {
-        const int32_t other = __shfl_up_sync(~0u, until, step);
-        if (lane >= step) until += other;
-    }
-    const uint32_t past = __ballot_sync(~0u, until > worker);
-    if (past == 0) return false;
-    const int32_t request = __ffs(past) - 1;
-    const int32_t workers = __shfl_sync(~0u, each, request);
-    const int32_t offset = worker - __shfl_sync(~0u, until - own, request);
-    const int32_t seq_len = __shfl_sync(~0u, length, request);
-    const int32_t segment = offset / workers, index = offset - segment * workers;
-    const int32_t units = core::units_of(s, seq_len);
-    piece->request = request;
-    piece->kv_head = args.row_tiles == 1 ? segment : segment / args.row_tiles;
-    piece->row_tile = segment - piece->kv_head * args.row_tiles;
-    piece->token_begin = core::first_unit(units, workers, index) * s.unit_tokens;
-    piece->token_end = min(seq_len, core::first_unit(units, workers, index + 1) * s.unit_tokens);
-    piece->prefix = args.prefix_lens != nullptr ? max(0, args.prefix_lens[request]) : INT32_MAX;
-    piece->slot = workers == 1 ? -1 : core::slot_of(s, 0, worker, index == 0);
-    piece->pieces = workers;
-    return true;
-}
-
-// The first piece of a worker that takes units in a row, and the walk to the next; one warp.
-__device__ __forceinline__ bool balanced_piece(const AttentionArgs& args, const Share& share, Walk* walk,
-                                               Piece* piece) {
-    const core::Schedule& s = args.schedule;
-    const int32_t lane = threadIdx.x % kWarp;
-    const int32_t begin = walk->at;
-    int32_t reached = 0, request = 0;
-    for (int32_t base = 0; base < s.num_requests && begin < share.end; base += kWarp) {
-        const int32_t b = base + lane;
-        const int32_t own =
-            b < s.num_requests ? core::units_of(s, clamped_length(args, b)) * s.segments_per_request : 0;
-        int32_t sum = own;
-        for (int step = 1; step < kWarp; step *= 2) {
-            const int32_t other = __shfl_up_sync(~0u, sum, step);
-            if (lane >= step) sum += other;
-        }
-        const uint32_t past = __ballot_sync(~0u, reached + sum > begin);
-        if (past != 0) {
-            const int32_t found = __ffs(past) - 1;
-            request = base + found;
-            reached += __shfl_sync(~0u, sum - own, found);
-            break;
-        }
-        reached += __shfl_sync(~0u, sum, kWarp - 1);
-    }
-    walk->request_begin = reached;
-    walk->request = request;
-    return next_piece(args, share, walk, piece);
-}
-
-// Finds the units of a worker and its first piece; one warp.
-template <int kWarps, typename Shared>
-__device__ __forceinline__ void find_start(const AttentionArgs& args, int32_t worker, Shared& shared) {
-    const core::Schedule& s = args.schedule;
-    const int32_t lane = threadIdx.x % kWarp;
-    const int32_t length = lane < s.num_requests ? clamped_length(args, lane) : 0;
-    int32_t total = core::units_of(s, length);
-    for (int32_t b = lane + kWarp; b < s.num_requests; b += kWarp) total += core::units_of(s, clamped_length(args, b));
-    total = __reduce_add_sync(~0u, total) * s.segments_per_request;
-    const int32_t most = core::aligned_units(s, total, [&](int32_t t) {
-        return __reduce_add_sync(~0u, core::ceil_div(core::units_of(s, length), t)) * s.segments_per_request;
-    });
-    Share share = {total, 0, worker, 0};
-    Walk walk = {0, 0, 0};
-    Piece piece;
-    bool any;
-    if (most > 0) {
-        any = aligned_piece(args, worker, most, length, &piece);
-    } else {
-        share.workers = total > 0 ? core::workers_of(s, total) : 0;
-        if (worker < share.workers) {
-            walk.at = core::first_unit(total, share.workers, worker);
-            share.end = core::first_unit(total, share.workers, worker + 1);
-        }
-        any = balanced_piece(args, share, &walk, &piece);
-    }
-    piece.first = true;
-    if (lane < kWarps) {
-        shared.walk[lane] = walk;
-        if (any) shared.piece[lane] = piece;
-    }
-    if (lane == 0) {
-        shared.any = any;
-        shared.share = share;
-    }
-}
-
-// Before the launches ahead are known to be complete: brings what the worker's piece will need into L2, by the guess
-// that all requests are as long as they may be, so that lengths, pages and Q are not waited for one after the other.
-template <typename Config>
-__device__ __forceinline__ void prefetch_first(const AttentionArgs& args, int32_t worker) {
-    const core::Schedule& s = args.schedule;
-    const int32_t thread = threadIdx.x - kWarp;  // of those behind the first warp
-    if (thread < 0 || args.guess_workers == 0) return;
-    const int32_t index = worker / args.guess_workers;  // of the segment in the launch
-    const int32_t request = index / s.segments_per_request, segment = index - request * s.segments_per_request;
-    if (request >= s.num_requests) return;
-    if (thread < kWarpgroup - kWarp) {
-        constexpr int32_t kEntries = 32;  // of a line
-        const int32_t units = core::units_of(s, args.max_seq_len), part = worker - index * args.guess_workers;
-        const int32_t first = core::first_unit(units, args.guess_workers, part) * s.unit_tokens;
-        const int32_t last =
-            min(args.max_seq_len, core::first_unit(units, args.guess_workers, part + 1) * s.unit_tokens) - 1;
-        const int32_t page = (first >> args.page_shift) + thread * kEntries;
-        if (page <= last >> args.page_shift) device::prefetch_l2(args.block_table + request * args.stride_table + page);
-    } else {
-        constexpr int32_t kLines = (Config::kDim * 2 + 127) / 128;  // of a row
-        const int32_t kv_head = args.row_tiles == 1 ? segment : segment / args.row_tiles;
-        const uint32_t rank = Config::kCtas == 1 ? 0 : device::cluster_rank();
-        const int32_t first_row = (segment - kv_head * args.row_tiles) * Config::kTileRows + rank * Config::kCtaRows;
-        for (int32_t i = thread - (kWarpgroup - kWarp); i < Config::kCtaRows * kLines; i += Config::kConsumers) {
-            const int32_t row = first_row + i / kLines;
-            if (row >= args.rows) break;
-            const int32_t query = query_of(args, row);
-            device::prefetch_l2(
-                static_cast<const uint16_t*>(args.q) + request * args.stride_q_request + query * args.stride_q_query +
-                (int64_t{kv_head} * args.group + row - query * args.group) * args.stride_q_head + i % kLines * 64);
-        }
-    }
-}
-
 // Position in the ring: a stage and the parity of its current round.
 template <int kStages>
 struct Ring {
@@ -288,6 +34,17 @@ struct Ring {
     }
 };
 
+// A box of a listed unit: the unit and the one before it in the list.
+struct Entry {
+    int32_t unit = -1, previous = -1;
+};
+
+// Where a box is: its first token and the page of that; kBroken: it is not to be read.
+struct Place {
+    int32_t token = 0, page = 0;
+};
+constexpr int32_t kBroken = -1;
+
 // --- Producer: one warp ----------------------------------------------------------------------------------------------
 
 template <typename Config>
@@ -297,26 +54,27 @@ __device__ __forceinline__ void produce(const AttentionArgs& args, const CUtenso
     constexpr int kKeys = Config::kKeys;
     constexpr int kLoose = kKeys / kWarp;  // tokens per lane where a page is one token
     const int32_t lane = threadIdx.x % kWarp;
-    const uint32_t rank = Config::kCtas == 1 ? 0 : device::cluster_rank();
+    const int32_t ctas = worker_ctas<Config>(args), rank = worker_rank<Config>(args);
     const int32_t boxes = kKeys >> args.box_shift;
     const uint32_t box_bytes = uint32_t{kRowBytes} << args.box_shift;
     const int32_t nowhere = static_cast<int32_t>(max(args.num_pages, int64_t{1}));  // past the pool: zeros arrive
     const int32_t page_mask = (1 << args.page_shift) - 1;
     const uint64_t policy = args.row_tiles == 1 ? device::kEvictFirst : device::kEvictNormal;
-    const bool loose = args.page_shift == 0;
-    // Of larger pages a tile has at most 16 boxes: one lane each.
+    const auto receivers = static_cast<uint16_t>(((1 << ctas) - 1) << (device::cluster_rank() - rank));
+    const bool loose = args.box_shift == 0;
+    // Of larger boxes a tile has at most 16: one lane each.
     const int32_t own_box = lane % boxes, own_span = lane / boxes;
-    const bool own = !loose && own_span < kSpans && (Config::kCtas == 1 || lane % Config::kCtas == rank);
+    const bool own = !loose && own_span < kSpans && (Config::kCtas == 1 || lane % ctas == rank);
 
     const auto copy = [&](const CUtensorMap* map, const uint8_t* tile, uint64_t* full, int32_t span, int32_t box,
                           int32_t token, int32_t kv_head, int32_t page) {
         const device::BoxStart start = {span * kSpan, token & page_mask, kv_head, page};
         const uint32_t to = device::shared_address(tile) + span * (kKeys * kRowBytes) + box * box_bytes;
         const uint32_t barrier = device::shared_address(full);
-        if constexpr (Config::kCtas == 1) {
+        if (ctas == 1) {
             device::copy_box(map, to, barrier, start, policy);
         } else {
-            device::copy_box_multicast(map, to, barrier, start, (1 << Config::kCtas) - 1, policy);
+            device::copy_box_multicast(map, to, barrier, start, receivers, policy);
         }
     };
 
@@ -326,32 +84,62 @@ __device__ __forceinline__ void produce(const AttentionArgs& args, const CUtenso
         const Piece& piece = shared.piece[0];
         const int32_t token_end = piece.token_end;
         const int32_t* table = args.block_table + piece.request * args.stride_table;
-        const auto page_of = [&](int32_t token) {
-            return token < token_end ? __ldg(table + (token >> args.page_shift)) : nowhere;
+        const int32_t* list = Config::kLists ? list_of(args, piece.request, piece.kv_head) : nullptr;
+        const auto entry_at = [&](int32_t position) {
+            Entry entry;
+            if constexpr (Config::kLists) {
+                const int32_t at = position >> args.list_shift;
+                if (position < piece.list_end) entry = {list[at], at > 0 ? list[at - 1] : -1};
+            }
+            return entry;
         };
-        const auto is_broken = [&](int32_t token, int32_t page) {
-            return token < token_end && (page < 0 || page >= args.num_pages);
+        const auto place_of = [&](int32_t position, const Entry& entry) {
+            Place place = {position, nowhere};
+            bool is_listed = true;
+            if constexpr (Config::kLists) {
+                if (position >= piece.list_end) {
+                    place.token = piece.tail_begin + position - piece.list_end;
+                } else {
+                    is_listed = entry.unit > entry.previous && entry.unit >= 0 &&
+                                entry.unit <= piece.tail_begin >> args.list_shift;
+                    place.token =
+                        is_listed ? (entry.unit << args.list_shift) + (position & (1 << args.list_shift) - 1) : 0;
+                    is_listed = is_listed && place.token < piece.tail_begin;
+                }
+            }
+            if (position >= token_end) return place;
+            place.page = is_listed ? __ldg(table + (place.token >> args.page_shift)) : kBroken;
+            return place;
         };
-        int32_t next_page = loose ? 0 : page_of(piece.token_begin + (own_box << args.box_shift));
+        const auto mark = [&](int32_t position, Place* place) {
+            const bool is_broken = position < token_end && (place->page < 0 || place->page >= args.num_pages);
+            if (is_broken) place->page = nowhere;
+            return is_broken;
+        };
+        const int32_t begin = piece.token_begin + (own_box << args.box_shift);
+        // One tile ahead, and of lists two.
+        Place next = loose ? Place() : place_of(begin, entry_at(begin));
+        Entry ahead = loose ? Entry() : entry_at(begin + kKeys);
         for (int32_t token = piece.token_begin; token < token_end; token += kKeys) {
-            // Pages of this tile; a broken one is marked and read as zeros.
-            int32_t pages[kLoose];
+            // Places of this tile; a broken one is marked, here or by its page, and read as zeros.
+            Place places[kLoose];
             uint32_t broken[4] = {0, 0, 0, 0};
-            const int32_t own_token = token + (own_box << args.box_shift);
             if (loose) {
 #pragma unroll
                 for (int i = 0; i < kLoose; ++i) {
-                    pages[i] = page_of(token + i * kWarp + lane);
-                    const bool bad = is_broken(token + i * kWarp + lane, pages[i]);
-                    broken[i] = __ballot_sync(~0u, bad);
-                    if (bad) pages[i] = nowhere;
+                    const int32_t position = token + i * kWarp + lane;
+                    places[i] = place_of(position, entry_at(position));
+                    broken[i] = __ballot_sync(~0u, mark(position, &places[i]));
                 }
             } else {
-                pages[0] = next_page;
-                next_page = page_of(own_token + kKeys);
-                const bool bad = is_broken(own_token, pages[0]);
-                broken[0] = __ballot_sync(~0u, bad && lane < boxes);
-                if (bad) pages[0] = nowhere;
+                const int32_t position = token + (own_box << args.box_shift);
+                places[0] = next;
+                next = place_of(position + kKeys, ahead);
+                ahead = entry_at(position + 2 * kKeys);
+                broken[0] = __ballot_sync(~0u, mark(position, &places[0]) && lane < boxes);
+                // A tile with a part of the hole is masked like one with broken boxes.
+                if (Config::kLists && token < piece.hole_end && token + kKeys > piece.list_end)
+                    broken[1] = piece.hole_end > piece.list_end ? 1 : 0;
             }
             const auto fill = [&](const CUtensorMap* map, const uint8_t* tile, uint64_t* full) {
                 if (lane == 0) device::mbarrier_arrive_expect(device::shared_address(full), Config::kTileBytes);
@@ -360,13 +148,13 @@ __device__ __forceinline__ void produce(const AttentionArgs& args, const CUtenso
 #pragma unroll
                     for (int i = 0; i < kLoose; ++i) {
                         const int32_t box = i * kWarp + lane;
-                        if (Config::kCtas > 1 && box % Config::kCtas != rank) continue;
+                        if (Config::kCtas != 1 && box % ctas != rank) continue;
 #pragma unroll
                         for (int span = 0; span < kSpans; ++span)
-                            copy(map, tile, full, span, box, token + box, piece.kv_head, pages[i]);
+                            copy(map, tile, full, span, box, places[i].token, piece.kv_head, places[i].page);
                     }
                 } else if (own) {
-                    copy(map, tile, full, own_span, own_box, own_token, piece.kv_head, pages[0]);
+                    copy(map, tile, full, own_span, own_box, places[0].token, piece.kv_head, places[0].page);
                 }
             };
             const uint32_t stage = ring.stage;
@@ -397,7 +185,7 @@ __device__ __forceinline__ void write_pieces(const AttentionArgs& args, Attentio
             if (piece.pieces == 0) {
                 const int32_t taken = s.fixed ? 1 : core::units_of(s, piece.token_end);
                 pieces = core::pieces_of(s, share.total, share.workers, share.worker, shared.walk[warp].at - taken,
-                                         core::units_of(s, clamped_length(args, piece.request)));
+                                         core::units_of(s, stream_length(args, piece.request, piece.kv_head)));
             }
             if (piece.slot < 0) pieces.count = 1;
             const int64_t stream = int64_t{piece.request} * args.num_kv_heads + piece.kv_head;
@@ -407,15 +195,6 @@ __device__ __forceinline__ void write_pieces(const AttentionArgs& args, Attentio
 }
 
 // --- Consumers: kWarpgroups warpgroups of 64 rows each ---------------------------------------------------------------
-
-__device__ __forceinline__ uint32_t pack(float low, float high, __nv_bfloat16) {
-    const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
-    return *reinterpret_cast<const uint32_t*>(&both);
-}
-__device__ __forceinline__ uint32_t pack(float low, float high, __half) {
-    const __half2 both = __floats2half2_rn(low, high);
-    return *reinterpret_cast<const uint32_t*>(&both);
-}
 
 template <typename Config>
 struct Consumer {
@@ -452,7 +231,7 @@ struct Consumer {
           thread(threadIdx.x - kWarpgroup),
           warpgroup(__shfl_sync(~0u, thread / kWarpgroup, 0)),  // known to be the same in a warp
           lane(threadIdx.x % kWarp),
-          rank(Config::kCtas == 1 ? 0 : static_cast<int32_t>(device::cluster_rank())),
+          rank(worker_rank<Config>(a)),
           piece(sh.piece[threadIdx.x / kWarp]),
           shared_tile(device::tile_address(device::shared_address(&sh))) {}
 
@@ -503,7 +282,8 @@ struct Consumer {
         for (int i = 0; i < 2; ++i) {
             limit[i] = piece.token_end;
             if (args.kv_lens != nullptr && row_of(i) < args.rows) {
-                limit[i] = min(limit[i], args.kv_lens[piece.request * args.num_queries + query_of(args, row_of(i))]);
+                const int32_t visible = args.kv_lens[piece.request * args.num_queries + query_of(args, row_of(i))];
+                limit[i] = min(limit[i], Config::kLists ? position_of(visible) : visible);
             }
             reference[i] = -INFINITY;
             sum[i] = prefix_sum[i] = 0.0f;
@@ -514,6 +294,17 @@ struct Consumer {
         const int32_t unit = (piece.token_begin >> args.unit_shift) + (lane >> 1 & 1);
         unit_at = args.units + (stream * args.num_units + unit) * args.rows + emitted;
         unit_step = int64_t{kKeys >> args.unit_shift} * args.rows;
+    }
+
+    // The first position that is not below `token`.
+    __device__ __forceinline__ int32_t position_of(int32_t token) const {
+        if (token > piece.tail_begin) return piece.list_end + token - piece.tail_begin;
+        if (token <= 0) return 0;
+        const int32_t count = piece.list_end >> args.list_shift, unit = token >> args.list_shift;
+        const int32_t* list = list_of(args, piece.request, piece.kv_head);
+        const int32_t at = lower_entry(list, count, unit);
+        const int32_t inside = at < count && list[at] == unit ? token & (1 << args.list_shift) - 1 : 0;
+        return (at << args.list_shift) + inside;
     }
 
     // S = Q K^T of a stage, asynchronous.
@@ -548,8 +339,8 @@ struct Consumer {
         const uint32_t barrier = device::shared_address(empty);
         if constexpr (Config::kCtas == 1) {
             if (lane == 0) device::mbarrier_arrive(barrier);
-        } else {
-            if (lane < Config::kCtas) device::mbarrier_arrive_cluster(barrier, lane);
+        } else if (lane < worker_ctas<Config>(args)) {
+            device::mbarrier_arrive_cluster(barrier, device::cluster_rank() - rank + lane);
         }
     }
 
@@ -588,6 +379,7 @@ struct Consumer {
             const int32_t box = column >> args.box_shift;
             const uint32_t word = args.box_shift == 0 ? words[i / 16] : words[0];
             if ((word >> (box & 31) & 1u) != 0) s[i] = -INFINITY;
+            if (Config::kLists && token + column >= piece.list_end && token + column < piece.hole_end) s[i] = -INFINITY;
         }
     }
 
@@ -631,7 +423,7 @@ struct Consumer {
 
     // Of the tile whose block sums are at hand.
     __device__ __forceinline__ void emit_units(int32_t token) {
-        if (args.units == nullptr) return;
+        if (Config::kLists || args.units == nullptr) return;
         const int32_t left = (token_end - token - 1 >> args.unit_shift) + 1;
         if (args.unit_shift == 6) {
             float units[2][2] = {};
@@ -695,7 +487,7 @@ struct Consumer {
         }
         sum[0] += added[0];
         sum[1] += added[1];
-        if (args.units == nullptr) return;
+        if (Config::kLists || args.units == nullptr) return;
         if (token + kKeys > prefix) {
             block_sums(prefix - token);
             total_of_blocks(added);
@@ -772,28 +564,10 @@ struct Consumer {
         }
     }
 
-    // Of one row: the upper 24 bits of each float32, 2^-15 of a value, which is nothing beside the rounding of P and of
-    // out. First the upper 16 of all columns, then the 8 below them. The pairs of columns that a lane of the quad holds
-    // of blocks of eight lie together, so that it writes 16 bytes at once: in units of elements, 32 b + 8 (lane % 4) +
-    // 2 i + j is column 32 b + 8 i + 2 (lane % 4) + j, in both halves.
     __device__ __forceinline__ void store_partial(int r, float inverse, float log2_all, float log2_below) const {
         if (row_of(r) >= args.rows) return;
         const int32_t tile_row = row_of(r) - piece.row_tile * Config::kTileRows;
-        uint8_t* out = args.partial + (int64_t{piece.slot} * Config::kTileRows + tile_row) * (3 * kDim);
-#pragma unroll
-        for (int b = 0; b < kDim / 32; ++b) {
-            uint32_t upper[4], bytes[4];
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const uint32_t x = __float_as_uint(o[16 * b + 4 * i + 2 * r]);
-                const uint32_t y = __float_as_uint(o[16 * b + 4 * i + 2 * r + 1]);
-                upper[i] = __byte_perm(x, y, 0x7632);
-                bytes[i] = __byte_perm(x, y, 0x0051);
-            }
-            reinterpret_cast<uint4*>(out)[4 * b + lane % 4] = make_uint4(upper[0], upper[1], upper[2], upper[3]);
-            reinterpret_cast<uint2*>(out + 2 * kDim)[4 * b + lane % 4] =
-                make_uint2(__byte_perm(bytes[0], bytes[1], 0x5410), __byte_perm(bytes[2], bytes[3], 0x5410));
-        }
+        pack_row<kDim>(o, r, args.partial + (int64_t{piece.slot} * Config::kTileRows + tile_row) * (3 * kDim));
         if (lane % 4 == 0) {
             float* stats = args.partial_rows + int64_t{piece.slot} * 3 * Config::kTileRows + tile_row;
             stats[0] = log2_all;
@@ -802,7 +576,29 @@ struct Consumer {
         }
     }
 
+    // The piece's result goes to the CTAs of the cluster that own its rows.
+    __device__ __forceinline__ void send() const {
+        const float all[2] = {device::quad_sum(sum[0]), device::quad_sum(sum[1])};
+        const float below[2] = {device::quad_sum(prefix_sum[0]), device::quad_sum(prefix_sum[1])};
+        ClusterMerge<Config>(args, shared).send(o, thread / kWarp * 16 + lane / 4, reference, all, below);
+    }
+
+    // A segment without a position, where no merge follows.
+    __device__ __forceinline__ void store_nothing() const {
+        const ClusterMerge<Config> merge(args, shared);
+        const float zeros[4] = {};
+        for (int32_t row = thread / kWarp; row < merge.valid; row += Config::kConsumers / kWarp)
+            merge.write_row(merge.first_row + row, lane, zeros, 0.0f, -INFINITY);
+    }
+
     __device__ __forceinline__ void run() {
+        if (args.splits > 0 && !shared.any) {
+            if (args.splits == 1) {
+                store_nothing();
+            } else if constexpr (ClusterMerge<Config>::kServed) {
+                ClusterMerge<Config>(args, shared).announce();
+            }
+        }
         Ring<Config::kStages> k_ring, v_ring;
         if (!shared.any) return;
         // Warpgroups take turns at the tensor cores: one multiplies while the others are at their softmax.
@@ -855,6 +651,12 @@ struct Consumer {
             device::pin_registers(o);
             release(&shared.empty_v[v_ring.stage]);
             v_ring.advance();
+            if constexpr (ClusterMerge<Config>::kServed) {
+                if (args.splits > 1) {
+                    send();
+                    break;
+                }
+            }
             store();
             Piece& next = shared.next[threadIdx.x / kWarp];
             if (!next_piece_of_warp<Config>(args, shared, &next)) break;
@@ -882,33 +684,44 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     if (threadIdx.x == kWarp) {
         device::prefetch_tensor_map(&k_map);
         device::prefetch_tensor_map(&v_map);
-        constexpr uint32_t kReleases = Config::kConsumers / kWarp * Config::kCtas;
+        const uint32_t releases = Config::kConsumers / kWarp * worker_ctas<Config>(args);
 #pragma unroll
         for (int i = 0; i < Config::kStages; ++i) {
             device::mbarrier_init(device::shared_address(&shared.full_k[i]), 1);
             device::mbarrier_init(device::shared_address(&shared.full_v[i]), 1);
-            device::mbarrier_init(device::shared_address(&shared.empty_k[i]), kReleases);
-            device::mbarrier_init(device::shared_address(&shared.empty_v[i]), kReleases);
+            device::mbarrier_init(device::shared_address(&shared.empty_k[i]), releases);
+            device::mbarrier_init(device::shared_address(&shared.empty_v[i]), releases);
         }
+        device::mbarrier_init(device::shared_address(&shared.ready), max(args.splits, 1));
+        device::mbarrier_init(device::shared_address(&shared.merged), 1);
+        device::mbarrier_init(device::shared_address(&shared.parts), 1);
         device::mbarrier_init_fence();
     }
-    prefetch_first<Config>(args, blockIdx.x / Config::kCtas);
+    const int32_t worker = static_cast<int32_t>(blockIdx.x) / worker_ctas<Config>(args);
+    prefetch_first<Config>(args, worker);
     device::dependency_wait();
     device::dependency_release();
-    if (warp == 0) find_start<Config::kThreads / kWarp>(args, blockIdx.x / Config::kCtas, shared);
-    if constexpr (Config::kCtas > 1) device::cluster_sync_relaxed();  // its barriers are initialised
+    if (warp == 0) find_start<Config::kThreads / kWarp, Config::kLists>(args, worker, shared);
+    const bool in_cluster = Config::kCtas != 1 || args.splits > 1;
+    if (in_cluster) device::cluster_sync_relaxed();  // its barriers are initialised
     __syncthreads();
 
     if (warp < kWarpgroup / kWarp) {
         device::registers_shrink<Config::kProducerRegisters>();
         if (warp == 0) produce<Config>(args, &k_map, &v_map, shared);
-        if (warp == 1 && (Config::kCtas == 1 || device::cluster_rank() == 0)) write_pieces<Config>(args, shared);
+        if (warp == 1 && worker_rank<Config>(args) == 0 && args.splits == 0) write_pieces<Config>(args, shared);
     } else {
         device::registers_grow<Config::kConsumerRegisters>();
+        if constexpr (ClusterMerge<Config>::kServed) {
+            if (args.splits > 1 && threadIdx.x == kWarpgroup) ClusterMerge<Config>(args, shared).expect();
+        }
         Consumer<Config>(args, shared).run();
+        if constexpr (ClusterMerge<Config>::kServed) {
+            if (args.splits > 1) ClusterMerge<Config>(args, shared).finish();
+        }
     }
-    // No CTA of a pair leaves while the other may still write to it.
-    if constexpr (Config::kCtas > 1) device::cluster_sync_relaxed();
+    // No CTA of a cluster leaves while another may still write to it.
+    if (in_cluster) device::cluster_sync_relaxed();
 }
 
 }  // namespace mage::cuda

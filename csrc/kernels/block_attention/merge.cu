@@ -1,5 +1,6 @@
-#include "kernels/block_attention/mainloop.cuh"
+#include "kernels/block_attention/partial_row.cuh"
 #include "kernels/block_attention/variants.h"
+#include "kernels/block_attention/worker.cuh"
 
 // Purpose   out and lse of the segments that the attention kernel left in pieces, zeros of empty ones; masses from unit
 //           sums, whose last factor is the final lse: share[r, j] = 2^(unit[j, r] - log2 sum[r]).
@@ -7,7 +8,7 @@
 //           row, each over its own pieces, kInFlight of them read at once; the first warp adds the others' results in
 //           their order. The other blocks find the final sums of all rows, kParts threads to a row, and a warp of
 //           theirs adds over the rows of one unit after the other.
-// Memory    partial O in 24 bits, in the order of store_partial; results of the warps of a row, and the final sums, in
+// Memory    partial O as partial_row.cuh says; results of the warps of a row, and the final sums, in
 //           shared memory.
 // Ceiling   reads all partial results and all unit sums once, from L2 where they fit.
 namespace mage::cuda {
@@ -22,18 +23,6 @@ constexpr int kSumsInFlight = 8;  // pieces of a thread among them
 constexpr int kOwn = 4;           // elements of a lane
 constexpr int kRecord = kOwn * kWarp + 3;
 constexpr int kRows = 8;  // of a lane in the sum over rows that are read at once
-
-__device__ __forceinline__ float warp_max(float value) {
-#pragma unroll
-    for (int step = 16; step > 0; step /= 2) value = fmaxf(value, __shfl_xor_sync(~0u, value, step));
-    return value;
-}
-
-__device__ __forceinline__ float warp_total(float value) {
-#pragma unroll
-    for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(~0u, value, step);
-    return value;
-}
 
 __device__ __forceinline__ uint32_t pack_as(float low, float high, bool is_half) {
     return is_half ? pack(low, high, __half()) : pack(low, high, __nv_bfloat16());
@@ -112,25 +101,20 @@ __device__ __forceinline__ void merge_rows(const AttentionArgs& args, int64_t st
             const int32_t count = min(kWarp, (row.pieces.count - base + args.merge_warps - 1) / args.merge_warps);
             float weight = 0.0f;
             for (int32_t i = 0; i < count; i += kInFlight) {
-                uint2 upper[kInFlight];
-                uint32_t bytes[kInFlight];
+                PackedElements elements[kInFlight];
 #pragma unroll
                 for (int j = 0; j < kInFlight; ++j) {
-                    upper[j] = make_uint2(0, 0);
-                    bytes[j] = 0;
                     if (i + j < count && owns) {
                         const int64_t slot = row.slot(base + (i + j) * args.merge_warps);
-                        const uint8_t* from =
-                            args.partial + (slot * args.tile_rows + row.tile_row) * (3 * args.head_dim);
-                        upper[j] = reinterpret_cast<const uint2*>(from)[lane];
-                        bytes[j] = reinterpret_cast<const uint32_t*>(from + 2 * args.head_dim)[lane];
+                        elements[j].load(args.partial + (slot * args.tile_rows + row.tile_row) * (3 * args.head_dim),
+                                         args.head_dim, lane);
                     }
                 }
                 if (i == 0) {
                     float scale;
-                    const float from = sums.rebase(warp_max(all), &scale);
+                    const float from = sums.rebase(device::warp_max(all), &scale);
                     weight = device::exp2_fast(all - from);
-                    sums.all += warp_total(weight);
+                    sums.all += device::warp_sum(weight);
                     weight = all == -INFINITY ? 0.0f : weight * own_inverse;
 #pragma unroll
                     for (int e = 0; e < kOwn; ++e) result[e] *= scale;
@@ -139,10 +123,7 @@ __device__ __forceinline__ void merge_rows(const AttentionArgs& args, int64_t st
                 for (int j = 0; j < kInFlight; ++j) {
                     const float share = __shfl_sync(~0u, weight, (i + j) % kWarp);
                     if (i + j >= count) continue;
-                    result[0] += share * __uint_as_float(__byte_perm(upper[j].x, bytes[j], 0x1044) & 0xFFFFFF00u);
-                    result[1] += share * __uint_as_float(__byte_perm(upper[j].x, bytes[j], 0x3255) & 0xFFFFFF00u);
-                    result[2] += share * __uint_as_float(__byte_perm(upper[j].y, bytes[j], 0x1066) & 0xFFFFFF00u);
-                    result[3] += share * __uint_as_float(__byte_perm(upper[j].y, bytes[j], 0x3277) & 0xFFFFFF00u);
+                    elements[j].add_to(result, share);
                 }
             }
         }
@@ -173,8 +154,7 @@ __device__ __forceinline__ void merge_rows(const AttentionArgs& args, int64_t st
         const int32_t head = kv_head * args.group + index - query * args.group;
         const float inverse = sums.all == 0.0f ? 0.0f : 1.0f / sums.all;  // NaN stays
         if (owns) {
-            // Elements 4 lane .. 4 lane + 3 of the order in which store_partial leaves them: two pairs of columns.
-            const int32_t column = lane / 8 * 32 + lane % 2 * 16 + lane / 2 % 4 * 2;
+            const int32_t column = packed_column(lane);
             uint32_t* out =
                 static_cast<uint32_t*>(args.out) +
                 (((int64_t{request} * args.num_queries + query) * args.num_heads + head) * args.head_dim + column) / 2;
@@ -289,7 +269,7 @@ __device__ __forceinline__ void finish_units(const AttentionArgs& args, int64_t 
             }
         }
         if (unit + step < used) own.load(args, at + int64_t{step} * args.rows, lane, true);
-        mass = args.score_max != 0 ? warp_max(mass) : warp_total(mass);
+        mass = args.score_max != 0 ? device::warp_max(mass) : device::warp_sum(mass);
         if (lane == 0) args.mass[stream * args.num_units + unit] = mass * factor;
     }
 }
@@ -300,7 +280,7 @@ __global__ void __launch_bounds__(kMergeThreads, 2)
     const int64_t stream = int64_t{blockIdx.z} * args.num_kv_heads + blockIdx.y;
     device::dependency_wait();
     device::dependency_release();
-    const int32_t length = clamped_length(args, blockIdx.z);
+    const int32_t length = stream_length(args, blockIdx.z, blockIdx.y);
     if (!kMass || static_cast<int32_t>(blockIdx.x) < args.merge_blocks) {
         __shared__ float records[kMergeWarps * kRecord];
         merge_rows(args, stream, length == 0, records);

@@ -6,7 +6,8 @@
 #include "kernels/block_attention/arguments.h"
 #include "mage/types.h"
 
-// The compiled instances of the attention kernel: dtype x head dim x row shape (core/attention_schedule.h).
+// The compiled instances of the attention kernel: dtype x head dim x row shape (core/attention_schedule.h) x what it
+// reads, a range of tokens or lists.
 namespace mage::cuda {
 
 using AttentionKernel = void (*)(AttentionArgs, CUtensorMap, CUtensorMap);
@@ -18,7 +19,8 @@ struct AttentionVariant {
     const char* name;
     AttentionKernel attention;
     int threads, shared_bytes;
-    int rows, ctas, keys;  // as the row shape says
+    int rows, ctas, keys;  // of a CTA; of a worker, 0: as the launch says; of a tile
+    bool merges;           // in a cluster
 };
 
 // The launch after attention: merges pieces and, with masses, finishes these too.
@@ -30,9 +32,9 @@ struct MergeVariant {
 
 const MergeVariant& merge_variant(bool mass);
 
-const AttentionVariant& attention_variant_bf16_d128(int row_shape);
-const AttentionVariant& attention_variant_bf16_d64(int row_shape);
-const AttentionVariant& attention_variant_fp16_d128(int row_shape);
-const AttentionVariant& attention_variant_fp16_d64(int row_shape);
+const AttentionVariant& attention_variant_bf16_d128(int row_shape, bool lists);
+const AttentionVariant& attention_variant_bf16_d64(int row_shape, bool lists);
+const AttentionVariant& attention_variant_fp16_d128(int row_shape, bool lists);
+const AttentionVariant& attention_variant_fp16_d64(int row_shape, bool lists);
 
 }  // namespace mage::cuda

@@ -17,7 +17,7 @@ void block_attention_mass(const BlockAttentionMassParams& params, CudaStream str
     outputs.row_mask = params.row_mask;
     outputs.prefix_lens = params.norm == MassNorm::kPrefix ? params.prefix_lens : nullptr;
     outputs.mass = params.mass;
-    launch_block_attention(kOp, params.attention, outputs, stream);
+    launch_block_attention(kOp, params.attention, outputs, nullptr, stream);
 }
 
 }  // namespace mage::cuda

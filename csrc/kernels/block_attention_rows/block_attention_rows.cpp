@@ -14,7 +14,7 @@ void block_attention_rows(const BlockAttentionRowsParams& params, CudaStream str
     UnitOutputs outputs;
     outputs.granularity = params.granularity;
     outputs.units = params.row_mass;
-    launch_block_attention(kOp, params.attention, outputs, stream);
+    launch_block_attention(kOp, params.attention, outputs, nullptr, stream);
 }
 
 }  // namespace mage::cuda

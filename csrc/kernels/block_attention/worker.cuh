@@ -1,0 +1,408 @@
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "device/barrier.cuh"
+#include "device/math.cuh"
+#include "device/tma.cuh"
+#include "device/wgmma.cuh"
+#include "kernels/block_attention/arguments.h"
+
+// A worker of the attention kernel: its configuration, its shared memory, and how it finds its pieces.
+//
+// Positions. Of a dense call a position is a token of the request. Of a call with lists a stream, (request, KV head),
+// has positions of its own: first the listed units, one behind the other, then the tail. The tail begins at the box of
+// the copy engine that holds tail_start, so that every box is whole; positions of the tail below tail_start are masked
+// (the hole), unless the unit that tail_start cuts is listed, whose tokens they then are. Boxes of the list that are to
+// be skipped are masked too.
+namespace mage::cuda {
+
+constexpr int kWarp = 32;
+constexpr float kLn2 = 0.6931471805599453f;
+constexpr int kWarpgroup = 128;
+constexpr int kSpan = 64;  // elements of a swizzled row of 128 bytes
+constexpr int kRowBytes = 128;
+constexpr int kAtomBytes = 8 * kRowBytes;
+constexpr int kTailBarrier = 1, kGroupBarrier = 2, kStartBarrier = 5,
+              kTurnBarrier = 6;  // named barriers; from 2 and from 6: one of each warpgroup
+
+template <typename T_, int kDim_, int kWarpgroups_, int kKeys_, int kStages_, int kCtas_, bool kLists_>
+struct AttentionConfig {
+    using T = T_;
+    static constexpr bool kLists = kLists_;
+    static constexpr int kDim = kDim_;
+    static constexpr int kWarpgroups = kWarpgroups_;  // of consumers
+    static constexpr int kKeys = kKeys_;              // tokens of a tile
+    static constexpr int kStages = kStages_;
+    static constexpr int kCtas = kCtas_;  // of a worker; 0: as the launch says, 1 to kMaxCtas
+    static constexpr int kMaxCtas = kCtas == 0 ? 4 : kCtas;
+    static constexpr int kCtaRows = 64 * kWarpgroups;
+    static constexpr int kTileRows = kCtaRows * kMaxCtas;
+    static constexpr int kConsumers = kWarpgroup * kWarpgroups;
+    static constexpr int kThreads = kConsumers + kWarpgroup;
+    static constexpr int kSpans = kDim / kSpan;
+    static constexpr int kTileBytes = kKeys * kDim * 2;
+    // Registers per thread: what remains of 65536 after the producer's share, in steps of 8.
+    static constexpr int kConsumerRegisters = kWarpgroups == 3 ? (kLists ? 152 : 160) : kWarpgroups == 2 ? 224 : 248;
+    static constexpr int kProducerRegisters = kWarpgroups == 3 ? (kLists ? 56 : 32) : kWarpgroups == 2 ? 56 : 120;
+};
+
+struct Piece {
+    bool first;  // of its worker
+    int32_t request, kv_head, row_tile;
+    int32_t token_begin, token_end;  // positions
+    int32_t prefix;                  // tokens that count for mass
+    int32_t slot;                    // -1: the piece is a whole segment
+    int32_t pieces;                  // of its segment, or 0: to be counted
+    // Of lists: positions of the list, positions up to which the hole is, the token of the tail's first position.
+    int32_t list_end, hole_end, tail_begin;
+};
+
+// Where a warp is in its worker's units; `at` is the first unit that no piece has had.
+struct Walk {
+    int32_t at, request_begin, request;
+};
+
+// All units of the launch, the workers that they are for, and the end of this worker's.
+struct Share {
+    int32_t total, workers, worker, end;
+};
+
+template <typename Config>
+struct alignas(1024) AttentionShared {
+    uint8_t q[Config::kCtaRows * Config::kDim * 2];
+    uint8_t k[Config::kStages][Config::kTileBytes];
+    uint8_t v[Config::kStages][Config::kTileBytes];
+    uint4 broken[Config::kStages];  // bit i: box i of the tile lies on a page outside the pool
+    uint64_t full_k[Config::kStages], full_v[Config::kStages];
+    uint64_t empty_k[Config::kStages], empty_v[Config::kStages];
+    uint64_t ready, merged, parts;  // of ClusterMerge
+    // The worker's part, whether it has a piece, and every warp's walk through its pieces.
+    Share share;
+    bool any;
+    Piece piece[Config::kThreads / 32], next[Config::kThreads / 32];
+    Walk walk[Config::kThreads / 32];
+};
+
+template <typename Config>
+__device__ __forceinline__ int32_t worker_ctas(const AttentionArgs& args) {
+    return Config::kCtas == 0 ? args.ctas : Config::kCtas;
+}
+
+// This CTA among those of its worker.
+template <typename Config>
+__device__ __forceinline__ int32_t worker_rank(const AttentionArgs& args) {
+    return Config::kCtas == 1 ? 0 : static_cast<int32_t>(device::cluster_rank()) % worker_ctas<Config>(args);
+}
+
+__device__ __forceinline__ int32_t clamped_length(const AttentionArgs& args, int32_t request) {
+    return min(max(args.seq_lens[request], 0), args.max_seq_len);
+}
+
+// A stream of a call with lists.
+struct ListStream {
+    int32_t list_end, tail_begin, tail_start, length;  // length: positions
+
+    __device__ __forceinline__ ListStream(const AttentionArgs& args, int32_t request, int32_t kv_head) {
+        const int32_t count = args.counts[request * args.num_kv_heads + kv_head];
+        const int32_t start = args.tail_start[request];
+        const int32_t seq_len = clamped_length(args, request);
+        list_end = min(max(count, 0), args.capacity) << args.list_shift;
+        tail_start = min(max(start, 0), seq_len);
+        tail_begin = tail_start >> args.box_shift << args.box_shift;
+        length = list_end + seq_len - tail_begin;
+    }
+};
+
+// Positions of a stream; of a dense call all streams of a request have as many.
+__device__ __forceinline__ int32_t stream_length(const AttentionArgs& args, int32_t request, int32_t kv_head) {
+    return args.indices == nullptr ? clamped_length(args, request) : ListStream(args, request, kv_head).length;
+}
+
+__device__ __forceinline__ const int32_t* list_of(const AttentionArgs& args, int32_t request, int32_t kv_head) {
+    return args.indices + (int64_t{request} * args.num_kv_heads + kv_head) * args.capacity;
+}
+
+// The first entry of an ascending list that is not below `unit`.
+__device__ inline int32_t lower_entry(const int32_t* list, int32_t count, int32_t unit) {
+    int32_t first = 0;
+    while (count > 0) {
+        const int32_t half = count / 2;
+        if (list[first + half] < unit) {
+            first += half + 1;
+            count -= half + 1;
+        } else {
+            count = half;
+        }
+    }
+    return first;
+}
+
+// What the schedule calls a request is a stream where there are lists.
+template <bool kLists>
+__device__ __forceinline__ int32_t request_length(const AttentionArgs& args, int32_t index) {
+    if constexpr (kLists) {
+        const int32_t request = index / args.num_kv_heads;
+        return ListStream(args, request, index - request * args.num_kv_heads).length;
+    } else {
+        return clamped_length(args, index);
+    }
+}
+
+// Whose segment it is, and what does not depend on the piece.
+template <bool kLists>
+__device__ __forceinline__ void set_segment(const AttentionArgs& args, int32_t index, int32_t segment, Piece* piece) {
+    if constexpr (kLists) {
+        piece->request = index / args.num_kv_heads;
+        piece->kv_head = index - piece->request * args.num_kv_heads;
+        piece->row_tile = segment;
+        const ListStream stream(args, piece->request, piece->kv_head);
+        piece->list_end = piece->hole_end = stream.list_end;
+        piece->tail_begin = stream.tail_begin;
+        if (stream.tail_start > stream.tail_begin) {
+            const int32_t cut = stream.tail_start >> args.list_shift, count = stream.list_end >> args.list_shift;
+            const int32_t* list = list_of(args, piece->request, piece->kv_head);
+            const int32_t at = lower_entry(list, count, cut);
+            if (at == count || list[at] != cut) piece->hole_end += stream.tail_start - stream.tail_begin;
+        }
+    } else {
+        piece->request = index;
+        piece->kv_head = args.row_tiles == 1 ? segment : segment / args.row_tiles;
+        piece->row_tile = segment - piece->kv_head * args.row_tiles;
+    }
+    piece->prefix = args.prefix_lens != nullptr ? max(0, args.prefix_lens[piece->request]) : INT32_MAX;
+}
+
+// Row / G by a multiplication: exact for rows below 2^32 / G.
+__device__ __forceinline__ int32_t query_of(const AttentionArgs& args, int32_t row) {
+    return args.group == 1 ? row : static_cast<int32_t>(__umulhi(static_cast<uint32_t>(row), args.group_reciprocal));
+}
+
+// The next piece of a walk, if the worker has one more.
+template <bool kLists>
+__device__ __forceinline__ bool next_piece(const AttentionArgs& args, const Share& share, Walk* walk, Piece* piece) {
+    if (walk->at >= share.end) return false;
+    const core::Schedule& s = args.schedule;
+    int32_t seq_len = request_length<kLists>(args, walk->request);
+    int32_t units = core::units_of(s, seq_len);
+    while (walk->at >= walk->request_begin + units * s.segments_per_request) {
+        walk->request_begin += units * s.segments_per_request;
+        seq_len = request_length<kLists>(args, ++walk->request);
+        units = core::units_of(s, seq_len);
+    }
+    const int32_t offset = walk->at - walk->request_begin;
+    const int32_t segment = offset / units;
+    const int32_t first = offset - segment * units;
+    const int32_t last = s.fixed ? first + 1 : min(units, first + (share.end - walk->at));
+    piece->first = false;
+    piece->pieces = 0;
+    set_segment<kLists>(args, walk->request, segment, piece);
+    piece->token_begin = first * s.unit_tokens;
+    piece->token_end = min(seq_len, last * s.unit_tokens);
+    piece->slot = first == 0 && last == units ? -1 : core::slot_of(s, walk->at, share.worker, first == 0);
+    walk->at += last - first;
+    return true;
+}
+
+// The same for the calling warp, whose walk and piece lie in shared memory to spare registers.
+template <typename Config, typename Shared>
+__device__ __forceinline__ bool next_piece_of_warp(const AttentionArgs& args, Shared& shared, Piece* next) {
+    const int32_t warp = threadIdx.x / kWarp;
+    Walk walk = shared.walk[warp];
+    Piece piece;
+    if (!next_piece<Config::kLists>(args, shared.share, &walk, &piece)) return false;
+    __syncwarp();
+    if (threadIdx.x % kWarp == 0) {
+        shared.walk[warp] = walk;
+        *next = piece;
+    }
+    __syncwarp();
+    return true;
+}
+
+// The piece of a worker whose segments have workers of their own, `most` units to each at most; `length` is that of the
+// lane's request. One warp.
+template <bool kLists>
+__device__ __forceinline__ bool aligned_piece(const AttentionArgs& args, int32_t worker, int32_t most, int32_t length,
+                                              Piece* piece) {
+    const core::Schedule& s = args.schedule;
+    const int32_t lane = threadIdx.x % kWarp;
+    const int32_t each = core::ceil_div(core::units_of(s, length), most);  // workers of a segment
+    const int32_t own = each * s.segments_per_request;
+    int32_t until = own;
+    for (int step = 1; step < s.num_requests; step *= 2) {
+        const int32_t other = __shfl_up_sync(~0u, until, step);
+        if (lane >= step) until += other;
+    }
+    const uint32_t past = __ballot_sync(~0u, until > worker);
+    if (past == 0) return false;
+    const int32_t request = __ffs(past) - 1;
+    const int32_t workers = __shfl_sync(~0u, each, request);
+    const int32_t offset = worker - __shfl_sync(~0u, until - own, request);
+    const int32_t seq_len = __shfl_sync(~0u, length, request);
+    const int32_t segment = offset / workers, index = offset - segment * workers;
+    const int32_t units = core::units_of(s, seq_len);
+    set_segment<kLists>(args, request, segment, piece);
+    piece->token_begin = core::first_unit(units, workers, index) * s.unit_tokens;
+    piece->token_end = min(seq_len, core::first_unit(units, workers, index + 1) * s.unit_tokens);
+    piece->slot = workers == 1 ? -1 : core::slot_of(s, 0, worker, index == 0);
+    piece->pieces = workers;
+    return true;
+}
+
+// The first piece of a worker that takes units in a row, and the walk to the next; one warp.
+template <bool kLists>
+__device__ __forceinline__ bool balanced_piece(const AttentionArgs& args, const Share& share, Walk* walk,
+                                               Piece* piece) {
+    const core::Schedule& s = args.schedule;
+    const int32_t lane = threadIdx.x % kWarp;
+    const int32_t begin = walk->at;
+    int32_t reached = 0, request = 0;
+    for (int32_t base = 0; base < s.num_requests && begin < share.end; base += kWarp) {
+        const int32_t b = base + lane;
+        const int32_t own =
+            b < s.num_requests ? core::units_of(s, request_length<kLists>(args, b)) * s.segments_per_request : 0;
+        int32_t sum = own;
+        for (int step = 1; step < kWarp; step *= 2) {
+            const int32_t other = __shfl_up_sync(~0u, sum, step);
+            if (lane >= step) sum += other;
+        }
+        const uint32_t past = __ballot_sync(~0u, reached + sum > begin);
+        if (past != 0) {
+            const int32_t found = __ffs(past) - 1;
+            request = base + found;
+            reached += __shfl_sync(~0u, sum - own, found);
+            break;
+        }
+        reached += __shfl_sync(~0u, sum, kWarp - 1);
+    }
+    walk->request_begin = reached;
+    walk->request = request;
+    return next_piece<kLists>(args, share, walk, piece);
+}
+
+// The piece of a worker in a cluster that shares one segment; pieces: how many workers of the cluster have one.
+template <bool kLists>
+__device__ __forceinline__ bool cluster_piece(const AttentionArgs& args, int32_t worker, Piece* piece) {
+    const core::Schedule& s = args.schedule;
+    const int32_t segment = worker / args.splits, split = worker - segment * args.splits;
+    const int32_t index = segment / s.segments_per_request;
+    const int32_t length = request_length<kLists>(args, index);
+    set_segment<kLists>(args, index, segment - index * s.segments_per_request, piece);
+    const int32_t units = core::units_of(s, length);
+    piece->pieces = min(args.splits, units);
+    piece->slot = -1;
+    const bool any = split < piece->pieces;
+    piece->token_begin = any ? core::first_unit(units, piece->pieces, split) * s.unit_tokens : 0;
+    piece->token_end = any ? min(length, core::first_unit(units, piece->pieces, split + 1) * s.unit_tokens) : 0;
+    return any;
+}
+
+// Finds the units of a worker and its first piece; one warp.
+template <int kWarps, bool kLists, typename Shared>
+__device__ __forceinline__ void find_start(const AttentionArgs& args, int32_t worker, Shared& shared) {
+    const core::Schedule& s = args.schedule;
+    const int32_t lane = threadIdx.x % kWarp;
+    if (args.splits > 0) {
+        Piece piece;
+        const bool any = cluster_piece<kLists>(args, worker, &piece);
+        piece.first = true;
+        if (lane < kWarps) {
+            shared.piece[lane] = piece;
+            shared.walk[lane] = {0, 0, 0};
+        }
+        if (lane == 0) {
+            shared.any = any;
+            shared.share = {0, 0, worker, 0};  // nothing behind the piece
+        }
+        return;
+    }
+    const int32_t length = lane < s.num_requests ? request_length<kLists>(args, lane) : 0;
+    int32_t total = core::units_of(s, length);
+    for (int32_t b = lane + kWarp; b < s.num_requests; b += kWarp)
+        total += core::units_of(s, request_length<kLists>(args, b));
+    total = __reduce_add_sync(~0u, total) * s.segments_per_request;
+    const int32_t most = core::aligned_units(s, total, [&](int32_t t) {
+        return __reduce_add_sync(~0u, core::ceil_div(core::units_of(s, length), t)) * s.segments_per_request;
+    });
+    Share share = {total, 0, worker, 0};
+    Walk walk = {0, 0, 0};
+    Piece piece;
+    bool any;
+    if (most > 0) {
+        any = aligned_piece<kLists>(args, worker, most, length, &piece);
+    } else {
+        share.workers = total > 0 ? core::workers_of(s, total) : 0;
+        if (worker < share.workers) {
+            walk.at = core::first_unit(total, share.workers, worker);
+            share.end = core::first_unit(total, share.workers, worker + 1);
+        }
+        any = balanced_piece<kLists>(args, share, &walk, &piece);
+    }
+    piece.first = true;
+    if (lane < kWarps) {
+        shared.walk[lane] = walk;
+        if (any) shared.piece[lane] = piece;
+    }
+    if (lane == 0) {
+        shared.any = any;
+        shared.share = share;
+    }
+}
+
+// Before the launches ahead are known to be complete: brings what the worker's piece will need into L2, by the guess
+// that all requests are as long as they may be (or all lists), so that lengths, lists, pages and Q are not waited for
+// one after the other.
+template <typename Config>
+__device__ __forceinline__ void prefetch_first(const AttentionArgs& args, int32_t worker) {
+    const core::Schedule& s = args.schedule;
+    const int32_t thread = threadIdx.x - kWarp;  // of those behind the first warp
+    if (thread < 0 || args.guess_workers == 0) return;
+    const int32_t position = worker / args.guess_workers;  // of the segment in the launch
+    const int32_t index = position / s.segments_per_request, segment = position - index * s.segments_per_request;
+    if (index >= s.num_requests) return;
+    const int32_t request = Config::kLists ? index / args.num_kv_heads : index;
+    const int32_t row_tile = Config::kLists || args.row_tiles > 1 ? segment % args.row_tiles : 0;
+    const int32_t kv_head = Config::kLists        ? index - request * args.num_kv_heads
+                            : args.row_tiles == 1 ? segment
+                                                  : segment / args.row_tiles;
+    if (thread < kWarpgroup - kWarp) {
+        constexpr int32_t kEntries = 32;  // of a line
+        const int32_t guess = Config::kLists ? args.capacity << args.list_shift : args.max_seq_len;
+        const int32_t units = core::units_of(s, guess), part = worker - position * args.guess_workers;
+        const int32_t first = core::first_unit(units, args.guess_workers, part) * s.unit_tokens;
+        const int32_t last = min(guess, core::first_unit(units, args.guess_workers, part + 1) * s.unit_tokens) - 1;
+        const int32_t* table = args.block_table + request * args.stride_table;
+        if constexpr (Config::kLists) {  // its entries, and all pages: those of the entries are not known
+            const int32_t entry = (first >> args.list_shift) + thread * kEntries;
+            if (entry <= last >> args.list_shift) device::prefetch_l2(list_of(args, request, kv_head) + entry);
+            if (thread * kEntries << args.page_shift < args.max_seq_len) device::prefetch_l2(table + thread * kEntries);
+        } else {
+            const int32_t page = (first >> args.page_shift) + thread * kEntries;
+            if (page <= last >> args.page_shift) device::prefetch_l2(table + page);
+        }
+    } else {
+        constexpr int32_t kLines = (Config::kDim * 2 + 127) / 128;  // of a row
+        const int32_t first_row = row_tile * Config::kTileRows + worker_rank<Config>(args) * Config::kCtaRows;
+        for (int32_t i = thread - (kWarpgroup - kWarp); i < Config::kCtaRows * kLines; i += Config::kConsumers) {
+            const int32_t row = first_row + i / kLines;
+            if (row >= args.rows) break;
+            const int32_t query = query_of(args, row);
+            device::prefetch_l2(
+                static_cast<const uint16_t*>(args.q) + request * args.stride_q_request + query * args.stride_q_query +
+                (int64_t{kv_head} * args.group + row - query * args.group) * args.stride_q_head + i % kLines * 64);
+        }
+    }
+}
+
+__device__ __forceinline__ uint32_t pack(float low, float high, __nv_bfloat16) {
+    const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&both);
+}
+__device__ __forceinline__ uint32_t pack(float low, float high, __half) {
+    const __half2 both = __floats2half2_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&both);
+}
+
+}  // namespace mage::cuda
