@@ -66,11 +66,9 @@ void sparse_block_attention(const SparseBlockAttentionParams& params) {
         const int64_t head = request * p.num_kv_heads + kv_head;
         const int64_t count = std::clamp<int64_t>(params.counts[head], 0, params.capacity);
         const int32_t* list = params.indices + head * params.capacity;
-        int64_t largest = -1;
         for (int64_t i = 0; i < count; ++i) {
             const int64_t unit = list[i];
-            if (unit <= largest || unit * g >= tail_start) continue;
-            largest = unit;
+            if (unit < 0 || (i > 0 && unit <= list[i - 1]) || unit * g >= tail_start) continue;
             add_run(unit * g, std::min((unit + 1) * g, tail_start), &runs);
         }
         add_run(tail_start, seq_len, &runs);

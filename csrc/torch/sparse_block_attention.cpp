@@ -47,6 +47,16 @@ int64_t workspace_of(const SparseBlockAttentionParams& params) {
                                             p.max_seq_len, params.granularity, params.capacity, p.split_tokens);
 }
 
+void call(SparseBlockAttentionParams& params, const Tensor& out, const Tensor& lse, const Tensor& workspace) {
+    set_outputs(out, lse, workspace, &params.attention);
+#if defined(MAGE_BACKEND_CUDA)
+    const torch::stable::accelerator::DeviceGuard guard(out.get_device_index());
+    cuda::sparse_block_attention(params, current_stream(out));
+#else
+    cpu::sparse_block_attention(params);
+#endif
+}
+
 std::tuple<Tensor, Tensor> sparse_block_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
                                                   const Tensor& block_table, const Tensor& seq_lens,
                                                   const Tensor& indices, const Tensor& counts, const Tensor& tail_start,
@@ -57,8 +67,7 @@ std::tuple<Tensor, Tensor> sparse_block_attention(const Tensor& q, const Tensor&
     Tensor out = new_out(q);
     Tensor lse = new_lse(q);
     Tensor workspace = new_workspace(q, workspace_of(params));
-    set_outputs(out, lse, workspace, &params.attention);
-    cpu::sparse_block_attention(params);
+    call(params, out, lse, workspace);
     return {out, lse};
 }
 
@@ -72,8 +81,7 @@ void sparse_block_attention_out(const Tensor& q, const Tensor& k_cache, const Te
                                                      tail_start, g, max_seq_len, softmax_scale, kv_lens, split_tokens);
     check_out_and_lse(kOp, out, lse, q);
     check_attention_workspace(kOp, workspace, q, workspace_of(params));
-    set_outputs(out, lse, workspace, &params.attention);
-    cpu::sparse_block_attention(params);
+    call(params, out, lse, workspace);
 }
 
 }  // namespace

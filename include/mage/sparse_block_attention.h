@@ -10,10 +10,12 @@
 //   counts      [B, Hkv] int32         in   contiguous; clamped to [0, Kmax]; entries past it are not looked at
 //   tail_start  [B] int32              in   logical position, as select_kv gives it; clamped to [0, S]
 //
-// An entry is skipped if it is negative, not larger than an entry before it, or if its unit starts at or past
-// tail_start or S. So a list that holds every unit gives what block_attention gives, and a token is never counted
-// twice. kv_lens limits rows as in block_attention. split_tokens > 0 cuts the list-then-tail stream at its multiples.
-// g is 1, 16, 32 or 64. Everything else as block_attention; S is replaced by counts * g + tail in the cost.
+// An entry is skipped if it is negative, not larger than its predecessor in the list (which may itself be skipped), or
+// if its unit starts at or past tail_start or S. So in an ascending list, repeats or not, no token counts twice, and
+// one that holds every unit gives what block_attention gives. A list that falls is the caller's error, which the debug
+// switch reports: a unit that comes again after a smaller one counts again. kv_lens limits rows as in block_attention.
+// split_tokens > 0 cuts the list-then-tail stream at its multiples. g is 1, 16, 32 or 64. Everything else as
+// block_attention; S is replaced by counts * g + tail in the cost.
 namespace mage {
 
 struct SparseBlockAttentionParams {
@@ -47,7 +49,9 @@ namespace cuda {
 int64_t sparse_block_attention_workspace(const SparseBlockAttentionParams& params);
 
 // Asynchronous on `stream`, one launch where clusters merge the pieces of their segment, else two; allocates nothing;
-// can be captured in a graph. Throws mage::Error if an argument does not hold: D 64 or 128, bfloat16 or float16.
+// can be captured in a graph, which then follows new lists, counts, tails, lengths and tables. Throws as
+// check_sparse_block_attention does, if the workspace is too small, and for what the kernels do not serve: dtypes other
+// than bf16 and fp16, head dims other than 64 and 128.
 void sparse_block_attention(const SparseBlockAttentionParams& params, CudaStream stream);
 
 }  // namespace cuda

@@ -751,9 +751,10 @@ def sparse_block_attention(
             softmax_scale is not.
 
     Notes:
-        An entry that is negative, not larger than one before it, or whose unit starts at or past tail_start or S is
-        skipped; a unit across tail_start is cut there. So no token counts twice, and a full list equals
-        block_attention.
+        An entry that is negative, not larger than its predecessor in the list, or whose unit starts at or past
+        tail_start or S is skipped; a unit across tail_start is cut there. So in an ascending list, repeats or not, no
+        token counts twice, and a full list equals block_attention. A list that falls is an error which set_debug
+        reports; a unit that comes again after a smaller one counts again.
         Reference: mage_ext.reference.sparse_block_attention.
     """
     _check_lengths("sparse_block_attention", max_seq_len, split_tokens)

@@ -3,6 +3,7 @@
 Names, argument order and returns are those of `mage_ext.ops`, which never imports this module.
 """
 
+import itertools
 import math
 
 import torch
@@ -278,7 +279,7 @@ def sparse_block_attention(
     split_tokens: int = 0,
     upcast: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Twin of ops.sparse_block_attention: exact attention with the tokens that are not listed masked, head by head."""
+    """Twin of ops.sparse_block_attention: exact attention over the listed tokens and the tail, head by head."""
     dtype = torch.float64 if upcast else torch.float32
     batch, q_len, heads, _ = q.shape
     kv_heads = k_cache.shape[2]
@@ -286,19 +287,20 @@ def sparse_block_attention(
     out = torch.zeros(q.shape, dtype=dtype if upcast else q.dtype)
     lse = torch.zeros(batch, heads, q_len, dtype=dtype)
     for b in range(batch):
-        positions = torch.arange(_seq_len(seq_lens, b, max_seq_len, block_table, k_cache))
-        tail = min(max(int(tail_start[b]), 0), len(positions))
-        k, valid = _tokens(k_cache, block_table[b], positions)
-        v, _ = _tokens(v_cache, block_table[b], positions)
+        seq_len = _seq_len(seq_lens, b, max_seq_len, block_table, k_cache)
+        tail = min(max(int(tail_start[b]), 0), seq_len)
         for h in range(kv_heads):
             listed = indices[b, h, : min(max(int(counts[b, h]), 0), indices.shape[2])].tolist()
-            units = [unit for i, unit in enumerate(listed) if unit > max([-1, *listed[:i]])]
-            visible = valid & ((positions >= tail) | torch.isin(positions // g, torch.tensor(units, dtype=torch.long)))
+            pairs = zip(listed, [-1, *listed], strict=False)
+            units = [unit for unit, before in pairs if unit > max(before, -1) and unit * g < tail]
+            runs = [range(unit * g, min((unit + 1) * g, tail)) for unit in units]
+            positions = torch.tensor([*itertools.chain(*runs), *range(tail, seq_len)], dtype=torch.long)
+            k, valid = _tokens(k_cache[:, :, h : h + 1], block_table[b], positions)
+            v, _ = _tokens(v_cache[:, :, h : h + 1], block_table[b], positions)
             mine = slice(h * group, (h + 1) * group)
-            q_h, k_h, v_h = q[b, :, mine], k[:, h : h + 1], v[:, h : h + 1]
             row_lens = None if kv_lens is None else kv_lens[b]
-            scores = _scores(q_h, k_h, visible, positions, row_lens, softmax_scale, dtype)
-            out[b, :, mine], lse[b, mine], _ = _attend(q_h, k_h, v_h, scores, dtype)
+            scores = _scores(q[b, :, mine], k, valid, positions, row_lens, softmax_scale, dtype)
+            out[b, :, mine], lse[b, mine], _ = _attend(q[b, :, mine], k, v, scores, dtype)
     return out, lse
 
 

@@ -110,7 +110,8 @@ struct AttentionBuffers {
     double largest_score = 0.0;               // in magnitude
     std::vector<std::vector<double>> shares;  // per (request, KV head): [S, R] softmax shares
 
-    explicit AttentionBuffers(const AttentionCase& c) : test(c) {
+    // Without `naive` the loop is left to the caller.
+    explicit AttentionBuffers(const AttentionCase& c, bool naive = true) : test(c) {
         std::mt19937 random(c.seed);
         const auto requests = static_cast<int64_t>(c.seq_lens.size());
         const int64_t bytes = dtype_bytes(c.dtype);
@@ -188,7 +189,7 @@ struct AttentionBuffers {
         set_workspace(block_attention_workspace(requests, c.num_queries, c.num_heads, c.num_kv_heads, row, longest,
                                                 c.split_tokens));
         poison();
-        run_naive([](int64_t, int64_t, int64_t) { return true; });
+        if (naive) run_naive([](int64_t, int64_t, int64_t) { return 1; });
     }
 
     AttentionBuffers(const AttentionBuffers&) = delete;
@@ -233,7 +234,7 @@ struct AttentionBuffers {
         return values;
     }
 
-    // The plain loop over tokens that attended(request, kv_head, token) admits.
+    // The plain loop over tokens, of which each counts attended(request, kv_head, token) times.
     template <typename Attended>
     void run_naive(const Attended& attended) {
         const AttentionCase& c = test;
@@ -263,10 +264,11 @@ struct AttentionBuffers {
                     double highest = -INFINITY, sum = 0.0;
                     for (int64_t t = 0; t < length; ++t) {
                         if (is_broken(static_cast<int64_t>(b), t)) continue;
-                        if (!attended(static_cast<int64_t>(b), h, t)) continue;
+                        const auto times = static_cast<double>(attended(static_cast<int64_t>(b), h, t));
+                        if (times == 0.0) continue;
                         double dot = 0.0;
                         for (int64_t d = 0; d < c.head_dim; ++d) dot += q_row[d] * k[t * c.head_dim + d];
-                        score[t] = dot * c.softmax_scale;
+                        score[t] = dot * c.softmax_scale + std::log(times);
                         largest_score = std::max(largest_score, std::abs(score[t]));
                         highest = std::max(highest, score[t]);
                     }

@@ -149,12 +149,12 @@ def test_skipped_entries():
     case = replace(ATTENTION_CASES["one_row"], lens=(200,), heads=3, kv_heads=1)
     tensors = case.tensors()
     clean = torch.tensor([[[1, 4, 7]]], dtype=INT)
-    dirty = torch.tensor([[[-3, 1, 1, 4, 2, 4, 7, 9, 2**31 - 1]]], dtype=INT)
+    dirty = torch.tensor([[[-3, 1, 1, 4, 4, 2, 7, 3, 9, 2**31 - 1]]], dtype=INT)
     tail = torch.tensor([144], dtype=INT)
     expected = ops.sparse_block_attention(
         **tensors, indices=clean, counts=torch.tensor([[3]], dtype=INT), tail_start=tail, g=16, **case.options
     )
-    for count in (9, 100):
+    for count in (10, 100):
         actual = ops.sparse_block_attention(
             **tensors, indices=dirty, counts=torch.tensor([[count]], dtype=INT), tail_start=tail, g=16, **case.options
         )
@@ -168,6 +168,30 @@ def test_skipped_entries():
     exact = ops.block_attention(**tensors, **case.options)
     assert_same_bits(out, exact[0])
     assert_same_bits(lse, exact[1])
+
+
+def test_a_falling_list_is_compared_with_predecessors():
+    """An entry is held against the one before it alone, skipped or not: what comes again after a fall counts again."""
+    case = replace(ATTENTION_CASES["one_row"], lens=(200,), heads=3, kv_heads=1)
+    tensors = case.tensors()
+    listed = {"indices": torch.tensor([[[5, 2, 5, -1, 0, 99, 7]]], dtype=INT), "counts": torch.tensor([[7]], dtype=INT)}
+    listed["tail_start"] = torch.tensor([144], dtype=INT)
+    taken = torch.cat([torch.arange(u * 16, u * 16 + 16) for u in (5, 5, 0)] + [torch.arange(144, 200)])
+    k, v = (
+        tensors[name][tensors["block_table"][0][taken // 16].long(), taken % 16, 0].double()
+        for name in ("k_cache", "v_cache")
+    )
+    scores = tensors["q"][0, 0].double() @ k.T * 64**-0.5
+    exact, exact_lse = scores.softmax(-1) @ v, scores.logsumexp(-1)
+    twin, twin_lse = reference.sparse_block_attention(**tensors, **listed, g=16, **case.options, upcast=True)
+    torch.testing.assert_close(twin[0, 0], exact)
+    torch.testing.assert_close(twin_lse[0, :, 0], exact_lse)
+    out, lse = ops.sparse_block_attention(**tensors, **listed, g=16, **case.options)
+    assert_lse_close(lse, twin_lse)
+    peer = torch.nn.functional.scaled_dot_product_attention(
+        tensors["q"].transpose(1, 2), *(x.float().expand(1, 3, -1, -1) for x in (k, v))
+    )
+    assert_out_close(out, twin, peer.transpose(1, 2))
 
 
 def test_unit_across_tail_start_counts_once():
