@@ -52,7 +52,7 @@ struct ClusterMerge {
           split(static_cast<int32_t>(device::cluster_rank()) / ctas),
           rank(static_cast<int32_t>(device::cluster_rank()) - split * ctas),
           slice((kRows + max(a.splits, 1) - 1) / max(a.splits, 1)),
-          first_row(piece.row_tile * Config::kTileRows + rank * kRows),
+          first_row(piece.row_tile * tile_rows<Config>(a) + rank * kRows),
           valid(min(max(a.rows - first_row, 0), kRows)) {}
 
     __device__ __forceinline__ uint8_t* ring() const { return shared.k[0]; }

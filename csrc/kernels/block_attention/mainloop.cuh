@@ -246,7 +246,7 @@ struct Consumer {
     __device__ __forceinline__ void load_q(const Piece& of, uint32_t rows, uint4 (&loaded)[kRounds]) const {
         const T* base = static_cast<const T*>(args.q) + of.request * args.stride_q_request +
                         int64_t{of.kv_head} * args.group * args.stride_q_head + thread % kChunks * 8;
-        int32_t r = of.row_tile * Config::kTileRows + rank * Config::kCtaRows + thread / kWarpgroup * 64 +
+        int32_t r = of.row_tile * tile_rows<Config>(args) + rank * Config::kCtaRows + thread / kWarpgroup * 64 +
                     thread % kWarpgroup / kChunks;
 #pragma unroll
         for (int i = 0; i < kRounds; ++i, r += kRowStep) {
@@ -277,7 +277,7 @@ struct Consumer {
     __device__ __forceinline__ void start_piece() {
         token_end = piece.token_end;
         prefix = piece.prefix;
-        first_row = piece.row_tile * Config::kTileRows + rank * Config::kCtaRows + thread / kWarp * 16 + lane / 4;
+        first_row = piece.row_tile * tile_rows<Config>(args) + rank * Config::kCtaRows + thread / kWarp * 16 + lane / 4;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             limit[i] = piece.token_end;
@@ -566,13 +566,13 @@ struct Consumer {
 
     __device__ __forceinline__ void store_partial(int r, float inverse, float log2_all, float log2_below) const {
         if (row_of(r) >= args.rows) return;
-        const int32_t tile_row = row_of(r) - piece.row_tile * Config::kTileRows;
-        pack_row<kDim>(o, r, args.partial + (int64_t{piece.slot} * Config::kTileRows + tile_row) * (3 * kDim));
+        const int32_t tile_row = row_of(r) - piece.row_tile * tile_rows<Config>(args);
+        pack_row<kDim>(o, r, args.partial + (int64_t{piece.slot} * tile_rows<Config>(args) + tile_row) * (3 * kDim));
         if (lane % 4 == 0) {
-            float* stats = args.partial_rows + int64_t{piece.slot} * 3 * Config::kTileRows + tile_row;
+            float* stats = args.partial_rows + int64_t{piece.slot} * 3 * tile_rows<Config>(args) + tile_row;
             stats[0] = log2_all;
-            stats[Config::kTileRows] = log2_below;
-            stats[2 * Config::kTileRows] = inverse;
+            stats[tile_rows<Config>(args)] = log2_below;
+            stats[2 * tile_rows<Config>(args)] = inverse;
         }
     }
 

@@ -35,10 +35,8 @@ struct AttentionConfig {
     static constexpr int kWarpgroups = kWarpgroups_;  // of consumers
     static constexpr int kKeys = kKeys_;              // tokens of a tile
     static constexpr int kStages = kStages_;
-    static constexpr int kCtas = kCtas_;  // of a worker; 0: as the launch says, 1 to kMaxCtas
-    static constexpr int kMaxCtas = kCtas == 0 ? 4 : kCtas;
+    static constexpr int kCtas = kCtas_;  // of a worker; 0: as the launch says, at most 4
     static constexpr int kCtaRows = 64 * kWarpgroups;
-    static constexpr int kTileRows = kCtaRows * kMaxCtas;
     static constexpr int kConsumers = kWarpgroup * kWarpgroups;
     static constexpr int kThreads = kConsumers + kWarpgroup;
     static constexpr int kSpans = kDim / kSpan;
@@ -88,6 +86,12 @@ struct alignas(1024) AttentionShared {
 template <typename Config>
 __device__ __forceinline__ int32_t worker_ctas(const AttentionArgs& args) {
     return Config::kCtas == 0 ? args.ctas : Config::kCtas;
+}
+
+// Rows of a worker's tile.
+template <typename Config>
+__device__ __forceinline__ int32_t tile_rows(const AttentionArgs& args) {
+    return Config::kCtaRows * worker_ctas<Config>(args);
 }
 
 // This CTA among those of its worker.
@@ -384,7 +388,7 @@ __device__ __forceinline__ void prefetch_first(const AttentionArgs& args, int32_
         }
     } else {
         constexpr int32_t kLines = (Config::kDim * 2 + 127) / 128;  // of a row
-        const int32_t first_row = row_tile * Config::kTileRows + worker_rank<Config>(args) * Config::kCtaRows;
+        const int32_t first_row = row_tile * tile_rows<Config>(args) + worker_rank<Config>(args) * Config::kCtaRows;
         for (int32_t i = thread - (kWarpgroup - kWarp); i < Config::kCtaRows * kLines; i += Config::kConsumers) {
             const int32_t row = first_row + i / kLines;
             if (row >= args.rows) break;
