@@ -104,8 +104,11 @@ def num_sets(shape: Shape) -> int:
     return max(1, math.ceil(COLD_BYTES / shape.kv_bytes))
 
 
-def make_sets(shape: Shape, count: int, seed: int, device: str = "cuda") -> list[KvSet]:
-    """Random bfloat16 drawn in place; every request's pages lie scattered over the pool, unused table entries are 0."""
+def make_sets(shape: Shape, count: int, seed: int, device: str = "cuda", layout: str = "nhd") -> list[KvSet]:
+    """Random bfloat16 drawn in place; every request's pages lie scattered over the pool, unused table entries are 0.
+
+    layout: "nhd", or "hnd": pools whose pages hold one head after the other.
+    """
     random = torch.Generator(device).manual_seed(seed)
     heads, kv_heads, dim = shape.heads
     pages_of = [math.ceil(length / shape.page) for length in shape.lengths]
@@ -113,16 +116,20 @@ def make_sets(shape: Shape, count: int, seed: int, device: str = "cuda") -> list
     def normal(*size):
         return torch.empty(size, dtype=DTYPE, device=device).normal_(generator=random)
 
+    def pool(pages):
+        if layout == "hnd":
+            return normal(pages, kv_heads, shape.page, dim).transpose(1, 2)
+        return normal(pages, shape.page, kv_heads, dim)
+
     sets = []
     for _ in range(count):
         order = torch.randperm(sum(pages_of), device=device, generator=random).int()
         table = torch.zeros(shape.batch, max(pages_of), dtype=torch.int32, device=device)
         for row, pages in zip(table, order.split(pages_of), strict=True):
             row[: len(pages)] = pages
-        pool = (sum(pages_of), shape.page, kv_heads, dim)
         seq_lens = torch.tensor(shape.lengths, dtype=torch.int32, device=device)
         q = normal(shape.batch, shape.q_len, heads, dim)
-        sets.append(KvSet(q, normal(*pool), normal(*pool), table, seq_lens))
+        sets.append(KvSet(q, pool(sum(pages_of)), pool(sum(pages_of)), table, seq_lens))
     return sets
 
 

@@ -36,9 +36,10 @@ class Fa3:
     paged = True
     splits = (0, 1, 2, 4, 8, 16, 32, 64)  # 0: its own choice
 
-    def __init__(self, path: str | None):
+    def __init__(self, path: str | None, splits: tuple[int, ...] = splits):
         if not path:
             raise Absent("no library was named (--fa3)")
+        self.splits = splits
         torch.ops.load_library(path)
         self._op = torch.ops._vllm_fa3_C.fwd.default
         self._names = [argument.name for argument in self._op._schema.arguments]
@@ -152,10 +153,12 @@ class Sdpa:
         return call
 
 
-def find_peers(names: list[str], fa3: str | None) -> tuple[list, dict[str, str]]:
+def find_peers(
+    names: list[str], fa3: str | None, fa3_splits: tuple[int, ...] = Fa3.splits
+) -> tuple[list, dict[str, str]]:
     """The wanted peers that can be had, and why the others are not there, by name."""
     makers = {
-        "fa3": (Fa3.name, lambda: Fa3(fa3)),
+        "fa3": (Fa3.name, lambda: Fa3(fa3, fa3_splits)),
         "flashinfer": (FlashInfer.name, FlashInfer),
         "sdpa": (Sdpa.name, Sdpa),
     }

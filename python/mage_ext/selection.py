@@ -535,7 +535,9 @@ def random_selection(
             f"random_selection: seed must be one integer or [B] = [{num_requests}], got {list(seed.shape)}"
         )
     device = mass.device
-    seed = torch.as_tensor(seed, dtype=torch.int64, device=device).expand(num_requests).view(1, -1, 1, 1)
+    if isinstance(seed, int):
+        seed = torch.full((), seed, dtype=torch.int64, device=device)  # a fill, where a copy would wait for the device
+    seed = seed.to(device).expand(num_requests).view(1, -1, 1, 1)
     layer = torch.arange(num_layers, device=device).view(-1, 1, 1, 1)
     head = torch.arange(num_heads, device=device).view(1, 1, -1, 1)
     unit = torch.arange(num_units, device=device)

@@ -6,7 +6,6 @@ Test: pytest tests/python/test_needles.py
 import time
 from collections.abc import Callable, Sequence
 
-from mage_ext._arguments import first_sentence
 from mage_ext.denoise import generate, prefill
 from mage_ext.evaluation.needles import CaseMaker, Method, exact_method, sparse_method
 from mage_ext.models.huggingface import LoadedModel
@@ -40,8 +39,7 @@ def run_demo(
         loaded: the model. num_tokens: length of the prompt. seed: names text, facts and question.
         texts: prose to hide the facts in; None: the project's own. say: takes each line of output.
     Returns:
-        Facts found (of four) per method, keyed "exact", "mage 64", ...; without those whose operators have no kernel
-        for the model's device yet, which the table says.
+        Facts found (of four) per method, keyed "exact", "mage 64", ...
     """
     case, ids = CaseMaker(loaded, texts).case(seed, num_tokens, asked=4)
     words = case.context.split()
@@ -62,12 +60,7 @@ def run_demo(
     found = {}
     for method in methods:
         begun = time.perf_counter()
-        fork = state.fork()
-        try:
-            (result,) = generate(loaded.model, fork, method.config, tokenizer=loaded.tokenizer)
-        except NotImplementedError as error:
-            say(f"{method.name:<10}{method.K or 'all':>5}  {first_sentence(error)}")
-            continue
+        (result,) = generate(loaded.model, state.fork(), method.config, tokenizer=loaded.tokenizer)
         seconds = time.perf_counter() - begun
         right = case.found(result.text)
         lines = (result.text.strip().split("\n") + [""] * 4)[:4]
