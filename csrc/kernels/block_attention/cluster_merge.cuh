@@ -25,7 +25,7 @@ struct ClusterMerge {
     static constexpr int kRows = Config::kCtaRows;
     static constexpr int kWarps = Config::kConsumers / kWarp;
     static constexpr int kOwn = 4;  // elements of a lane
-    static constexpr int kInFlight = 8;
+    static constexpr int kInFlight = 4;
     // Slices are rounded up: at most kMaxSplits - 1 rows more than there are.
     static constexpr int kIncoming = kRows * kRecord;
     static constexpr int kSums = kIncoming + (kRows + kMaxSplits) * kRecord;
@@ -120,7 +120,7 @@ struct ClusterMerge {
 
     // log2 of a row's sum.
     static __device__ __forceinline__ float log2_of(float base, float sum) {
-        return sum == 0.0f ? -INFINITY : base + log2f(sum);
+        return sum == 0.0f ? -INFINITY : base + device::log2_fast(sum);
     }
 
     // All consumers: out and lse of this CTA's slice, a warp to a row; then masses.
@@ -158,7 +158,7 @@ struct ClusterMerge {
     __device__ __forceinline__ void write_row(int32_t row, int32_t lane, const float (&result)[kOwn], float all,
                                               float log2_all) const {
         using T = typename Config::T;
-        const float inverse = all == 0.0f ? 0.0f : 1.0f / all;  // NaN stays
+        const float inverse = all == 0.0f ? 0.0f : __fdividef(1.0f, all);  // NaN stays
         const int32_t query = query_of(args, row);
         const int64_t head = piece.kv_head * args.group + row - query * args.group;
         if (lane * kOwn < kDim) {

@@ -185,7 +185,7 @@ __device__ __forceinline__ void write_pieces(const AttentionArgs& args, Attentio
             if (piece.pieces == 0) {
                 const int32_t taken = s.fixed ? 1 : core::units_of(s, piece.token_end);
                 pieces = core::pieces_of(s, share.total, share.workers, share.worker, shared.walk[warp].at - taken,
-                                         core::units_of(s, stream_length(args, piece.request, piece.kv_head)));
+                                         core::units_of(s, stream_length<Config::kLists>(args, piece.request, piece.kv_head)));
             }
             if (piece.slot < 0) pieces.count = 1;
             const int64_t stream = int64_t{piece.request} * args.num_kv_heads + piece.kv_head;
@@ -344,12 +344,22 @@ struct Consumer {
         }
     }
 
-    // Rows of V past the end of the stream hold anything, NaN included, and P = 0 does not silence NaN.
+    // Rows of V that no position reads hold anything, NaN included, and P = 0 does not silence NaN: those past the end
+    // of the stream, and those of the hole.
     __device__ __forceinline__ void clear_tail(uint32_t stage, int32_t token) {
         const int32_t box = 1 << args.box_shift;
         const int32_t first = token_end - token;
-        if (first >= kKeys || (first & (box - 1)) == 0) return;
-        const int32_t rows = box - (first & (box - 1));
+        if (first < kKeys && (first & (box - 1)) != 0) clear_rows(stage, first, box - (first & (box - 1)));
+    }
+
+    __device__ __forceinline__ void clear_hole(uint32_t stage, int32_t token) {
+        if constexpr (Config::kLists) {
+            const int32_t first = max(piece.list_end - token, 0), last = min(piece.hole_end - token, kKeys);
+            if (first < last) clear_rows(stage, first, last - first);
+        }
+    }
+
+    __device__ __forceinline__ void clear_rows(uint32_t stage, int32_t first, int32_t rows) {
         for (int32_t i = thread; i < rows * Config::kSpans * 8; i += Config::kConsumers) {
             const int32_t span = i / (rows * 8);
             const int32_t at = i - span * rows * 8;
@@ -591,7 +601,8 @@ struct Consumer {
             merge.write_row(merge.first_row + row, lane, zeros, 0.0f, -INFINITY);
     }
 
-    __device__ __forceinline__ void run() {
+    // `q`: what this thread has loaded of Q, where that did not wait for the piece.
+    __device__ __forceinline__ void run(uint4 (&q)[kRounds]) {
         if (args.splits > 0 && !shared.any) {
             if (args.splits == 1) {
                 store_nothing();
@@ -606,12 +617,9 @@ struct Consumer {
         constexpr int kTurnThreads = 2 * kWarpgroup;
         const int32_t next_turn = warpgroup == Config::kWarpgroups - 1 ? 0 : warpgroup + 1;
         if (kTurns && next_turn == 0) device::named_barrier_arrive(kTurnBarrier, kTurnThreads);
-        {
-            uint4 q[kRounds];
-            load_q(piece, args.rows, q);
-            device::named_barrier_arrive(kStartBarrier, Config::kConsumers + kWarp);
-            store_q(q);
-        }
+        if (args.splits == 0) load_q(piece, args.rows, q);
+        device::named_barrier_arrive(kStartBarrier, Config::kConsumers + kWarp);
+        store_q(q);
         while (true) {
             start_piece();
 #pragma unroll
@@ -630,6 +638,7 @@ struct Consumer {
                 k_ring.advance();
                 softmax(token);
                 device::mbarrier_wait(device::shared_address(&shared.full_v[v_ring.stage]), v_ring.parity);
+                clear_hole(v_ring.stage, token);
                 if (token + kKeys >= token_end) break;
                 device::mbarrier_wait(device::shared_address(&shared.full_k[k_ring.stage]), k_ring.parity);
                 // P V of this tile, then S of the next. The tensor cores take P from registers, so that issuing P V
@@ -660,7 +669,6 @@ struct Consumer {
             store();
             Piece& next = shared.next[threadIdx.x / kWarp];
             if (!next_piece_of_warp<Config>(args, shared, &next)) break;
-            uint4 q[kRounds];
             load_q(next, args.rows, q);
             store_q(q);
             if (lane == 0) shared.piece[threadIdx.x / kWarp] = next;
@@ -698,24 +706,38 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
         device::mbarrier_init_fence();
     }
     const int32_t worker = static_cast<int32_t>(blockIdx.x) / worker_ctas<Config>(args);
+    const bool in_cluster = Config::kCtas != 1 || args.splits > 1;
     prefetch_first<Config>(args, worker);
+    __syncthreads();
+    if (in_cluster) device::cluster_sync_relaxed();  // its barriers are initialised
     device::dependency_wait();
     device::dependency_release();
-    if (warp == 0) find_start<Config::kThreads / kWarp, Config::kLists>(args, worker, shared);
-    const bool in_cluster = Config::kCtas != 1 || args.splits > 1;
-    if (in_cluster) device::cluster_sync_relaxed();  // its barriers are initialised
-    __syncthreads();
 
     if (warp < kWarpgroup / kWarp) {
         device::registers_shrink<Config::kProducerRegisters>();
-        if (warp == 0) produce<Config>(args, &k_map, &v_map, shared);
+        if (warp == 0) {
+            find_start<Config::kThreads / kWarp, Config::kLists>(args, worker, shared);
+            __syncwarp();
+            device::named_barrier_arrive(kPieceBarrier, Config::kThreads);
+            produce<Config>(args, &k_map, &v_map, shared);
+        } else {
+            device::named_barrier(kPieceBarrier, Config::kThreads);
+        }
         if (warp == 1 && worker_rank<Config>(args) == 0 && args.splits == 0) write_pieces<Config>(args, shared);
     } else {
         device::registers_grow<Config::kConsumerRegisters>();
+        Consumer<Config> consumer(args, shared);
+        uint4 q[Consumer<Config>::kRounds];
+        if (args.splits > 0) {  // whose rows they are does not depend on lengths
+            Piece segment;
+            place_worker<Config::kLists>(args, worker, &segment);
+            consumer.load_q(segment, args.rows, q);
+        }
+        device::named_barrier(kPieceBarrier, Config::kThreads);
         if constexpr (ClusterMerge<Config>::kServed) {
             if (args.splits > 1 && threadIdx.x == kWarpgroup) ClusterMerge<Config>(args, shared).expect();
         }
-        Consumer<Config>(args, shared).run();
+        consumer.run(q);
         if constexpr (ClusterMerge<Config>::kServed) {
             if (args.splits > 1) ClusterMerge<Config>(args, shared).finish();
         }

@@ -280,7 +280,8 @@ __global__ void __launch_bounds__(kMergeThreads, 2)
     const int64_t stream = int64_t{blockIdx.z} * args.num_kv_heads + blockIdx.y;
     device::dependency_wait();
     device::dependency_release();
-    const int32_t length = stream_length(args, blockIdx.z, blockIdx.y);
+    const int32_t length = args.indices == nullptr ? stream_length<false>(args, blockIdx.z, blockIdx.y)
+                                                   : stream_length<true>(args, blockIdx.z, blockIdx.y);
     if (!kMass || static_cast<int32_t>(blockIdx.x) < args.merge_blocks) {
         __shared__ float records[kMergeWarps * kRecord];
         merge_rows(args, stream, length == 0, records);

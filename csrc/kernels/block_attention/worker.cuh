@@ -24,8 +24,8 @@ constexpr int kWarpgroup = 128;
 constexpr int kSpan = 64;  // elements of a swizzled row of 128 bytes
 constexpr int kRowBytes = 128;
 constexpr int kAtomBytes = 8 * kRowBytes;
-constexpr int kTailBarrier = 1, kGroupBarrier = 2, kStartBarrier = 5,
-              kTurnBarrier = 6;  // named barriers; from 2 and from 6: one of each warpgroup
+// Named barriers; of kGroupBarrier and kTurnBarrier one for each warpgroup.
+constexpr int kTailBarrier = 1, kGroupBarrier = 2, kStartBarrier = 5, kTurnBarrier = 6, kPieceBarrier = 9;
 
 template <typename T_, int kDim_, int kWarpgroups_, int kKeys_, int kStages_, int kCtas_, bool kLists_>
 struct AttentionConfig {
@@ -120,8 +120,9 @@ struct ListStream {
 };
 
 // Positions of a stream; of a dense call all streams of a request have as many.
+template <bool kLists>
 __device__ __forceinline__ int32_t stream_length(const AttentionArgs& args, int32_t request, int32_t kv_head) {
-    return args.indices == nullptr ? clamped_length(args, request) : ListStream(args, request, kv_head).length;
+    return kLists ? ListStream(args, request, kv_head).length : clamped_length(args, request);
 }
 
 __device__ __forceinline__ const int32_t* list_of(const AttentionArgs& args, int32_t request, int32_t kv_head) {
@@ -146,21 +147,34 @@ __device__ inline int32_t lower_entry(const int32_t* list, int32_t count, int32_
 // What the schedule calls a request is a stream where there are lists.
 template <bool kLists>
 __device__ __forceinline__ int32_t request_length(const AttentionArgs& args, int32_t index) {
-    if constexpr (kLists) {
-        const int32_t request = index / args.num_kv_heads;
-        return ListStream(args, request, index - request * args.num_kv_heads).length;
-    } else {
-        return clamped_length(args, index);
-    }
+    const int32_t request = kLists ? index / args.num_kv_heads : index;
+    return stream_length<kLists>(args, request, kLists ? index - request * args.num_kv_heads : 0);
 }
 
-// Whose segment it is, and what does not depend on the piece.
+// Row / G by a multiplication: exact for rows below 2^32 / G.
+__device__ __forceinline__ int32_t query_of(const AttentionArgs& args, int32_t row) {
+    return args.group == 1 ? row : static_cast<int32_t>(__umulhi(static_cast<uint32_t>(row), args.group_reciprocal));
+}
+
+// Whose segment it is.
 template <bool kLists>
-__device__ __forceinline__ void set_segment(const AttentionArgs& args, int32_t index, int32_t segment, Piece* piece) {
+__device__ __forceinline__ void place_segment(const AttentionArgs& args, int32_t index, int32_t segment, Piece* piece) {
     if constexpr (kLists) {
         piece->request = index / args.num_kv_heads;
         piece->kv_head = index - piece->request * args.num_kv_heads;
         piece->row_tile = segment;
+    } else {
+        piece->request = index;
+        piece->kv_head = args.row_tiles == 1 ? segment : segment / args.row_tiles;
+        piece->row_tile = segment - piece->kv_head * args.row_tiles;
+    }
+}
+
+// And what does not depend on the piece.
+template <bool kLists>
+__device__ __forceinline__ void set_segment(const AttentionArgs& args, int32_t index, int32_t segment, Piece* piece) {
+    place_segment<kLists>(args, index, segment, piece);
+    if constexpr (kLists) {
         const ListStream stream(args, piece->request, piece->kv_head);
         piece->list_end = piece->hole_end = stream.list_end;
         piece->tail_begin = stream.tail_begin;
@@ -170,17 +184,8 @@ __device__ __forceinline__ void set_segment(const AttentionArgs& args, int32_t i
             const int32_t at = lower_entry(list, count, cut);
             if (at == count || list[at] != cut) piece->hole_end += stream.tail_start - stream.tail_begin;
         }
-    } else {
-        piece->request = index;
-        piece->kv_head = args.row_tiles == 1 ? segment : segment / args.row_tiles;
-        piece->row_tile = segment - piece->kv_head * args.row_tiles;
     }
     piece->prefix = args.prefix_lens != nullptr ? max(0, args.prefix_lens[piece->request]) : INT32_MAX;
-}
-
-// Row / G by a multiplication: exact for rows below 2^32 / G.
-__device__ __forceinline__ int32_t query_of(const AttentionArgs& args, int32_t row) {
-    return args.group == 1 ? row : static_cast<int32_t>(__umulhi(static_cast<uint32_t>(row), args.group_reciprocal));
 }
 
 // The next piece of a walk, if the worker has one more.
@@ -286,14 +291,23 @@ __device__ __forceinline__ bool balanced_piece(const AttentionArgs& args, const 
     return next_piece<kLists>(args, share, walk, piece);
 }
 
-// The piece of a worker in a cluster that shares one segment; pieces: how many workers of the cluster have one.
+// Whose segment a worker's cluster shares, and which of its workers it is.
+template <bool kLists>
+__device__ __forceinline__ int32_t place_worker(const AttentionArgs& args, int32_t worker, Piece* piece) {
+    const core::Schedule& s = args.schedule;
+    const int32_t at = worker / args.splits, index = at / s.segments_per_request;
+    place_segment<kLists>(args, index, at - index * s.segments_per_request, piece);
+    return worker - at * args.splits;
+}
+
+// The piece of a worker in such a cluster; pieces: how many of its workers have one.
 template <bool kLists>
 __device__ __forceinline__ bool cluster_piece(const AttentionArgs& args, int32_t worker, Piece* piece) {
     const core::Schedule& s = args.schedule;
-    const int32_t segment = worker / args.splits, split = worker - segment * args.splits;
-    const int32_t index = segment / s.segments_per_request;
-    const int32_t length = request_length<kLists>(args, index);
-    set_segment<kLists>(args, index, segment - index * s.segments_per_request, piece);
+    const int32_t at = worker / args.splits, split = worker - at * args.splits;
+    const int32_t index = at / s.segments_per_request;
+    set_segment<kLists>(args, index, at - index * s.segments_per_request, piece);
+    const int32_t length = stream_length<kLists>(args, piece->request, piece->kv_head);
     const int32_t units = core::units_of(s, length);
     piece->pieces = min(args.splits, units);
     piece->slot = -1;
