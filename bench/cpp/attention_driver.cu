@@ -1,8 +1,10 @@
 // Calls an attention operator on random data, for profilers.
 //
-//   attention_driver OP [MODEL:BATCH:CONTEXT[:Q]] [PAGE] [G] [CALLS]
+//   attention_driver OP [MODEL:BATCH:CONTEXT[:Q]] [PAGE] [G] [CALLS] [K]
 //   attention_driver block_attention_mass 7B:1:32768 64 64 20
+//   attention_driver sparse_block_attention 7B:1:32768 64 16 20 1024
 //
+// sparse_block_attention lists K tokens of the context in units of G, at even distances, for every KV head.
 // Two calls to warm up, then CALLS between cudaProfilerStart and cudaProfilerStop (`ncu --profile-from-start off`), all
 // over one set of K/V: the L2 is warm unless the profiler flushes it. CONTEXT may end in K.
 #include <cuda_runtime.h>
@@ -24,6 +26,7 @@
 #include "core/cuda/device_info.h"
 #include "mage/block_attention_mass.h"
 #include "mage/block_attention_rows.h"
+#include "mage/sparse_block_attention.h"
 
 // Of cuda_profiler_api.h, which the pip wheels of CUDA lack.
 extern "C" {
@@ -42,7 +45,7 @@ struct Case {
     std::string model = "7B";
     int64_t heads = 28, kv_heads = 4;
     int64_t batch = 1, context = 32768, q_len = 32;
-    int64_t page = 64, g = 64, calls = 1;
+    int64_t page = 64, g = 64, calls = 1, k = 1024;
 
     int64_t length() const { return context + q_len; }
     int64_t rows() const { return heads / kv_heads * q_len; }
@@ -58,10 +61,12 @@ int64_t positive(const char* name, const std::string& text) {
 
 Case parse(int argc, char** argv) {
     Case c;
-    MAGE_CHECK(argc >= 2 && argc <= 6, kWho, ": arguments must be OP [MODEL:BATCH:CONTEXT[:Q]] [PAGE] [G] [CALLS]");
+    MAGE_CHECK(argc >= 2 && argc <= 7, kWho, ": arguments must be OP [MODEL:BATCH:CONTEXT[:Q]] [PAGE] [G] [CALLS] [K]");
     c.op = argv[1];
-    MAGE_CHECK(c.op == "block_attention" || c.op == "block_attention_mass" || c.op == "block_attention_rows", kWho,
-               ": OP must be block_attention, block_attention_mass or block_attention_rows, got ", c.op);
+    MAGE_CHECK(c.op == "block_attention" || c.op == "block_attention_mass" || c.op == "block_attention_rows" ||
+                   c.op == "sparse_block_attention",
+               kWho, ": OP must be block_attention, block_attention_mass, block_attention_rows or ",
+               "sparse_block_attention, got ", c.op);
     if (argc > 2) {
         std::vector<std::string> parts;
         std::istringstream stream(argv[2]);
@@ -80,6 +85,7 @@ Case parse(int argc, char** argv) {
     if (argc > 3) c.page = positive("PAGE", argv[3]);
     if (argc > 4) c.g = positive("G", argv[4]);
     if (argc > 5) c.calls = positive("CALLS", argv[5]);
+    if (argc > 6) c.k = positive("K", argv[6]);
     return c;
 }
 
@@ -175,11 +181,29 @@ void run(const Case& c) {
     rows_params.attention = params;
     rows_params.granularity = c.g;
     rows_params.row_mass = static_cast<float*>(emitted.get());
-    const int64_t needed = emits_mass   ? mage::cuda::block_attention_mass_workspace(mass_params)
+    const bool is_sparse = c.op == "sparse_block_attention";
+    const int64_t listed = c.k / c.g, all_units = c.context / c.g;
+    MAGE_CHECK(!is_sparse || (listed > 0 && listed <= all_units), kWho, ": K must be from G to CONTEXT, got ", c.k);
+    std::vector<int32_t> list;
+    for (int64_t i = 0; is_sparse && i < c.batch * c.kv_heads * listed; ++i)
+        list.push_back(static_cast<int32_t>(i % listed * all_units / listed));
+    const Memory indices = copy_of(list);
+    const Memory counts = copy_of(std::vector<int32_t>(c.batch * c.kv_heads, static_cast<int32_t>(listed)));
+    const Memory tails = copy_of(std::vector<int32_t>(c.batch, static_cast<int32_t>(c.context / c.g * c.g)));
+    mage::SparseBlockAttentionParams sparse_params;
+    sparse_params.attention = params;
+    sparse_params.indices = static_cast<const int32_t*>(indices.get());
+    sparse_params.counts = static_cast<const int32_t*>(counts.get());
+    sparse_params.tail_start = static_cast<const int32_t*>(tails.get());
+    sparse_params.capacity = listed;
+    sparse_params.granularity = c.g;
+    const int64_t needed = is_sparse    ? mage::cuda::sparse_block_attention_workspace(sparse_params)
+                           : emits_mass ? mage::cuda::block_attention_mass_workspace(mass_params)
                            : emits_rows ? mage::cuda::block_attention_rows_workspace(rows_params)
                                         : mage::cuda::block_attention_workspace(params);
     const Memory workspace = allocate(needed);
-    for (mage::BlockAttentionParams* each : {&params, &mass_params.attention, &rows_params.attention}) {
+    for (mage::BlockAttentionParams* each :
+         {&params, &mass_params.attention, &rows_params.attention, &sparse_params.attention}) {
         each->workspace = workspace.get();
         each->workspace_bytes = needed;
     }
@@ -190,7 +214,9 @@ void run(const Case& c) {
     MAGE_CUDA_CHECK(kWho, cudaEventCreate(&start));
     MAGE_CUDA_CHECK(kWho, cudaEventCreate(&end));
     const auto call = [&] {
-        if (emits_mass) {
+        if (is_sparse) {
+            mage::cuda::sparse_block_attention(sparse_params, stream);
+        } else if (emits_mass) {
             mage::cuda::block_attention_mass(mass_params, stream);
         } else if (emits_rows) {
             mage::cuda::block_attention_rows(rows_params, stream);

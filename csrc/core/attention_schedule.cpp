@@ -49,17 +49,24 @@ AttentionPlan plan(const BlockAttentionParams& p, int64_t requests, int64_t head
     s.num_requests = static_cast<int32_t>(requests);
     s.segments_per_request = static_cast<int32_t>(heads_per_request * plan.row_tiles);
     s.fixed = p.split_tokens > 0;
-    s.unit_tokens = s.fixed ? static_cast<int32_t>(p.split_tokens) : plan.shape.keys;
     s.max_workers = static_cast<int32_t>(std::min(sms, kMaxSms) / plan.shape.ctas);
+    s.unit_tokens = static_cast<int32_t>(p.split_tokens);
     s.unit_shift = log2_of(s.unit_tokens);
     if (int64_t{1} << s.unit_shift != s.unit_tokens) s.unit_shift = 0;
-    s.min_units = s.fixed ? 1 : static_cast<int32_t>((kMinKeys + plan.shape.keys - 1) / plan.shape.keys);
-    s.piece_units = static_cast<int32_t>(kPieceKeys / plan.shape.keys);
+    set_tile(&s, plan.shape.keys);
     plan.slots = max_slots(s, max_length);
     return plan;
 }
 
 }  // namespace
+
+void set_tile(Schedule* schedule, int64_t keys) {
+    if (schedule->fixed) return;
+    schedule->unit_tokens = static_cast<int32_t>(keys);
+    schedule->unit_shift = log2_of(keys);
+    schedule->min_units = static_cast<int32_t>((kMinKeys + keys - 1) / keys);
+    schedule->piece_units = static_cast<int32_t>(kPieceKeys / keys);
+}
 
 AttentionPlan plan_attention(const BlockAttentionParams& p, int64_t sms) {
     return plan(p, p.num_requests, p.num_kv_heads, p.max_seq_len, sms);

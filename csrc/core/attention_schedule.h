@@ -158,6 +158,9 @@ AttentionPlan plan_attention(const BlockAttentionParams& params, int64_t sms);
 // head).
 AttentionPlan plan_list_attention(const BlockAttentionParams& params, int64_t list_tokens, int64_t sms);
 
+// Makes tiles of `keys` tokens the units of a schedule that has no fixed splits.
+void set_tile(Schedule* schedule, int64_t keys);
+
 // Positions that a stream may have: a list and a tail, which begins with a whole box of the copy engine.
 inline int64_t max_list_positions(int64_t list_tokens, int64_t max_seq_len) { return list_tokens + max_seq_len + 64; }
 

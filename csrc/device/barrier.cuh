@@ -71,6 +71,13 @@ __device__ __forceinline__ void named_barrier_arrive(uint32_t id, uint32_t threa
 // Earlier plain writes to shared memory become visible to wgmma and the copy engine.
 __device__ __forceinline__ void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// threadIdx.x, read where it is written: nothing that follows from it is kept from before.
+__device__ __forceinline__ int32_t thread_index() {
+    int32_t index;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+    return index;
+}
+
 __device__ __forceinline__ uint32_t cluster_rank() {
     uint32_t rank;
     asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));

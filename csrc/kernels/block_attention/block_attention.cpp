@@ -76,15 +76,15 @@ ClusterPlan plan_clusters(const char* op, const BlockAttentionParams& p, const c
 // Of a call with lists: what takes least by a rough count, in microseconds. Lists are taken to be full.
 ClusterPlan plan_list_clusters(const char* op, const BlockAttentionParams& p, const core::AttentionPlan& plan,
                                int64_t list_tokens) {
-    constexpr double kTile[core::kRowShapes] = {0.5, 1.7, 1.25, 1.7};
+    constexpr double kTile[core::kRowShapes] = {1.2, 1.7, 1.25, 1.7};
     constexpr double kExchange[core::kRowShapes] = {1.6, 2.4, 0.0, 2.4};
     constexpr double kSecondLaunch = 6.5;
-    constexpr int64_t kExpectedTail = 64;
+    constexpr int64_t kExpectedTail = 32;
     ClusterPlan best;
     const int64_t segments = int64_t{plan.schedule.num_requests} * plan.schedule.segments_per_request;
     if (plan.schedule.fixed || plan.row_tiles != 1) return best;
     const auto tiles_of = [&](int keys) { return (list_tokens + kExpectedTail + keys - 1) / keys; };
-    const int64_t all = tiles_of(plan.shape.keys) * segments;
+    const int64_t all = tiles_of(variant_of(p.dtype, p.head_dim, plan.shape_index, true).keys) * segments;
     double least = kTile[plan.shape_index] *
                        static_cast<double>((all + plan.schedule.max_workers - 1) / plan.schedule.max_workers) +
                    kSecondLaunch;
@@ -138,12 +138,8 @@ void launch_block_attention(const char* op, const BlockAttentionParams& p, const
         lists == nullptr ? p.max_seq_len : core::max_list_positions(list_tokens, p.max_seq_len);
     MAGE_CHECK(most_positions < (int64_t{1} << 31), op, ": lists and tail must have fewer than 2^31 tokens, got ",
                most_positions);
-    const core::AttentionPlan plan = lists == nullptr
-                                         ? core::plan_attention(p, core::multiprocessors(op))
-                                         : core::plan_list_attention(p, list_tokens, core::multiprocessors(op));
-    const int64_t most_units = core::max_units(plan.schedule, most_positions);
-    MAGE_CHECK(most_units < (int64_t{1} << 31), op, ": the call must have fewer than 2^31 tiles of keys, got ",
-               most_units);
+    core::AttentionPlan plan = lists == nullptr ? core::plan_attention(p, core::multiprocessors(op))
+                                                : core::plan_list_attention(p, list_tokens, core::multiprocessors(op));
     const int64_t group = p.num_heads / p.num_kv_heads;
     MAGE_CHECK(plan.rows * group < (int64_t{1} << 32), op,
                ": q must have fewer than 2^32 rows per KV head times heads per KV head on CUDA, got ", plan.rows, " x ",
@@ -154,6 +150,10 @@ void launch_block_attention(const char* op, const BlockAttentionParams& p, const
         p.dtype, p.head_dim, clusters.splits > 0 ? clusters.shape_index : plan.shape_index, lists != nullptr);
     MAGE_CHECK(clusters.splits > 0 || variant.rows * std::max(variant.ctas, 1) == plan.shape.rows, op,
                ": internal: the kernel of ", variant.rows, " rows must serve the shape of ", plan.shape.rows);
+    core::set_tile(&plan.schedule, variant.keys);
+    const int64_t most_units = core::max_units(plan.schedule, most_positions);
+    MAGE_CHECK(most_units < (int64_t{1} << 31), op, ": the call must have fewer than 2^31 tiles of keys, got ",
+               most_units);
     core::allow_shared_memory(op, reinterpret_cast<const void*>(variant.attention), variant.shared_bytes);
     core::allow_large_clusters(op, reinterpret_cast<const void*>(variant.attention));
 
@@ -165,9 +165,7 @@ void launch_block_attention(const char* op, const BlockAttentionParams& p, const
     args.schedule = plan.schedule;
     args.splits = clusters.splits;
     args.ctas = clusters.splits > 0 ? clusters.ctas : plan.shape.ctas;
-    if (clusters.splits > 0) {  // tiles of the kernel that was chosen
-        args.schedule.unit_tokens = variant.keys;
-        args.schedule.unit_shift = core::log2_of(variant.keys);
+    if (clusters.splits > 0) {
         args.guess_workers = clusters.splits;
     } else if (lists == nullptr) {
         const auto units = static_cast<int32_t>(most_units / std::max(segments, int64_t{1}));

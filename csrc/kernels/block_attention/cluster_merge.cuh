@@ -32,9 +32,10 @@ struct ClusterMerge {
     static constexpr int kFinal = kSums + kMaxSplits * kRows * 16;
     static constexpr int kMasses = kFinal + kRows * 4;
     static constexpr int kMostUnits = 64;  // of a piece
+    static constexpr int kWeights = kMasses + 3 * kMostUnits * 4;
+    static constexpr int kEnd = kWeights + (kRows / 2 + kMaxSplits) * kMaxSplits * 4;
     // Three warpgroups have no registers for it.
-    static constexpr bool kServed =
-        Config::kWarpgroups < 3 && kMasses + 3 * kMostUnits * 4 <= 2 * Config::kStages * Config::kTileBytes;
+    static constexpr bool kServed = Config::kWarpgroups < 3 && kEnd <= 2 * Config::kStages * Config::kTileBytes;
 
     const AttentionArgs& args;
     AttentionShared<Config>& shared;
@@ -123,110 +124,147 @@ struct ClusterMerge {
         return sum == 0.0f ? -INFINITY : base + device::log2_fast(sum);
     }
 
-    // All consumers: out and lse of this CTA's slice, a warp to a row; then masses.
+    // A row's sums over all pieces, by the lanes of a quad: `sums_at(i)` of piece i.
+    struct RowSums {
+        float base, all, below;
+    };
+    template <typename SumsT>
+    __device__ __forceinline__ RowSums add_sums(const SumsT& sums_at) const {
+        const int32_t part = threadIdx.x % 4;
+        float highest = -INFINITY;
+        for (int32_t i = part; i < piece.pieces; i += 4) highest = fmaxf(highest, sums_at(i).x);
+        highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 1));
+        highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 2));
+        RowSums total = {highest == -INFINITY ? 0.0f : highest, 0.0f, 0.0f};
+        for (int32_t i = part; i < piece.pieces; i += 4) {
+            const float4 sums = sums_at(i);
+            const float share = device::exp2_fast(sums.x - total.base);
+            total.all += share * sums.y;
+            total.below += share * sums.z;
+        }
+        total.all = device::quad_sum(total.all);
+        total.below = device::quad_sum(total.below);
+        return total;
+    }
+
+    // All consumers: out and lse of this CTA's slice; then masses.
     __device__ __forceinline__ void finish() const {
+        constexpr int kQuads = Config::kConsumers / 4;
         const int32_t thread = threadIdx.x - kWarpgroup, lane = thread % kWarp, warp = thread / kWarp;
+        const bool emits = !Config::kLists && args.units != nullptr;
+        UnitValues values;
+        if (emits) values.load(*this, warp, lane);
         device::mbarrier_wait(device::shared_address(&shared.merged), 0);
+        auto* weights = reinterpret_cast<float*>(ring() + kWeights);
+        const uint8_t* records = ring() + kIncoming;
+        const int32_t stride = slice * kRecord;
+        // What every piece of a row counts, a quad to a row.
+        for (int32_t base = 0; base < rows_of(split); base += kQuads) {
+            const int32_t place = base + thread / 4;
+            const auto sums_at = [&](int32_t i) {
+                const uint8_t* record = records + min(place, slice - 1) * kRecord + i * stride;
+                return *reinterpret_cast<const float4*>(record + 3 * kDim);
+            };
+            const RowSums total = add_sums(sums_at);
+            if (place >= rows_of(split)) continue;
+            const float inverse = total.all == 0.0f ? 0.0f : __fdividef(1.0f, total.all);  // NaN stays
+            for (int32_t i = thread % 4; i < piece.pieces; i += 4)
+                weights[place * kMaxSplits + i] = device::exp2_fast(sums_at(i).x - total.base) * inverse;
+            if (thread % 4 == 0) write_lse(first_row + split * slice + place, log2_of(total.base, total.all));
+        }
+        if (emits) find_final_sums(thread);
+        device::named_barrier(kTailBarrier, Config::kConsumers);
+#pragma unroll 2
         for (int32_t place = warp; place < rows_of(split); place += kWarps) {
-            const uint8_t* records = ring() + kIncoming + place * kRecord;
-            const int32_t stride = slice * kRecord;
-            float4 sums = make_float4(-INFINITY, 0.0f, 0.0f, 0.0f);
-            if (lane < piece.pieces) sums = *reinterpret_cast<const float4*>(records + lane * stride + 3 * kDim);
-            const float highest = device::warp_max(sums.x);
-            const float base = highest == -INFINITY ? 0.0f : highest;
-            const float weight = device::exp2_fast(sums.x - base);
-            const float all = device::warp_sum(weight * sums.y);
             float result[kOwn] = {};
             for (int32_t first = 0; first < piece.pieces; first += kInFlight) {
                 PackedElements elements[kInFlight];
-#pragma unroll
-                for (int i = 0; i < kInFlight; ++i)
-                    if (first + i < piece.pieces && lane * kOwn < kDim)
-                        elements[i].load(records + (first + i) * stride, kDim, lane);
+                float share[kInFlight];
 #pragma unroll
                 for (int i = 0; i < kInFlight; ++i) {
-                    const float share = __shfl_sync(~0u, weight, (first + i) % kWarp);
-                    if (first + i < piece.pieces) elements[i].add_to(result, share);
+                    share[i] = 0.0f;
+                    if (first + i < piece.pieces && lane * kOwn < kDim) {
+                        elements[i].load(records + place * kRecord + (first + i) * stride, kDim, lane);
+                        share[i] = weights[place * kMaxSplits + first + i];
+                    }
                 }
+#pragma unroll
+                for (int i = 0; i < kInFlight; ++i) elements[i].add_to(result, share[i]);
             }
-            write_row(first_row + split * slice + place, lane, result, all, log2_of(base, all));
+            write_row(first_row + split * slice + place, lane, result);
         }
-        if (!Config::kLists && args.units != nullptr) finish_units(thread);
+        if (emits) finish_units(thread, values);
     }
 
-    // A row of out and lse by a warp: elements kOwn * lane, ... in the order of pack_row.
-    __device__ __forceinline__ void write_row(int32_t row, int32_t lane, const float (&result)[kOwn], float all,
-                                              float log2_all) const {
+    // A row of out by a warp: elements kOwn * lane, ... in the order of pack_row.
+    __device__ __forceinline__ void write_row(int32_t row, int32_t lane, const float (&result)[kOwn]) const {
         using T = typename Config::T;
-        const float inverse = all == 0.0f ? 0.0f : __fdividef(1.0f, all);  // NaN stays
+        if (lane * kOwn >= kDim) return;
         const int32_t query = query_of(args, row);
         const int64_t head = piece.kv_head * args.group + row - query * args.group;
-        if (lane * kOwn < kDim) {
-            uint32_t* out = static_cast<uint32_t*>(args.out) +
-                            (((int64_t{piece.request} * args.num_queries + query) * args.num_heads + head) * kDim +
-                             packed_column(lane)) /
-                                2;
-            out[0] = pack(result[0] * inverse, result[1] * inverse, T());
-            out[4] = pack(result[2] * inverse, result[3] * inverse, T());
-        }
-        if (lane == 0)
-            args.lse[(int64_t{piece.request} * args.num_heads + head) * args.num_queries + query] = log2_all * kLn2;
+        uint32_t* out = static_cast<uint32_t*>(args.out) +
+                        (((int64_t{piece.request} * args.num_queries + query) * args.num_heads + head) * kDim +
+                         packed_column(lane)) /
+                            2;
+        out[0] = pack(result[0], result[1], T());
+        out[4] = pack(result[2], result[3], T());
+    }
+
+    __device__ __forceinline__ void write_lse(int32_t row, float log2_all) const {
+        const int32_t query = query_of(args, row);
+        const int64_t head = piece.kv_head * args.group + row - query * args.group;
+        args.lse[(int64_t{piece.request} * args.num_heads + head) * args.num_queries + query] = log2_all * kLn2;
     }
 
     __device__ __forceinline__ bool counts(int32_t query) const {
         return args.row_mask == nullptr || args.row_mask[piece.request * args.num_queries + query];
     }
 
+    __device__ __forceinline__ float* final_sums() const { return reinterpret_cast<float*>(ring() + kFinal); }
+
     // What the shares of this CTA's rows are divided by, log2; -inf: a row does not count.
-    __device__ __forceinline__ void find_final_sums(int32_t thread, float* final_sums) const {
-        for (int32_t row = thread; row < valid; row += Config::kConsumers) {
-            const bool is_kept = counts(query_of(args, first_row + row));
-            float highest = -INFINITY, all = 0.0f, below = 0.0f;
-#pragma unroll 8
-            for (int32_t i = 0; i < piece.pieces; ++i) highest = fmaxf(highest, sums_in(i, row).x);
-            const float base = highest == -INFINITY ? 0.0f : highest;
-#pragma unroll 8
-            for (int32_t i = 0; i < piece.pieces; ++i) {
-                const float4 sums = sums_in(i, row);
-                const float share = device::exp2_fast(sums.x - base);
-                all += share * sums.y;
-                below += share * sums.z;
-            }
-            const float log2_all = log2_of(base, all), log2_below = log2_of(base, below);
+    __device__ __forceinline__ void find_final_sums(int32_t thread) const {
+        for (int32_t base = 0; base < valid; base += Config::kConsumers / 4) {
+            const int32_t row = base + thread / 4;
+            const RowSums total = add_sums([&](int32_t i) { return sums_in(i, min(row, kRows - 1)); });
+            if (row >= valid || thread % 4 != 0) continue;
+            const float all = log2_of(total.base, total.all), below = log2_of(total.base, total.below);
             // A prefix below 2^-126 of the whole is as good as nothing.
-            const float sum = args.prefix_lens == nullptr       ? log2_all
-                              : log2_below - log2_all < -126.0f ? -INFINITY
-                                                                : log2_below;
-            final_sums[row] = is_kept ? sum : -INFINITY;
+            const float sum = args.prefix_lens == nullptr ? all : below - all < -126.0f ? -INFINITY : below;
+            final_sums()[row] = counts(query_of(args, first_row + row)) ? sum : -INFINITY;
         }
     }
 
+    // The sums of one unit over this CTA's rows, log2, kLoads per lane.
+    static constexpr int kLoads = kRows / kWarp;
+    struct UnitValues {
+        float values[kLoads];
+
+        __device__ __forceinline__ void load(const ClusterMerge& merge, int32_t unit, int32_t lane) {
+            const AttentionArgs& args = merge.args;
+            const int64_t stream = int64_t{merge.piece.request} * args.num_kv_heads + merge.piece.kv_head;
+            const int64_t at = stream * args.num_units + (merge.piece.token_begin >> args.unit_shift) + unit;
+            const float* own = args.units + at * args.rows + merge.first_row;
+#pragma unroll
+            for (int i = 0; i < kLoads; ++i) {
+                const int32_t row = lane + i * kWarp;
+                values[i] = row < merge.valid && unit < merge.own_units() ? own[row] : -INFINITY;
+            }
+        }
+    };
+
     // Masses, or the rows' log-shares, of this piece's units, a warp to a unit; zeros of units that hold no token.
-    __device__ __forceinline__ void finish_units(int32_t thread) const {
-        constexpr int kLoads = kRows / kWarp;
+    __device__ __forceinline__ void finish_units(int32_t thread, UnitValues& unit_values) const {
         const int32_t lane = thread % kWarp, warp = thread / kWarp;
         const int64_t stream = int64_t{piece.request} * args.num_kv_heads + piece.kv_head;
         const int32_t first_unit = piece.token_begin >> args.unit_shift, num_own = own_units();
         const int32_t used = (clamped_length(args, piece.request) + (1 << args.unit_shift) - 1) >> args.unit_shift;
         float* units = args.units + stream * args.num_units * args.rows + first_row;
-        float values[kLoads];
-        const auto load = [&](int32_t unit) {
-            const float* own = units + int64_t{first_unit + unit} * args.rows;
-#pragma unroll
-            for (int i = 0; i < kLoads; ++i) {
-                const int32_t row = lane + i * kWarp;
-                values[i] = row < valid && unit < num_own ? own[row] : -INFINITY;
-            }
-        };
-        load(warp);
-        int32_t kept = 0;
-        for (int32_t query = lane; query < args.num_queries; query += kWarp) kept += counts(query) ? args.group : 0;
-        auto* final_sums = reinterpret_cast<float*>(ring() + kFinal);
-        find_final_sums(thread, final_sums);
-        device::named_barrier(kTailBarrier, Config::kConsumers);
+        const float (&values)[kLoads] = unit_values.values;
         float sums[kLoads];
 #pragma unroll
-        for (int i = 0; i < kLoads; ++i) sums[i] = lane + i * kWarp < valid ? final_sums[lane + i * kWarp] : -INFINITY;
+        for (int i = 0; i < kLoads; ++i)
+            sums[i] = lane + i * kWarp < valid ? final_sums()[lane + i * kWarp] : -INFINITY;
         if (args.mass == nullptr) {
             for (int32_t unit = warp; unit < num_own; unit += kWarps) {
                 float* own = units + int64_t{first_unit + unit} * args.rows;
@@ -235,7 +273,7 @@ struct ClusterMerge {
                     const int32_t row = lane + i * kWarp;
                     if (row < valid) own[row] = sums[i] == -INFINITY ? -INFINITY : (values[i] - sums[i]) * kLn2;
                 }
-                load(unit + kWarps);
+                unit_values.load(*this, unit + kWarps, lane);
             }
             for (int32_t unit = used + split * kWarps + warp; unit < args.num_units; unit += args.splits * kWarps) {
                 for (int32_t row = lane; row < valid; row += kWarp) units[int64_t{unit} * args.rows + row] = -INFINITY;
@@ -243,6 +281,8 @@ struct ClusterMerge {
             return;
         }
         const auto join = [&](float a, float b) { return args.score_max != 0 ? fmaxf(a, b) : a + b; };
+        int32_t kept = 0;
+        for (int32_t query = lane; query < args.num_queries; query += kWarp) kept += counts(query) ? args.group : 0;
         kept = __reduce_add_sync(~0u, kept);
         const float factor = kept > 0 && args.score_max == 0 ? 1.0f / static_cast<float>(kept) : 1.0f;
         float* mass = args.mass + stream * args.num_units;
@@ -253,7 +293,7 @@ struct ClusterMerge {
 #pragma unroll
             for (int i = 0; i < kLoads; ++i)
                 value = join(value, sums[i] == -INFINITY ? 0.0f : device::exp2_fast(values[i] - sums[i]));
-            load(unit + kWarps);
+            unit_values.load(*this, unit + kWarps, lane);
 #pragma unroll
             for (int step = 16; step > 0; step /= 2) value = join(value, __shfl_xor_sync(~0u, value, step));
             if (rank == 0) {

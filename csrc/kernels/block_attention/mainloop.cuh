@@ -184,8 +184,9 @@ __device__ __forceinline__ void write_pieces(const AttentionArgs& args, Attentio
             core::Pieces pieces = {piece.pieces, share.worker};
             if (piece.pieces == 0) {
                 const int32_t taken = s.fixed ? 1 : core::units_of(s, piece.token_end);
-                pieces = core::pieces_of(s, share.total, share.workers, share.worker, shared.walk[warp].at - taken,
-                                         core::units_of(s, stream_length<Config::kLists>(args, piece.request, piece.kv_head)));
+                pieces = core::pieces_of(
+                    s, share.total, share.workers, share.worker, shared.walk[warp].at - taken,
+                    core::units_of(s, stream_length<Config::kLists>(args, piece.request, piece.kv_head)));
             }
             if (piece.slot < 0) pieces.count = 1;
             const int64_t stream = int64_t{piece.request} * args.num_kv_heads + piece.kv_head;
@@ -237,38 +238,44 @@ struct Consumer {
 
     __device__ __forceinline__ int32_t row_of(int i) const { return first_row + 8 * i; }
 
-    // Q rows of this warpgroup: into registers, then into shared memory, swizzled; rows past R are zeros. A thread
-    // keeps its chunk of 16 bytes and goes on by a multiple of 8 rows, so that the swizzle stays the same.
+    // Q rows of this warpgroup, swizzled, asynchronous; rows past R are zeros. A thread keeps its chunk of 16 bytes and
+    // goes on by a multiple of 8 rows, so that the swizzle stays the same.
     static constexpr int kChunks = kDim / 8;
     static constexpr int kRowStep = kWarpgroup / kChunks;
     static constexpr int kRounds = 64 / kRowStep;
 
-    __device__ __forceinline__ void load_q(const Piece& of, uint32_t rows, uint4 (&loaded)[kRounds]) const {
+    __device__ __forceinline__ uint32_t own_chunk(int32_t thread) const {
+        const int32_t chunk = thread % kChunks, group_row = thread % kWarpgroup / kChunks;
+        return device::shared_address(shared.q) + chunk / 8 * (Config::kCtaRows * kRowBytes) +
+               (thread / kWarpgroup * 64 + group_row) * kRowBytes + ((chunk % 8) ^ (group_row % 8)) * 16;
+    }
+
+    __device__ __forceinline__ void start_q(const Piece& of) const {
+        // Found anew for every piece: kept from one to the next, what follows from it would be spilled.
+        const int32_t thread = device::thread_index() - kWarpgroup;
         const T* base = static_cast<const T*>(args.q) + of.request * args.stride_q_request +
                         int64_t{of.kv_head} * args.group * args.stride_q_head + thread % kChunks * 8;
         int32_t r = of.row_tile * tile_rows<Config>(args) + rank * Config::kCtaRows + thread / kWarpgroup * 64 +
                     thread % kWarpgroup / kChunks;
-#pragma unroll
-        for (int i = 0; i < kRounds; ++i, r += kRowStep) {
-            loaded[i] = make_uint4(0, 0, 0, 0);
-            if (static_cast<uint32_t>(r) < rows) {
-                const int32_t query = query_of(args, r);
-                const T* at = base + query * args.stride_q_query + (r - query * args.group) * args.stride_q_head;
-                loaded[i] = *reinterpret_cast<const uint4*>(at);
-            }
+        uint32_t to = own_chunk(thread);
+#pragma unroll 1
+        for (int i = 0; i < kRounds; ++i, r += kRowStep, to += kRowStep * kRowBytes) {
+            const int32_t row = min(r, args.rows - 1), query = query_of(args, row);
+            const T* from = base + query * args.stride_q_query + (row - query * args.group) * args.stride_q_head;
+            device::copy_16_bytes(to, from, r < args.rows ? 16 : 0);
         }
     }
 
-    __device__ __forceinline__ void store_q(const uint4 (&loaded)[kRounds]) {
-        const int32_t chunk = thread % kChunks, group_row = thread % kWarpgroup / kChunks;
-        const uint32_t to = device::shared_address(shared.q) + chunk / 8 * (Config::kCtaRows * kRowBytes) +
-                            (thread / kWarpgroup * 64 + group_row) * kRowBytes + ((chunk % 8) ^ (group_row % 8)) * 16;
-#pragma unroll
-        for (int i = 0; i < kRounds; ++i) {
-            const uint4& x = loaded[i];
-            device::store_shared(to + i * kRowStep * kRowBytes,
-                                 make_uint4((x.x & args.keep) ^ args.flip, (x.y & args.keep) ^ args.flip,
-                                            (x.z & args.keep) ^ args.flip, (x.w & args.keep) ^ args.flip));
+    __device__ __forceinline__ void finish_q() const {
+        device::copies_wait();
+        if (args.flip != 0 || args.keep != ~0u) {
+            const uint32_t own = own_chunk(device::thread_index() - kWarpgroup) - device::shared_address(shared.q);
+            for (int i = 0; i < kRounds; ++i) {
+                uint4* chunk = reinterpret_cast<uint4*>(shared.q + own + i * kRowStep * kRowBytes);
+                const uint4 x = *chunk;
+                *chunk = make_uint4((x.x & args.keep) ^ args.flip, (x.y & args.keep) ^ args.flip,
+                                    (x.z & args.keep) ^ args.flip, (x.w & args.keep) ^ args.flip);
+            }
         }
         device::fence_async_shared();
         device::named_barrier(kGroupBarrier + thread / kWarpgroup, kWarpgroup);
@@ -597,12 +604,14 @@ struct Consumer {
     __device__ __forceinline__ void store_nothing() const {
         const ClusterMerge<Config> merge(args, shared);
         const float zeros[4] = {};
-        for (int32_t row = thread / kWarp; row < merge.valid; row += Config::kConsumers / kWarp)
-            merge.write_row(merge.first_row + row, lane, zeros, 0.0f, -INFINITY);
+        for (int32_t row = thread / kWarp; row < merge.valid; row += Config::kConsumers / kWarp) {
+            merge.write_row(merge.first_row + row, lane, zeros);
+            if (lane == 0) merge.write_lse(merge.first_row + row, -INFINITY);
+        }
     }
 
-    // `q`: what this thread has loaded of Q, where that did not wait for the piece.
-    __device__ __forceinline__ void run(uint4 (&q)[kRounds]) {
+    // Q has been asked for where that did not have to wait for the piece.
+    __device__ __forceinline__ void run() {
         if (args.splits > 0 && !shared.any) {
             if (args.splits == 1) {
                 store_nothing();
@@ -617,9 +626,9 @@ struct Consumer {
         constexpr int kTurnThreads = 2 * kWarpgroup;
         const int32_t next_turn = warpgroup == Config::kWarpgroups - 1 ? 0 : warpgroup + 1;
         if (kTurns && next_turn == 0) device::named_barrier_arrive(kTurnBarrier, kTurnThreads);
-        if (args.splits == 0) load_q(piece, args.rows, q);
+        if (args.splits == 0) start_q(piece);
         device::named_barrier_arrive(kStartBarrier, Config::kConsumers + kWarp);
-        store_q(q);
+        finish_q();
         while (true) {
             start_piece();
 #pragma unroll
@@ -669,8 +678,8 @@ struct Consumer {
             store();
             Piece& next = shared.next[threadIdx.x / kWarp];
             if (!next_piece_of_warp<Config>(args, shared, &next)) break;
-            load_q(next, args.rows, q);
-            store_q(q);
+            start_q(next);
+            finish_q();
             if (lane == 0) shared.piece[threadIdx.x / kWarp] = next;
             __syncwarp();
         }
@@ -727,17 +736,16 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     } else {
         device::registers_grow<Config::kConsumerRegisters>();
         Consumer<Config> consumer(args, shared);
-        uint4 q[Consumer<Config>::kRounds];
         if (args.splits > 0) {  // whose rows they are does not depend on lengths
             Piece segment;
             place_worker<Config::kLists>(args, worker, &segment);
-            consumer.load_q(segment, args.rows, q);
+            consumer.start_q(segment);
         }
         device::named_barrier(kPieceBarrier, Config::kThreads);
         if constexpr (ClusterMerge<Config>::kServed) {
             if (args.splits > 1 && threadIdx.x == kWarpgroup) ClusterMerge<Config>(args, shared).expect();
         }
-        consumer.run(q);
+        consumer.run();
         if constexpr (ClusterMerge<Config>::kServed) {
             if (args.splits > 1) ClusterMerge<Config>(args, shared).finish();
         }

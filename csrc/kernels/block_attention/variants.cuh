@@ -23,7 +23,8 @@ template <typename T, int kDim, bool kLists>
 const AttentionVariant& variant_of(int row_shape, const char* const (&names)[4]) {
     constexpr int kDeep = kDim == 64 ? 2 : 1;
     static const AttentionVariant variants[core::kRowShapes] = {
-        make_variant<AttentionConfig<T, kDim, 1, 64, 6 * kDeep, kLists ? 0 : 1, kLists>>(names[0]),
+        make_variant<AttentionConfig<T, kDim, 1, kLists ? 128 : 64, (kLists ? 3 : 6) * kDeep, kLists ? 0 : 1, kLists>>(
+            names[0]),
         make_variant<AttentionConfig<T, kDim, 2, 128, 3 * kDeep, 1, kLists>>(names[1]),
         make_variant<AttentionConfig<T, kDim, 3, 64, 5 * kDeep, 1, kLists>>(names[2]),
         make_variant<AttentionConfig<T, kDim, 2, 128, 3 * kDeep, 2, kLists>>(names[3]),

@@ -4,6 +4,7 @@
 #include <cuda_fp16.h>
 
 #include "device/barrier.cuh"
+#include "device/cp_async.cuh"
 #include "device/math.cuh"
 #include "device/tma.cuh"
 #include "device/wgmma.cuh"
