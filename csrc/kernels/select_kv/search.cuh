@@ -1,0 +1,246 @@
+#pragma once
+
+#include "kernels/select_kv/keys.cuh"
+
+// The last unit that a list takes, by histograms of ever smaller windows of keys, and then of places where keys are
+// equal. The first window holds what a selection usually ends in; what lies outside is found, too, in another round.
+namespace mage::cuda {
+
+namespace {
+
+// Units that are ranked.
+struct Range {
+    int32_t begin, width;
+
+    __device__ __forceinline__ bool contains(int32_t unit) const {
+        return static_cast<uint32_t>(unit - begin) < static_cast<uint32_t>(width);
+    }
+};
+
+// The order of units whose keys are equal: by unit, then by head.
+struct Places {
+    int32_t head_bits;
+    uint32_t last;
+
+    __device__ __forceinline__ Places(const SelectArgs& args, const Range& range)
+        : head_bits(args.head_bits), last((static_cast<uint32_t>(range.begin + range.width) << args.head_bits) - 1) {}
+
+    __device__ __forceinline__ uint32_t of(int32_t unit, int32_t head) const {
+        return static_cast<uint32_t>(unit) << head_bits | (static_cast<uint32_t>(head) & ((1u << head_bits) - 1));
+    }
+};
+
+// Values low to high, of which the `need` largest are taken; a value is a key or, among the units of one key, the place
+// counted from the last one.
+struct Window {
+    uint32_t low, high, shift;  // bins of 2^shift values
+    uint32_t need;
+    uint32_t key;
+    bool by_place;
+
+    __device__ __forceinline__ bool contains(uint32_t value) const { return value - low <= high - low; }
+};
+
+template <uint32_t kPower>
+constexpr uint32_t kLog2 = 1 + kLog2<kPower / 2>;
+template <>
+constexpr uint32_t kLog2<1> = 0;
+
+// Bins of which kBins cover a window.
+template <uint32_t kBins>
+__device__ __forceinline__ uint32_t shift_of(uint32_t low, uint32_t high) {
+    const int32_t bits = 32 - __clz(high - low);
+    return static_cast<uint32_t>(max(bits - static_cast<int32_t>(kLog2<kBins>), 0));
+}
+
+constexpr uint32_t kWindowOctaves = 16;
+constexpr uint32_t kUsualVotes = 1024;
+constexpr uint32_t kMantissaBits = 23;
+
+// Masses of a row sum to about 1, so half of their mean is a bound that few of many values reach.
+template <uint32_t kBins>
+__device__ __forceinline__ Window first_window(const SelectArgs& args, int32_t eligible, uint32_t need) {
+    Window window = {};
+    window.high = 0xffffffffu;
+    window.need = need;
+    if (args.rule == SelectRule::kLayer) {
+        window.shift = shift_of<kBins>(0, static_cast<uint32_t>(args.units) + kUsualVotes);
+    } else {
+        window.low = mass_key(__float_as_uint(0.5f / static_cast<float>(eligible)));
+        window.shift = kMantissaBits + kLog2<kWindowOctaves> - kLog2<kBins>;
+    }
+    return window;
+}
+
+// The bin, counted from the highest one.
+template <uint32_t kBins>
+__device__ __forceinline__ uint32_t position_of(const Window& window, uint32_t value) {
+    return kBins - 1 - min((value - window.low) >> window.shift, kBins - 1);
+}
+
+// Cuts a window to the bin at a position.
+template <uint32_t kBins>
+__device__ __forceinline__ void cut(Window* window, uint32_t position) {
+    const uint32_t bin = kBins - 1 - position;
+    window->low += bin << window->shift;
+    if (position > 0) window->high = min(window->high, window->low + ((1u << window->shift) - 1));
+    window->shift = shift_of<kBins>(window->low, window->high);
+}
+
+// The first bin with which the sum from the highest one down reaches `need`; returns the sum of all. `vector` is the
+// thread's vector of the bins: T is their type.
+template <typename T, int kThreads>
+__device__ __forceinline__ Sum find_bin(SelectShared<kThreads>& shared, uint4 vector, T need, Found* found) {
+    constexpr int kItems = sizeof(uint4) / sizeof(T);
+    const uint32_t lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+    T items[kItems];
+    if constexpr (kItems == 4) {
+        items[0] = vector.x, items[1] = vector.y, items[2] = vector.z, items[3] = vector.w;
+    } else {
+        items[0] = first_sum(vector), items[1] = second_sum(vector);
+    }
+    T sum = 0;
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) sum += items[i];
+    T upto = sum;
+#pragma unroll
+    for (int step = 1; step < kWarp; step *= 2) {
+        const T other = __shfl_up_sync(kAllLanes, upto, step);
+        if (lane >= step) upto += other;
+    }
+    if (lane == kWarp - 1) shared.bin_sums[warp] = upto;
+    __syncthreads();
+    const T part = lane < SelectShared<kThreads>::kWarps ? static_cast<T>(shared.bin_sums[lane]) : T{0};
+    T above = warp_sum(lane < warp ? part : T{0}) + upto - sum;
+    const T all = warp_sum(part);
+    if (above < need && above + sum >= need) {
+#pragma unroll
+        for (int i = 0; i < kItems; ++i) {
+            if (above < need && above + items[i] >= need)
+                shared.found = {need - above, items[i], threadIdx.x * kItems + i};
+            above += items[i];
+        }
+    }
+    __syncthreads();
+    *found = shared.found;
+    return all;
+}
+
+// The last of the `need` largest of `count` entries, all different, 1 <= need <= count <= kCandidates.
+template <int kThreads>
+__device__ __forceinline__ Pick last_of(SelectShared<kThreads>& shared, const Sum* entries, uint32_t count,
+                                        uint32_t need) {
+    static_assert(kCandidates == 2 * kWarp);
+    const uint32_t lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+    const Sum low = lane < count ? entries[lane] : 0;
+    const Sum high = lane + kWarp < count ? entries[lane + kWarp] : 0;
+    for (uint32_t i = warp; i < count; i += SelectShared<kThreads>::kWarps) {
+        const Sum entry = entries[i];
+        const uint32_t above =
+            __popc(__ballot_sync(kAllLanes, low > entry)) + __popc(__ballot_sync(kAllLanes, high > entry));
+        if (above + 1 == need && lane == 0)
+            shared.pick = {static_cast<uint32_t>(entry >> 32), ~static_cast<uint32_t>(entry)};
+    }
+    __syncthreads();
+    return shared.pick;
+}
+
+// The last unit of the `window.need` that are taken of the range, of all heads in scope and CTAs of the group.
+template <int kThreads, int kHeld>
+__device__ __forceinline__ Pick search(SelectShared<kThreads>& shared, const Keys<kThreads, kHeld>& keys,
+                                       const Scope& scope, Group<kThreads>& group, const Range& range,
+                                       const Places& places, Window window, uint32_t ranked) {
+    constexpr uint32_t kBins = 4 * kThreads;
+    if (window.need >= ranked) return {0u, 0xffffffffu};
+    if (window.need == 0) return {0xffffffffu, 0u};
+    uint32_t* bins = reinterpret_cast<uint32_t*>(shared.bins);
+    const auto in_window = [&](uint32_t key, int32_t unit, int32_t head, uint32_t* value) {
+        *value = window.by_place ? places.last - places.of(unit, head) : key;
+        return range.contains(unit) && (!window.by_place || key == window.key) && window.contains(*value);
+    };
+    while (true) {
+        keys.each(scope, [&](uint32_t key, int32_t unit, int32_t head, int32_t) {
+            uint32_t value;
+            if (in_window(key, unit, head, &value)) atomicAdd(bins + position_of<kBins>(window, value), 1u);
+        });
+        __syncthreads();
+        const uint4 own = shared.bins[threadIdx.x];
+        shared.bins[threadIdx.x] = uint4{};
+        Found found;
+        const auto all =
+            static_cast<uint32_t>(find_bin<uint32_t>(shared, group.template add_up<false>(own), window.need, &found));
+        if (all < window.need) {  // only in the first window, which does not reach down to the least key
+            window.need -= all;
+            window.high = window.low - 1;
+            window.low = 0;
+            window.shift = shift_of<kBins>(window.low, window.high);
+            continue;
+        }
+        cut<kBins>(&window, found.position);
+        window.need = static_cast<uint32_t>(found.need);
+        const auto inside = static_cast<uint32_t>(found.inside);
+        if (window.need == inside)
+            return window.by_place ? Pick{window.key, places.last - window.low} : Pick{window.low, 0xffffffffu};
+        if (inside <= kCandidates) {
+            keys.each(scope, [&](uint32_t key, int32_t unit, int32_t head, int32_t) {
+                uint32_t value;
+                if (in_window(key, unit, head, &value))
+                    shared.own_entries[atomicAdd(&shared.listed, 1u)] =
+                        static_cast<Sum>(key) << 32 | ~places.of(unit, head);
+            });
+            __syncthreads();
+            const Sum* entries = group.collect(inside);
+            __syncthreads();
+            const Pick pick = last_of(shared, entries, inside, window.need);
+            if (threadIdx.x == 0) shared.listed = 0;
+            return pick;
+        }
+        if (!window.by_place && window.low == window.high) {
+            window.by_place = true;
+            window.key = window.low;
+            window.low = 0;
+            window.high = places.last;
+            window.shift = shift_of<kBins>(window.low, window.high);
+        }
+    }
+}
+
+// The key with which the masses of the range, from the largest one down, sum to at least `need`, and how many units of
+// that key are taken; all are equal. At least 1, and at most what they sum to.
+template <int kThreads, int kHeld>
+__device__ __forceinline__ uint2 reach(SelectShared<kThreads>& shared, const Keys<kThreads, kHeld>& keys,
+                                       const Scope& scope, Group<kThreads>& group, const Range& range, Sum need) {
+    constexpr uint32_t kBins = 2 * kThreads;
+    uint32_t* words = reinterpret_cast<uint32_t*>(shared.bins);
+    Window window = {};
+    window.low = mass_key(__float_as_uint(1.0f / kFixedPoint));  // less counts as 0
+    window.high = 0xffffffffu;
+    window.shift = shift_of<kBins>(window.low, mass_key(__float_as_uint(1.0f)));
+    while (true) {
+        keys.each(scope, [&](uint32_t key, int32_t unit, int32_t, int32_t) {
+            if (!range.contains(unit) || !window.contains(key)) return;
+            const Sum mass = fixed_point(mass_of_key(key));
+            uint32_t* bin = words + 2 * position_of<kBins>(window, key);
+            const auto low = static_cast<uint32_t>(mass);
+            auto high = static_cast<uint32_t>(mass >> 32);
+            const uint32_t before = atomicAdd(bin, low);
+            if (before + low < before) ++high;
+            if (high != 0) atomicAdd(bin + 1, high);
+        });
+        __syncthreads();
+        const uint4 own = shared.bins[threadIdx.x];
+        shared.bins[threadIdx.x] = uint4{};
+        Found found;
+        find_bin<Sum>(shared, group.template add_up<true>(own), need, &found);
+        cut<kBins>(&window, found.position);
+        need = found.need;
+        if (window.low == window.high) {
+            const Sum each = fixed_point(mass_of_key(window.low));
+            return make_uint2(window.low, static_cast<uint32_t>((need + each - 1) / each));
+        }
+    }
+}
+
+}  // namespace
+
+}  // namespace mage::cuda
