@@ -262,15 +262,6 @@ def test_op_without_cuda_kernel_names_itself(op):
         overload.redispatch(keys, *arguments, **keywords)
 
 
-@pytest.mark.gpu
-def test_cuda_tensor_without_cuda_kernel_names_the_op():
-    missing = [op for op in STEMS if not torch._C._dispatch_has_kernel_for_dispatch_key(f"mage::{op}", "CUDA")]
-    if "select_kv" not in missing:
-        pytest.skip("select_kv has a CUDA kernel")
-    with pytest.raises(NotImplementedError, match="mage::select_kv"):
-        ops.select_kv(torch.zeros(1, 1, 1, 4).cuda(), torch.zeros(1).int().cuda(), g=16, capacity=1, k=16)
-
-
 # --- what importing does --------------------------------------------------------------------------------------------
 
 

@@ -21,7 +21,9 @@ namespace {
 constexpr int kWarp = 32;
 constexpr uint32_t kAllLanes = 0xffffffffu;
 constexpr int kMaxGroup = 16;         // the largest cluster
-constexpr uint32_t kCandidates = 64;  // entries of a bin that are ranked one against the other
+constexpr uint32_t kCandidates = 64;  // entries of a bin that the CTAs of a group rank one against the other
+constexpr uint32_t kCoarseBins = 64;  // of the bound
+constexpr uint32_t kListed = 1024;    // entries of a CTA at or above the bound
 constexpr uint32_t kPieceBits = 26;   // of 64-bit sums over a warp
 
 using Sum = unsigned long long;
@@ -53,14 +55,19 @@ struct SelectShared {
         uint4 bins[kThreads + kMaxGroup];           // [sender][share of this CTA]
         uint2 entries[kMaxGroup][kCandidates + 1];  // [sender]: their number, then key and place
     } incoming;
-    Sum own_entries[kCandidates], entries[kCandidates];  // place (its complement) and key, as a number that ranks them
-    alignas(16) uint32_t masks[kWarp][kWarps + 4];       // units taken, [chunk][warp]
-    uint4 sums_in[2][kMaxGroup];                         // [sender]
+    // Place (its complement) and key as one number, which ranks them.
+    Sum list[kListed];  // of this CTA's units at or above the bound
+    Sum own_entries[kCandidates], entries[kCandidates];
+    uint32_t words[kThreads];                                 // a bit per unit taken; 0 at first
+    alignas(16) uint32_t coarse[kCoarseBins];                 // like bins
+    alignas(16) uint4 coarse_in[kMaxGroup][kCoarseBins / 4];  // [sender]
+    uint4 sums_in[2][kMaxGroup];                              // [sender]
     Sum warp_sums[2][kWarps], bin_sums[kWarps];
+    uint32_t warp_counts[kWarps];
     Found found;
     Pick pick;
-    uint32_t listed;
-    alignas(8) uint64_t bins_arrived, group_bins_arrived, entries_arrived, sums_arrived[2];
+    uint32_t listed, gathered;  // entries of list and of own_entries
+    alignas(8) uint64_t bins_arrived, group_bins_arrived, entries_arrived, coarse_arrived, sums_arrived[2];
 };
 
 // Of 32 values below 2^63 whose sum is, too.
@@ -111,7 +118,7 @@ public:
     // By one thread, before a barrier of the cluster.
     static __device__ __forceinline__ void init_barriers(Shared& shared) {
         for (uint64_t* barrier : {&shared.bins_arrived, &shared.group_bins_arrived, &shared.entries_arrived,
-                                  &shared.sums_arrived[0], &shared.sums_arrived[1]})
+                                  &shared.coarse_arrived, &shared.sums_arrived[0], &shared.sums_arrived[1]})
             device::mbarrier_init(device::shared_address(barrier), 1);
         device::mbarrier_init_fence();
     }
@@ -147,14 +154,14 @@ public:
         return shared_.group_bins[thread];
     }
 
-    // The `all` entries of a bin, at most kCandidates, in every CTA; shared.own_entries has this CTA's, shared.listed
-    // their number. A barrier of the CTA stands before and must follow.
+    // The `all` entries of a bin, at most kCandidates, in every CTA; shared.own_entries has this CTA's,
+    // shared.gathered their number. A barrier of the CTA stands before and must follow.
     __device__ __forceinline__ const Sum* collect(uint32_t all) {
         if (size_ == 1) return shared_.own_entries;
         const uint32_t thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp;
         const uint32_t arrived = device::shared_address(&shared_.entries_arrived);
         if (thread == 0) device::mbarrier_arrive_expect(arrived, (all + size_) * sizeof(uint2));
-        const uint32_t listed = shared_.listed;
+        const uint32_t listed = shared_.gathered;
         for (uint32_t i = thread; i < (listed + 1) * size_; i += kThreads) {
             const uint32_t to = i % size_, at = i / size_;
             uint2 entry = make_uint2(listed, 0u);
@@ -178,7 +185,31 @@ public:
         return shared_.entries;
     }
 
-    // Every CTA's pair of sums, by rank; of more than one CTA. All threads give the same pair.
+    // What two of the coarse bins hold, lane by lane of each warp. Once in a kernel; a barrier of the CTA stands
+    // before.
+    __device__ __forceinline__ uint2 coarse_bins() {
+        constexpr uint32_t kVectors = kCoarseBins / 4;
+        const uint32_t thread = threadIdx.x, lane = thread % kWarp;
+        if (size_ == 1) return reinterpret_cast<const uint2*>(shared_.coarse)[lane];
+        const uint32_t arrived = device::shared_address(&shared_.coarse_arrived);
+        if (thread == 0) device::mbarrier_arrive_expect(arrived, size_ * kVectors * sizeof(uint4));
+        for (uint32_t i = thread; i < size_ * kVectors; i += kThreads) {
+            const uint32_t to = i / kVectors, at = i % kVectors;
+            device::store_cluster_async(at_cta(&shared_.coarse_in[rank_][at], to),
+                                        reinterpret_cast<const uint4*>(shared_.coarse)[at], at_cta(arrived, to));
+        }
+        device::mbarrier_wait(arrived, 0);
+        uint2 sum = {};
+#pragma unroll 4
+        for (uint32_t i = 0; i < size_; ++i) {
+            const uint2 part = reinterpret_cast<const uint2*>(shared_.coarse_in[i])[lane];
+            sum.x += part.x;
+            sum.y += part.y;
+        }
+        return sum;
+    }
+
+    // Every CTA's pair of sums, by rank; of more than one CTA. The first warp gives the pair.
     __device__ __forceinline__ const uint4* gather(uint4 own) {
         const uint32_t thread = threadIdx.x, place = sums_ % 2;
         const uint32_t arrived = device::shared_address(&shared_.sums_arrived[place]);

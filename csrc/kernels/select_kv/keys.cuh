@@ -4,8 +4,8 @@
 #include "kernels/select_kv/group.cuh"
 #include "mage/select_kv.h"
 
-// The units of a CTA as keys that rank them, 0 for a unit that cannot be listed. Units of a CTA are consecutive, in
-// chunks of one unit per thread; keys are held in registers, in shared memory, or made again from memory in each pass.
+// The units of a CTA, and the keys that rank them, 0 for a unit that cannot be listed. Units of a CTA are consecutive,
+// in chunks of one unit per thread; values are held in registers, in shared memory, or read again in each pass.
 namespace mage::cuda {
 
 namespace {
@@ -13,6 +13,7 @@ namespace {
 constexpr float kFixedPoint = 1099511627776.0f;  // 2^40
 constexpr int kInShared = 0;                     // kHeld of Keys, else keys per thread in registers
 constexpr int kInMemory = -1;
+constexpr uint32_t kInfinity = 0x7f800000u;  // bits; those of NaN and of negative numbers are larger
 
 struct SelectArgs {
     const float* mass;
@@ -56,7 +57,16 @@ __device__ __forceinline__ Sum fixed_point(float mass) {
     return mass > 0.0f ? static_cast<Sum>(__float2ll_rz(fminf(mass, 1.0f) * kFixedPoint)) : Sum{0};  // NaN: 0
 }
 
-// Heads and chunks that a pass visits. Only keys made from memory have more than one head.
+// Units that are ranked.
+struct Range {
+    int32_t begin, width;
+
+    __device__ __forceinline__ bool contains(int32_t unit) const {
+        return static_cast<uint32_t>(unit - begin) < static_cast<uint32_t>(width);
+    }
+};
+
+// Heads and chunks that a pass visits. Only values read again have more than one head.
 struct Scope {
     int32_t first_head, heads;
     int32_t first_chunk = 0, chunks = 0x7fffffff;
@@ -65,7 +75,7 @@ struct Scope {
 template <int kThreads, int kHeld>
 class Keys {
 public:
-    // The CTA's units [first, first + units) of (layer, request, head); `slots` is a key of each thread and chunk in
+    // The CTA's units [first, first + units) of (layer, request, head); `slots` is a value of each thread and chunk in
     // shared memory.
     __device__ __forceinline__ Keys(const SelectArgs& args, int32_t layer, int32_t request, int32_t head, int32_t first,
                                     int32_t units, uint32_t* slots)
@@ -81,9 +91,7 @@ public:
 
     // Asks for the values.
     __device__ __forceinline__ void request() {
-        const uint32_t* words = reinterpret_cast<const uint32_t*>(mass_);
-        if (votes_ != nullptr) words = reinterpret_cast<const uint32_t*>(votes_);
-        words += first_;
+        const uint32_t* words = words_of(head_);
         if constexpr (kHeld > 0) {
 #pragma unroll
             for (int i = 0; i < kHeld; ++i) {
@@ -96,63 +104,24 @@ public:
         }
     }
 
-    // Makes keys of them.
+    // Says which units can be listed, and waits for the values.
     __device__ __forceinline__ void settle(int32_t eligible) {
-        const int32_t thread = threadIdx.x;
-        const int32_t below = min(max(eligible - first_, 0), units_);
-        below_ = below;
-        chunks_ = (below + kThreads - 1) / kThreads;
-        if constexpr (kHeld > 0) {
-#pragma unroll
-            for (int i = 0; i < kHeld; ++i) {
-                const int32_t at = i * kThreads + thread;
-                const uint32_t word = held_[i];
-                if (votes_ == nullptr && at >= below) tail_ += fixed_point(__uint_as_float(word));
-                held_[i] = at < below ? key_of(word, first_ + at) : 0u;
-            }
-        } else if constexpr (kHeld == kInShared) {
-            device::copies_wait();
-#pragma unroll 4
-            for (int32_t at = thread; at < units_; at += kThreads) {
-                const uint32_t word = slots_[at];
-                if (votes_ == nullptr && at >= below) tail_ += fixed_point(__uint_as_float(word));
-                slots_[at] = key_of(word, first_ + at);
-            }
-        }
+        below_ = min(max(eligible - first_, 0), units_);
+        chunks_ = (below_ + kThreads - 1) / kThreads;
+        if constexpr (kHeld == kInShared) device::copies_wait();
     }
 
     __device__ __forceinline__ int32_t first() const { return first_; }
+    __device__ __forceinline__ int32_t units() const { return units_; }
     __device__ __forceinline__ int32_t chunks() const { return chunks_; }
-    __device__ __forceinline__ int32_t head() const { return head_; }
 
     // visit(key, unit, head, chunk) by all threads of a warp together; keys of units at and past E are 0.
     template <typename Visit>
     __device__ __forceinline__ void each(const Scope& scope, Visit&& visit) const {
-        const int32_t thread = threadIdx.x;
-        if constexpr (kHeld > 0) {
-#pragma unroll
-            for (int i = 0; i < kHeld; ++i) {
-                if (i < chunks_) visit(held_[i], first_ + i * kThreads + thread, head_, i);
-            }
-        } else {
-            const int32_t end = min(chunks_, scope.first_chunk + min(scope.chunks, chunks_));
-            const int32_t heads = kHeld == kInMemory ? scope.heads : 1;
-            for (int32_t i = 0; i < heads; ++i) {
-                const int32_t head = kHeld == kInMemory ? scope.first_head + i : head_;
-                const uint32_t* words = kHeld == kInMemory ? words_of(head) : nullptr;
-#pragma unroll 4
-                for (int32_t chunk = scope.first_chunk; chunk < end; ++chunk) {
-                    const int32_t at = chunk * kThreads + thread;
-                    uint32_t key = 0;
-                    if constexpr (kHeld == kInShared) {
-                        if (at < below_) key = slots_[at];
-                    } else {
-                        if (at < below_) key = key_of(words[at], first_ + at);
-                    }
-                    visit(key, first_ + at, head, chunk);
-                }
-            }
-        }
+        const int32_t end = min(chunks_, scope.first_chunk + min(scope.chunks, chunks_));
+        each_word(scope, scope.first_chunk, end, [&](uint32_t word, int32_t at, int32_t head, int32_t chunk) {
+            visit(at < below_ ? key_of(word, first_ + at) : 0u, first_ + at, head, chunk);
+        });
     }
 
     // Mass of a unit whose key is given.
@@ -162,28 +131,70 @@ public:
 
     // What this thread's units at and past E have.
     __device__ __forceinline__ Sum tail(int32_t head) const {
-        Sum sum = tail_;
-        if (kHeld == kInMemory || votes_ != nullptr) {
-            const float* mass = mass_row(head) + first_;
-#pragma unroll 4
-            for (int32_t at = below_ + static_cast<int32_t>(threadIdx.x); at < units_; at += kThreads)
-                sum += fixed_point(mass[at]);
-        }
+        Sum sum = 0;
+        const float* mass = mass_row(head) + first_;
+        const int32_t end = (units_ + kThreads - 1) / kThreads;
+        each_word({head, 1}, below_ / kThreads, end, [&](uint32_t word, int32_t at, int32_t, int32_t) {
+            if (at >= below_ && at < units_) sum += fixed_point(votes_ != nullptr ? mass[at] : __uint_as_float(word));
+        });
         return sum;
     }
 
+    // The bits of the largest positive mass of the thread's units in the range; adds those outside to `outside`.
+    __device__ __forceinline__ uint32_t survey(const Range& range, Sum* outside) const {
+        uint32_t top = 0;
+        const int32_t end = (units_ + kThreads - 1) / kThreads;
+        each_word({head_, 1}, 0, end, [&](uint32_t word, int32_t at, int32_t, int32_t) {
+            const uint32_t share = word <= kInfinity ? word : 0u;
+            const bool is_inside = range.contains(first_ + at);
+            top = max(top, is_inside ? share : 0u);
+            if (!is_inside && share != 0 && at < units_) *outside += fixed_point(__uint_as_float(share));
+        });
+        return top;
+    }
+
+    // visit(key, unit) for the thread's units of the range whose mass has at least the bits `bound`.
+    template <typename Visit>
+    __device__ __forceinline__ void each_above(const Range& range, uint32_t bound, Visit&& visit) const {
+        each_word({head_, 1}, 0, chunks_, [&](uint32_t word, int32_t at, int32_t, int32_t) {
+            if (word - bound <= kInfinity - bound && range.contains(first_ + at)) visit(mass_key(word), first_ + at);
+        });
+    }
+
 private:
+    // visit(word, at, head, chunk): the value of unit first + at; of units past the CTA's own anything.
+    template <typename Visit>
+    __device__ __forceinline__ void each_word(const Scope& scope, int32_t begin, int32_t end, Visit&& visit) const {
+        const int32_t thread = threadIdx.x;
+        if constexpr (kHeld > 0) {
+#pragma unroll
+            for (int i = 0; i < kHeld; ++i) {
+                if (i >= begin && i < end) visit(held_[i], i * kThreads + thread, head_, i);
+            }
+        } else {
+            const int32_t heads = kHeld == kInMemory ? scope.heads : 1;
+            for (int32_t i = 0; i < heads; ++i) {
+                const int32_t head = kHeld == kInMemory ? scope.first_head + i : head_;
+                const uint32_t* words = kHeld == kInMemory ? words_of(head) : slots_;
+#pragma unroll 4
+                for (int32_t chunk = begin; chunk < end; ++chunk) {
+                    const int32_t at = chunk * kThreads + thread;
+                    visit(at < units_ ? words[at] : 0u, at, head, chunk);
+                }
+            }
+        }
+    }
+
     __device__ __forceinline__ uint32_t key_of(uint32_t word, int32_t unit) const {
         return votes_ != nullptr ? vote_key(static_cast<int32_t>(word), unit, args_.units) : mass_key(word);
     }
     __device__ __forceinline__ const float* mass_row(int32_t head) const {
         return mass_ + (head - head_) * args_.stride_head;
     }
+    // What is ranked: masses or, where a CTA has one head, votes.
     __device__ __forceinline__ const uint32_t* words_of(int32_t head) const {
-        const float* mass = mass_row(head);  // with votes a CTA has one head
-        return (votes_ != nullptr ? reinterpret_cast<const uint32_t*>(votes_)
-                                  : reinterpret_cast<const uint32_t*>(mass)) +
-               first_;
+        const uint32_t* words = reinterpret_cast<const uint32_t*>(mass_row(head));
+        return (votes_ != nullptr ? reinterpret_cast<const uint32_t*>(votes_) : words) + first_;
     }
 
     const SelectArgs& args_;
@@ -193,7 +204,6 @@ private:
     int32_t head_, first_, units_;
     int32_t below_ = 0;   // of the CTA's units, those below E
     int32_t chunks_ = 0;  // that hold them
-    Sum tail_ = 0;
     uint32_t held_[kHeld > 0 ? kHeld : 1];
 };
 

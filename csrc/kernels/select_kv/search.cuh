@@ -2,20 +2,12 @@
 
 #include "kernels/select_kv/keys.cuh"
 
-// The last unit that a list takes, by histograms of ever smaller windows of keys, and then of places where keys are
-// equal. The first window holds what a selection usually ends in; what lies outside is found, too, in another round.
+// The last unit that a list takes. A bound that enough units reach comes from a coarse histogram of what each thread's
+// units have at most; the few units that reach it are listed and ranked. In general: histograms of ever smaller windows
+// of keys, and then of places where keys are equal.
 namespace mage::cuda {
 
 namespace {
-
-// Units that are ranked.
-struct Range {
-    int32_t begin, width;
-
-    __device__ __forceinline__ bool contains(int32_t unit) const {
-        return static_cast<uint32_t>(unit - begin) < static_cast<uint32_t>(width);
-    }
-};
 
 // The order of units whose keys are equal: by unit, then by head.
 struct Places {
@@ -27,6 +19,12 @@ struct Places {
 
     __device__ __forceinline__ uint32_t of(int32_t unit, int32_t head) const {
         return static_cast<uint32_t>(unit) << head_bits | (static_cast<uint32_t>(head) & ((1u << head_bits) - 1));
+    }
+    __device__ __forceinline__ int32_t unit_of(uint32_t place) const {
+        return static_cast<int32_t>(place >> head_bits);
+    }
+    __device__ __forceinline__ int32_t head_of(uint32_t place) const {
+        return static_cast<int32_t>(place & ((1u << head_bits) - 1));
     }
 };
 
@@ -55,6 +53,7 @@ __device__ __forceinline__ uint32_t shift_of(uint32_t low, uint32_t high) {
 
 constexpr uint32_t kWindowOctaves = 16;
 constexpr uint32_t kUsualVotes = 1024;
+constexpr uint32_t kRanked = 128;  // entries that a CTA ranks one against the other
 constexpr uint32_t kMantissaBits = 23;
 
 // Masses of a row sum to about 1, so half of their mean is a bound that few of many values reach.
@@ -126,18 +125,21 @@ __device__ __forceinline__ Sum find_bin(SelectShared<kThreads>& shared, uint4 ve
     return all;
 }
 
-// The last of the `need` largest of `count` entries, all different, 1 <= need <= count <= kCandidates.
+// The last of the `need` largest of `count` entries, all different, 1 <= need <= count <= kRanked.
 template <int kThreads>
 __device__ __forceinline__ Pick last_of(SelectShared<kThreads>& shared, const Sum* entries, uint32_t count,
                                         uint32_t need) {
-    static_assert(kCandidates == 2 * kWarp);
     const uint32_t lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-    const Sum low = lane < count ? entries[lane] : 0;
-    const Sum high = lane + kWarp < count ? entries[lane + kWarp] : 0;
-    for (uint32_t i = warp; i < count; i += SelectShared<kThreads>::kWarps) {
-        const Sum entry = entries[i];
-        const uint32_t above =
-            __popc(__ballot_sync(kAllLanes, low > entry)) + __popc(__ballot_sync(kAllLanes, high > entry));
+    Sum own[kRanked / kWarp];
+#pragma unroll
+    for (uint32_t i = 0; i < kRanked / kWarp; ++i) own[i] = lane + i * kWarp < count ? entries[lane + i * kWarp] : 0;
+    for (uint32_t at = warp; at < count; at += SelectShared<kThreads>::kWarps) {
+        const Sum entry = entries[at];
+        uint32_t above = 0;
+#pragma unroll
+        for (uint32_t i = 0; i < kRanked / kWarp; ++i) {
+            if (i * kWarp < count) above += __popc(__ballot_sync(kAllLanes, own[i] > entry));
+        }
         if (above + 1 == need && lane == 0)
             shared.pick = {static_cast<uint32_t>(entry >> 32), ~static_cast<uint32_t>(entry)};
     }
@@ -145,21 +147,78 @@ __device__ __forceinline__ Pick last_of(SelectShared<kThreads>& shared, const Su
     return shared.pick;
 }
 
+__device__ __forceinline__ Sum entry_of(uint32_t key, uint32_t place) { return static_cast<Sum>(key) << 32 | ~place; }
+
+// The units of a CTA at or above a bound, if they are known: shared.list has `count` of them.
+struct List {
+    bool is_complete;
+    uint32_t count;
+};
+
+// The bits of a mass that at least `need` units of all heads in scope and CTAs of the group reach, and hardly more; 0
+// if none was found. `top` is what the thread's units have at most.
+template <int kThreads>
+__device__ __forceinline__ uint32_t find_bound(SelectShared<kThreads>& shared, Group<kThreads>& group, uint32_t top,
+                                               int32_t eligible, uint32_t need) {
+    constexpr uint32_t kShift = kMantissaBits + kLog2<kWindowOctaves> - kLog2<kCoarseBins>;
+    static_assert(kCoarseBins == 2 * kWarp);
+    const uint32_t lane = threadIdx.x % kWarp;
+    const uint32_t low = __float_as_uint(0.5f / static_cast<float>(eligible));
+    if (top >= low) atomicAdd(shared.coarse + (kCoarseBins - 1 - min((top - low) >> kShift, kCoarseBins - 1)), 1u);
+    __syncthreads();
+    const uint2 bins = group.coarse_bins();
+    const uint32_t own = bins.x + bins.y;
+    uint32_t upto = own;
+#pragma unroll
+    for (int step = 1; step < kWarp; step *= 2) {
+        const uint32_t other = __shfl_up_sync(kAllLanes, upto, step);
+        if (lane >= step) upto += other;
+    }
+    const uint32_t reached = __ballot_sync(kAllLanes, upto >= need);
+    if (reached == 0) return 0;
+    const uint32_t position = 2 * lane + (upto - own + bins.x < need ? 1 : 0);
+    return low + ((kCoarseBins - 1 - __shfl_sync(kAllLanes, position, __ffs(reached) - 1)) << kShift);
+}
+
+// A window of keys from a bound on, the last unit being near to it.
+template <uint32_t kBins>
+__device__ __forceinline__ Window window_above(uint32_t bound, uint32_t need) {
+    Window window = {};
+    window.low = mass_key(bound);
+    window.high = 0xffffffffu;
+    window.need = need;
+    window.shift = kMantissaBits - kLog2<kBins>;
+    return window;
+}
+
+// visit(key, unit, head) for this CTA's units, or for those in the list if they are known to be all that matters.
+template <int kThreads, int kHeld, typename Visit>
+__device__ __forceinline__ void each_of(const SelectShared<kThreads>& shared, const Keys<kThreads, kHeld>& keys,
+                                        const Scope& scope, const Places& places, const List& list, Visit&& visit) {
+    if (list.is_complete) {
+        for (uint32_t i = threadIdx.x; i < list.count; i += kThreads) {
+            const Sum entry = shared.list[i];
+            const uint32_t place = ~static_cast<uint32_t>(entry);
+            visit(static_cast<uint32_t>(entry >> 32), places.unit_of(place), places.head_of(place));
+        }
+    } else {
+        keys.each(scope, [&](uint32_t key, int32_t unit, int32_t head, int32_t) { visit(key, unit, head); });
+    }
+}
+
 // The last unit of the `window.need` that are taken of the range, of all heads in scope and CTAs of the group.
 template <int kThreads, int kHeld>
 __device__ __forceinline__ Pick search(SelectShared<kThreads>& shared, const Keys<kThreads, kHeld>& keys,
                                        const Scope& scope, Group<kThreads>& group, const Range& range,
-                                       const Places& places, Window window, uint32_t ranked) {
+                                       const Places& places, Window window, const List& list) {
     constexpr uint32_t kBins = 4 * kThreads;
-    if (window.need >= ranked) return {0u, 0xffffffffu};
-    if (window.need == 0) return {0xffffffffu, 0u};
     uint32_t* bins = reinterpret_cast<uint32_t*>(shared.bins);
     const auto in_window = [&](uint32_t key, int32_t unit, int32_t head, uint32_t* value) {
         *value = window.by_place ? places.last - places.of(unit, head) : key;
         return range.contains(unit) && (!window.by_place || key == window.key) && window.contains(*value);
     };
     while (true) {
-        keys.each(scope, [&](uint32_t key, int32_t unit, int32_t head, int32_t) {
+        each_of(shared, keys, scope, places, list, [&](uint32_t key, int32_t unit, int32_t head) {
             uint32_t value;
             if (in_window(key, unit, head, &value)) atomicAdd(bins + position_of<kBins>(window, value), 1u);
         });
@@ -182,17 +241,16 @@ __device__ __forceinline__ Pick search(SelectShared<kThreads>& shared, const Key
         if (window.need == inside)
             return window.by_place ? Pick{window.key, places.last - window.low} : Pick{window.low, 0xffffffffu};
         if (inside <= kCandidates) {
-            keys.each(scope, [&](uint32_t key, int32_t unit, int32_t head, int32_t) {
+            each_of(shared, keys, scope, places, list, [&](uint32_t key, int32_t unit, int32_t head) {
                 uint32_t value;
                 if (in_window(key, unit, head, &value))
-                    shared.own_entries[atomicAdd(&shared.listed, 1u)] =
-                        static_cast<Sum>(key) << 32 | ~places.of(unit, head);
+                    shared.own_entries[atomicAdd(&shared.gathered, 1u)] = entry_of(key, places.of(unit, head));
             });
             __syncthreads();
             const Sum* entries = group.collect(inside);
             __syncthreads();
             const Pick pick = last_of(shared, entries, inside, window.need);
-            if (threadIdx.x == 0) shared.listed = 0;
+            if (threadIdx.x == 0) shared.gathered = 0;
             return pick;
         }
         if (!window.by_place && window.low == window.high) {

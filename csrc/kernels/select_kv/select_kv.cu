@@ -112,100 +112,153 @@ __device__ __forceinline__ int32_t layer_budget(const SelectArgs& args, Group<kT
     return max(args.least_budget, static_cast<int32_t>(share));
 }
 
-// The CTA's units between the forced ones, of one head, that are taken up to `pick`; this thread's.
+// The CTA's units between the forced ones that are taken up to `pick`; this thread's.
 template <int kThreadsOf, int kHeld>
-__device__ __forceinline__ Sum count_taken(const Keys<kThreadsOf, kHeld>& keys, const Scope& scope,
-                                           const Budget& budget, const Places& places, const Pick& pick) {
+__device__ __forceinline__ Sum count_taken(const SelectShared<kThreadsOf>& shared, const Keys<kThreadsOf, kHeld>& keys,
+                                           const Scope& scope, const Budget& budget, const Places& places,
+                                           const Pick& pick, const List& list) {
     Sum taken = 0;
-    keys.each(scope, [&](uint32_t key, int32_t unit, int32_t head, int32_t) {
+    each_of(shared, keys, scope, places, list, [&](uint32_t key, int32_t unit, int32_t head) {
         if (budget.between.contains(unit) && pick.takes(key, places.of(unit, head))) ++taken;
     });
     return taken;
 }
 
-// Lists the forced units and those up to `pick` between them, of one head.
+// The lowest `count` bits; none if it is negative, all from 32 on.
+__device__ __forceinline__ uint32_t low_bits(int32_t count) {
+    return count <= 0 ? 0u : count >= kWarp ? kAllLanes : (1u << count) - 1;
+}
+
+// How many of the units [begin, end) are below `limit`.
+__device__ __forceinline__ int32_t units_below(int32_t begin, int32_t end, int32_t limit) {
+    return max(min(end, limit) - begin, 0);
+}
+
+// The entries of a list past its count.
+template <int kThreadsOf>
+__device__ __forceinline__ void clear_rest(const SelectArgs& args, const Group<kThreadsOf>& group, int64_t row,
+                                           int32_t count) {
+    int32_t* indices = args.indices + row * args.capacity;
+    for (int32_t i = count + static_cast<int32_t>(group.rank() * kThreadsOf + threadIdx.x); i < args.capacity;
+         i += static_cast<int32_t>(group.size()) * kThreadsOf)
+        indices[i] = -1;
+}
+
+// Lists the forced units and those up to `pick` between them, of one head. With a list, `outside` is the mass of what
+// is not between the forced units. shared.words is 0 before.
 template <int kThreadsOf, int kHeld>
-__device__ __forceinline__ void list(const SelectArgs& args, SelectShared<kThreadsOf>& shared,
-                                     const Keys<kThreadsOf, kHeld>& keys, Group<kThreadsOf>& group, int64_t row,
-                                     int32_t head, const Budget& budget, const Pick& pick, bool overflow) {
+__device__ __forceinline__ void write_list(const SelectArgs& args, SelectShared<kThreadsOf>& shared,
+                                           const Keys<kThreadsOf, kHeld>& keys, Group<kThreadsOf>& group, int64_t row,
+                                           int32_t head, const Prefix& prefix, const Budget& budget, const Pick& pick,
+                                           const List& list, Sum outside, bool overflow) {
     constexpr int kWarps = kThreadsOf / kWarp;
+    constexpr int kBlock = kThreadsOf * kWarp;  // units whose bits the threads have, a word each
     const int32_t thread = threadIdx.x;
     const int32_t lane = thread % kWarp, warp = thread / kWarp;
     const Places places(args, budget.between);
-    Scope scope = {head, 1};
-    int32_t* indices = args.indices + row * args.capacity;
-    for (int32_t i = budget.count + static_cast<int32_t>(group.rank()) * kThreadsOf + thread; i < args.capacity;
-         i += static_cast<int32_t>(group.size()) * kThreadsOf)
-        indices[i] = -1;
-
+    const int32_t first = keys.first(), end = min(first + keys.units(), prefix.eligible);
+    const int32_t recents = budget.between.begin + budget.between.width;  // the first of them
     const auto is_taken = [&](uint32_t key, int32_t unit, int32_t of) {
-        return key != 0 && (!budget.between.contains(unit) || pick.takes(key, places.of(unit, of)));
+        return key != 0 && budget.between.contains(unit) && pick.takes(key, places.of(unit, of));
     };
-    Sum kept = keys.tail(head), listed = 0;
-    keys.each(scope, [&](uint32_t key, int32_t unit, int32_t of, int32_t chunk) {
-        const bool taken = is_taken(key, unit, of);
-        const uint32_t mask = __ballot_sync(kAllLanes, taken);
-        if (taken) kept += keys.mass_of(key, unit, of);
-        if (lane == 0) listed += __popc(mask);
-        if (lane == 0 && chunk < kWarp) shared.masks[chunk][warp] = mask;
-    });
-    uint4 sums = group.cta_sums(kept, listed);
+
+    Sum kept = list.is_complete ? outside : keys.tail(head);
+    uint32_t taken = 0;
+    if (list.is_complete) {
+        for (uint32_t i = thread; i < list.count; i += kThreadsOf) {
+            const Sum entry = shared.list[i];
+            const auto key = static_cast<uint32_t>(entry >> 32);
+            const uint32_t place = ~static_cast<uint32_t>(entry);
+            if (pick.takes(key, place)) {
+                const int32_t at = places.unit_of(place) - first;
+                if (at < kBlock) atomicOr(&shared.words[at / kWarp], 1u << at % kWarp);
+                kept += fixed_point(mass_of_key(key));
+                ++taken;
+            }
+        }
+    } else {
+        keys.each({head, 1}, [&](uint32_t key, int32_t unit, int32_t of, int32_t chunk) {
+            const bool takes = is_taken(key, unit, of);
+            if (takes || (key != 0 && !budget.between.contains(unit))) kept += keys.mass_of(key, unit, of);
+            taken += takes ? 1 : 0;
+            const uint32_t word = __ballot_sync(kAllLanes, takes);
+            if (lane == 0 && chunk < kWarp) shared.words[chunk * kWarps + warp] = word;
+        });
+    }
+    if (__any_sync(kAllLanes, kept != 0)) kept = warp_sum(kept);
+    if (group.size() > 1) taken = warp_sum(taken);
+    if (lane == 0) {
+        shared.warp_sums[0][warp] = kept;
+        shared.warp_counts[warp] = taken;
+    }
+    __syncthreads();
+    uint4 sums = {};
+    if (warp == 0) {
+        kept = warp_sum(lane < kWarps ? shared.warp_sums[0][lane] : Sum{0});
+        if (group.size() > 1) {
+            taken = warp_sum(lane < kWarps ? shared.warp_counts[lane] : 0u);
+            taken += units_below(first, end, budget.between.begin) + units_below(max(first, recents), end, end);
+        }
+        sums = as_vector(kept, taken);
+    }
     uint32_t base = 0;
     if (group.size() > 1) {
         const uint4* parts = group.gather(sums);
-        const bool is_part = lane < static_cast<int32_t>(group.size());
-        const Sum part_kept = is_part ? first_sum(parts[lane]) : 0;
         base = warp_sum(lane < static_cast<int32_t>(group.rank()) ? parts[lane].z : 0u);
-        sums = as_vector(warp_sum(part_kept), 0);
+        if (warp == 0) {
+            const bool is_part = lane < static_cast<int32_t>(group.size());
+            kept = warp_sum(is_part ? first_sum(parts[lane]) : Sum{0});
+        }
     }
     if (group.rank() == 0 && thread == 0) {
         args.counts[row] = budget.count;
-        args.kept_mass[row] = static_cast<float>(static_cast<double>(first_sum(sums)) / kFixedPoint);
+        args.kept_mass[row] = static_cast<float>(static_cast<double>(kept) * (1.0 / kFixedPoint));
         args.overflow[row] = overflow;
     }
 
-    // A lane has the masks of a chunk.
-    for (int32_t first = 0; first < keys.chunks(); first += kWarp) {
-        if (first > 0) {
+    int32_t* indices = args.indices + row * args.capacity;
+    for (int32_t block = first; block < end; block += kBlock) {
+        if (block > first) {
             __syncthreads();
-            scope.first_chunk = first;
-            scope.chunks = kWarp;
-            keys.each(scope, [&](uint32_t key, int32_t unit, int32_t of, int32_t chunk) {
-                const uint32_t mask = __ballot_sync(kAllLanes, is_taken(key, unit, of));
-                if (lane == 0) shared.masks[chunk - first][warp] = mask;
-            });
+            shared.words[thread] = 0;
+            __syncthreads();
+            if (list.is_complete) {
+                for (uint32_t i = thread; i < list.count; i += kThreadsOf) {
+                    const Sum entry = shared.list[i];
+                    const uint32_t place = ~static_cast<uint32_t>(entry);
+                    const int32_t at = places.unit_of(place) - block;
+                    if (pick.takes(static_cast<uint32_t>(entry >> 32), place) && at >= 0 && at < kBlock)
+                        atomicOr(&shared.words[at / kWarp], 1u << at % kWarp);
+                }
+            } else {
+                const int32_t chunk_of_block = (block - first) / kThreadsOf;
+                keys.each({head, 1, chunk_of_block, kWarp}, [&](uint32_t key, int32_t unit, int32_t of, int32_t chunk) {
+                    const uint32_t word = __ballot_sync(kAllLanes, is_taken(key, unit, of));
+                    if (lane == 0) shared.words[(chunk - chunk_of_block) * kWarps + warp] = word;
+                });
+            }
             __syncthreads();
         }
-        uint32_t own = 0, before = 0, all = 0;
-        if (first + lane < keys.chunks()) {
-            own = shared.masks[lane][warp];
+        // A thread has 32 units.
+        const int32_t begin = block + thread * kWarp;
+        uint32_t word = shared.words[thread];
+        word |= low_bits(budget.between.begin - begin) | (low_bits(end - begin) & ~low_bits(recents - begin));
+        if (begin >= end) word = 0;
+        const uint32_t own = __popc(word);
+        uint32_t upto = own;
+        if (__any_sync(kAllLanes, word != 0)) {
 #pragma unroll
-            for (int i = 0; i < kWarps; i += 4) {
-                const uint4 masks = *reinterpret_cast<const uint4*>(&shared.masks[lane][i]);
-                const uint32_t counts[4] = {
-                    static_cast<uint32_t>(__popc(masks.x)), static_cast<uint32_t>(__popc(masks.y)),
-                    static_cast<uint32_t>(__popc(masks.z)), static_cast<uint32_t>(__popc(masks.w))};
-#pragma unroll
-                for (int j = 0; j < 4; ++j) {
-                    if (i + j < warp) before += counts[j];
-                    all += counts[j];
-                }
+            for (int step = 1; step < kWarp; step *= 2) {
+                const uint32_t other = __shfl_up_sync(kAllLanes, upto, step);
+                if (lane >= step) upto += other;
             }
         }
-        uint32_t upto = all;
-#pragma unroll
-        for (int step = 1; step < kWarp; step *= 2) {
-            const uint32_t other = __shfl_up_sync(kAllLanes, upto, step);
-            if (lane >= step) upto += other;
-        }
-        before += base + upto - all;
-        for (uint32_t left = __ballot_sync(kAllLanes, own != 0); left != 0; left &= left - 1) {
-            const int32_t chunk = __ffs(left) - 1;
-            const uint32_t mask = __shfl_sync(kAllLanes, own, chunk);
-            const uint32_t place = __shfl_sync(kAllLanes, before, chunk) + __popc(mask & ((1u << lane) - 1));
-            if ((mask >> lane & 1) != 0) indices[place] = keys.first() + (first + chunk) * kThreadsOf + thread;
-        }
-        base += __shfl_sync(kAllLanes, upto, kWarp - 1);
+        if (lane == kWarp - 1) shared.warp_counts[warp] = upto;
+        __syncthreads();
+        const uint32_t listed = lane < kWarps ? shared.warp_counts[lane] : 0u;
+        int32_t* to = indices + base + warp_sum(lane < warp ? listed : 0u) + upto - own;
+        for (; word != 0; word &= word - 1) *to++ = begin + __ffs(word) - 1;
+        base += warp_sum(listed);
     }
 }
 
@@ -229,8 +282,11 @@ __global__ void __launch_bounds__(kThreadsOf, (kLeastBlocks<kThreadsOf, kHeld>))
     const int64_t list_row = (int64_t{layer} * args.requests + request) * args.heads + head;
 
     shared.bins[thread] = uint4{};
+    shared.words[thread] = 0;
+    if (thread < static_cast<int32_t>(kCoarseBins)) shared.coarse[thread] = 0;
     if (thread == 0) {
         shared.listed = 0;
+        shared.gathered = 0;
         if (args.cluster > 1) Group<kThreadsOf>::init_barriers(shared);
     }
     __syncthreads();
@@ -293,21 +349,45 @@ __global__ void __launch_bounds__(kThreadsOf, (kLeastBlocks<kThreadsOf, kHeld>))
     bool ranks_heads = args.rule == SelectRule::kJoint;
     bool overflow = !ranks_heads && wanted > args.capacity;
     Budget budget(prefix, ranks_heads ? wanted : min(wanted, args.capacity));
+    const auto lists = static_cast<uint32_t>(ranks_heads ? args.heads : 1);
+    uint32_t need = has_window ? window.need : lists * static_cast<uint32_t>(budget.ranked);
+    bool takes_all = !has_window && need >= lists * static_cast<uint32_t>(budget.between.width);
+    List list = {false, 0};
+    Sum outside = 0;
+    if (!args.all_heads && (args.rule == SelectRule::kFixed || ranks_heads) && !takes_all && need > 0) {
+        const uint32_t top = keys.survey(budget.between, &outside);
+        const uint32_t bound = find_bound(shared, group, top, prefix.eligible, need);
+        if (bound != 0) {
+            const Places places(args, budget.between);
+            if (top >= bound) {
+                keys.each_above(budget.between, bound, [&](uint32_t key, int32_t unit) {
+                    const uint32_t at = atomicAdd(&shared.listed, 1u);
+                    if (at < kListed) shared.list[at] = entry_of(key, places.of(unit, head));
+                });
+            }
+            __syncthreads();
+            list = {shared.listed <= kListed, shared.listed};
+            window = window_above<kBins>(bound, need);
+            has_window = true;
+        }
+    }
     Pick pick;
     while (true) {
-        const auto lists = static_cast<uint32_t>(ranks_heads ? args.heads : 1);
-        auto ranked = lists * static_cast<uint32_t>(budget.between.width);
-        if (has_window) {
-            ranked = 0xffffffffu;
-        } else {
-            window = first_window<kBins>(args, prefix.eligible, lists * static_cast<uint32_t>(budget.ranked));
-        }
         const Places places(args, budget.between);
-        pick = search(shared, keys, scope, group, budget.between, places, window, ranked);
+        if (takes_all) {
+            pick = {0u, 0xffffffffu};
+        } else if (need == 0) {
+            pick = {0xffffffffu, 0u};
+        } else if (list.is_complete && list.count <= kRanked && group.size() == 1) {
+            pick = last_of(shared, shared.list, list.count, need);
+        } else {
+            if (!has_window) window = first_window<kBins>(args, prefix.eligible, need);
+            pick = search(shared, keys, scope, group, budget.between, places, window, list);
+        }
         if (!ranks_heads || args.all_heads) break;
         // What this head has of the joint ranking is the top of its own; where that is too long, another search.
         ranks_heads = false;
-        const Sum taken = count_taken(keys, scope, budget, places, pick);
+        const Sum taken = count_taken(shared, keys, scope, budget, places, pick, list);
         uint4 sums = group.cta_sums(taken, 0);
         if (group.size() > 1) {
             const int32_t lane = thread % kWarp;
@@ -324,13 +404,16 @@ __global__ void __launch_bounds__(kThreadsOf, (kLeastBlocks<kThreadsOf, kHeld>))
             break;
         }
         budget = Budget(prefix, args.capacity);
+        need = static_cast<uint32_t>(budget.ranked);
+        takes_all = budget.ranked >= budget.between.width;
+        has_window = false;
+        list.is_complete = false;
     }
     if constexpr (kHeld == kInMemory) {
         if (args.all_heads) {
             for (int32_t of = 0; of < args.heads; ++of) {
                 const Scope one = {of, 1};
-                const Places places(args, budget.between);
-                const Sum taken = count_taken(keys, one, budget, places, pick);
+                const Sum taken = count_taken(shared, keys, one, budget, Places(args, budget.between), pick, list);
                 wanted = budget.count - budget.ranked + static_cast<int32_t>(first_sum(group.sums(taken, 0)));
                 overflow = wanted > args.capacity;
                 Budget cut = budget;
@@ -338,17 +421,27 @@ __global__ void __launch_bounds__(kThreadsOf, (kLeastBlocks<kThreadsOf, kHeld>))
                 Pick last = pick;
                 if (overflow) {
                     cut = Budget(prefix, args.capacity);
-                    window = first_window<kBins>(args, prefix.eligible, static_cast<uint32_t>(cut.ranked));
-                    last = search(shared, keys, one, group, cut.between, Places(args, cut.between), window,
-                                  static_cast<uint32_t>(cut.between.width));
+                    need = static_cast<uint32_t>(cut.ranked);
+                    if (cut.ranked >= cut.between.width) {
+                        last = {0u, 0xffffffffu};
+                    } else if (need == 0) {
+                        last = {0xffffffffu, 0u};
+                    } else {
+                        window = first_window<kBins>(args, prefix.eligible, need);
+                        last = search(shared, keys, one, group, cut.between, Places(args, cut.between), window, list);
+                    }
                 }
-                list(args, shared, keys, group, list_row + of, of, cut, last, overflow);
+                clear_rest(args, group, list_row + of, cut.count);
+                write_list(args, shared, keys, group, list_row + of, of, prefix, cut, last, list, 0, overflow);
+                __syncthreads();
+                shared.words[thread] = 0;
                 __syncthreads();
             }
             return;
         }
     }
-    list(args, shared, keys, group, list_row, head, budget, pick, overflow);
+    clear_rest(args, group, list_row, budget.count);
+    write_list(args, shared, keys, group, list_row, head, prefix, budget, pick, list, outside, overflow);
 }
 
 // How rows are laid on CTAs.
