@@ -2,7 +2,7 @@
 
 #include <cstdint>
 
-// Copies of 16 or 4 bytes by single threads, from global into shared memory, that no register waits for.
+// Copies of 16 bytes by single threads, from global into shared memory, that no register waits for.
 namespace mage::device {
 
 // Reads `bytes` of 16 (0 or 16) and fills the rest with zeros.
@@ -10,11 +10,6 @@ __device__ __forceinline__ void copy_16_bytes(uint32_t to, const void* from, uin
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(__cvta_generic_to_global(from)),
                  "r"(bytes)
                  : "memory");
-}
-
-// The same of 4 bytes, which need no more alignment than that; reads all of them.
-__device__ __forceinline__ void copy_4_bytes(uint32_t to, const void* from) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(__cvta_generic_to_global(from)) : "memory");
 }
 
 // Makes a group of the calling thread's copies since the last one.

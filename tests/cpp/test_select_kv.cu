@@ -146,7 +146,11 @@ std::vector<SelectCase> select_cases() {
         {"ManyLongRows", 5, 2, 4, 60000, 1, 1024, R::kFixed, 1024, M::kPeaked, {60000, 31007}, 4, 64},
         {"ManyLongRowsSmallCapacity", 5, 2, 4, 60000, 1, 100, R::kFixed, 1024, M::kFew, {60000, 31007}},
         {"ManyLongRowsAllListed", 3, 3, 4, 40000, 1, 40000, R::kFixed, 39000, M::kPeaked, {}},
-        {"LongestInRegisters", 1, 1, 1, 163000, 1, 1024, R::kFixed, 1024, M::kPeaked, {}},
+        {"ManyRowsOfTokens", 9, 1, 4, 131104, 1, 1024, R::kFixed, 1024, M::kPeaked, {131072}, 4, 64},
+        {"ManyRowsOfTokensTies", 9, 1, 4, 131104, 1, 1024, R::kFixed, 1024, M::kFew, {131072}, 4, 64},
+        {"ManyRowsOfTokensAllListed", 9, 1, 4, 131104, 1, 131104, R::kFixed, 131000, M::kPeaked, {}, 4, 64},
+        {"HalfOfTheUnits", 2, 2, 4, 2048, 1, 1100, R::kFixed, 1024, M::kPeaked, {}, 4, 64},
+        {"LongInOneCluster", 1, 1, 1, 163000, 1, 1024, R::kFixed, 1024, M::kPeaked, {}},
         {"HeldInSharedMemory", 1, 1, 1, 400000, 1, 300000, R::kFixed, 250000, M::kPeaked, {}},
         {"MadeFromMemory", 1, 1, 1, 900000, 1, 5000, R::kFixed, 4096, M::kPeaked, {}},
         {"MostUnits", 1, 1, 1, kSelectMaxUnits, 1, 70000, R::kFixed, 65536, M::kSparse, {}},
@@ -172,8 +176,7 @@ std::vector<SelectCase> select_cases() {
         {"ManyLayersOfManyHeads", 70, 1, 33, 65, 64, 64, R::kLayer, 16, M::kPeaked, {}},
     };
     for (const R rule : kRules) {
-        for (const int64_t units : {int64_t{70}, int64_t{1024}, int64_t{1025}, int64_t{4096}, int64_t{4097},
-                                    int64_t{10208}, int64_t{10209}, int64_t{33000}, int64_t{131072}}) {
+        for (const int64_t units : {70, 1024, 1025, 4097, 8192, 8193, 16384, 16385, 33000, 131072}) {
             SelectCase c = {"", 2, 1, 2, units, 1, units, rule, units / 9, Masses::kPeaked, {}, 4, 33, 5, 0.7, 1};
             c.name = std::string("Rule_") + kRuleNames[static_cast<int>(rule)] + "_of_" + std::to_string(units);
             cases.push_back(c);

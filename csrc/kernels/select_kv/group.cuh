@@ -63,11 +63,12 @@ struct SelectShared {
     alignas(16) uint4 coarse_in[kMaxGroup][kCoarseBins / 4];  // [sender]
     uint4 sums_in[2][kMaxGroup];                              // [sender]
     Sum warp_sums[2][kWarps], bin_sums[kWarps];
-    uint32_t warp_counts[kWarps];
+    uint32_t warp_taken[kWarps], warp_counts[kWarps];
     Found found;
     Pick pick;
     uint32_t listed, gathered;  // entries of list and of own_entries
-    alignas(8) uint64_t bins_arrived, group_bins_arrived, entries_arrived, coarse_arrived, sums_arrived[2];
+    alignas(8) uint64_t values_arrived, bins_arrived, group_bins_arrived, entries_arrived, coarse_arrived,
+        sums_arrived[2];
 };
 
 // Of 32 values below 2^63 whose sum is, too.
@@ -103,7 +104,7 @@ public:
 
     // CTAs first to first + size - 1 of the cluster, of which this is number `rank`.
     __device__ __forceinline__ Group(Shared& shared, uint32_t size, uint32_t rank)
-        : shared_(shared), first_(0), size_(size), rank_(rank) {}
+        : shared_(&shared), first_(0), size_(size), rank_(rank) {}
 
     __device__ __forceinline__ uint32_t size() const { return size_; }
     __device__ __forceinline__ uint32_t rank() const { return rank_; }
@@ -117,8 +118,9 @@ public:
 
     // By one thread, before a barrier of the cluster.
     static __device__ __forceinline__ void init_barriers(Shared& shared) {
-        for (uint64_t* barrier : {&shared.bins_arrived, &shared.group_bins_arrived, &shared.entries_arrived,
-                                  &shared.coarse_arrived, &shared.sums_arrived[0], &shared.sums_arrived[1]})
+        for (uint64_t* barrier :
+             {&shared.values_arrived, &shared.bins_arrived, &shared.group_bins_arrived, &shared.entries_arrived,
+              &shared.coarse_arrived, &shared.sums_arrived[0], &shared.sums_arrived[1]})
             device::mbarrier_init(device::shared_address(barrier), 1);
         device::mbarrier_init_fence();
     }
@@ -133,56 +135,56 @@ public:
         const uint32_t to = thread / share, at = thread % share;
         const uint32_t begin = rank_ * share;
         const uint32_t vectors = begin < kThreads ? min(share, kThreads - begin) : 0u;
-        const uint32_t shares = device::shared_address(&shared_.bins_arrived);
-        const uint32_t totals = device::shared_address(&shared_.group_bins_arrived);
+        const uint32_t shares = device::shared_address(&shared_->bins_arrived);
+        const uint32_t totals = device::shared_address(&shared_->group_bins_arrived);
         if (thread == 0) {
             device::mbarrier_arrive_expect(shares, size_ * vectors * sizeof(uint4));
             device::mbarrier_arrive_expect(totals, kThreads * sizeof(uint4));
         }
-        device::store_cluster_async(at_cta(&shared_.incoming.bins[rank_ * share + at], to), own, at_cta(shares, to));
+        device::store_cluster_async(at_cta(&shared_->incoming.bins[rank_ * share + at], to), own, at_cta(shares, to));
         if (thread < vectors) {
             device::mbarrier_wait(shares, bins_parity_);
-            uint4 sum = shared_.incoming.bins[thread];
+            uint4 sum = shared_->incoming.bins[thread];
             for (uint32_t i = 1; i < size_; ++i)
-                sum = add_bins<kWeighted>(sum, shared_.incoming.bins[i * share + thread]);
+                sum = add_bins<kWeighted>(sum, shared_->incoming.bins[i * share + thread]);
             for (uint32_t i = 0; i < size_; ++i) {
-                device::store_cluster_async(at_cta(&shared_.group_bins[begin + thread], i), sum, at_cta(totals, i));
+                device::store_cluster_async(at_cta(&shared_->group_bins[begin + thread], i), sum, at_cta(totals, i));
             }
         }
         device::mbarrier_wait(totals, bins_parity_);
         bins_parity_ ^= 1;
-        return shared_.group_bins[thread];
+        return shared_->group_bins[thread];
     }
 
     // The `all` entries of a bin, at most kCandidates, in every CTA; shared.own_entries has this CTA's,
     // shared.gathered their number. A barrier of the CTA stands before and must follow.
     __device__ __forceinline__ const Sum* collect(uint32_t all) {
-        if (size_ == 1) return shared_.own_entries;
+        if (size_ == 1) return shared_->own_entries;
         const uint32_t thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp;
-        const uint32_t arrived = device::shared_address(&shared_.entries_arrived);
+        const uint32_t arrived = device::shared_address(&shared_->entries_arrived);
         if (thread == 0) device::mbarrier_arrive_expect(arrived, (all + size_) * sizeof(uint2));
-        const uint32_t listed = shared_.gathered;
+        const uint32_t listed = shared_->gathered;
         for (uint32_t i = thread; i < (listed + 1) * size_; i += kThreads) {
             const uint32_t to = i % size_, at = i / size_;
             uint2 entry = make_uint2(listed, 0u);
             if (at > 0) {
-                const Sum own = shared_.own_entries[at - 1];
+                const Sum own = shared_->own_entries[at - 1];
                 entry = make_uint2(static_cast<uint32_t>(own), static_cast<uint32_t>(own >> 32));
             }
-            device::store_cluster_async(at_cta(&shared_.incoming.entries[rank_][at], to), entry, at_cta(arrived, to));
+            device::store_cluster_async(at_cta(&shared_->incoming.entries[rank_][at], to), entry, at_cta(arrived, to));
         }
         device::mbarrier_wait(arrived, entries_parity_);
         entries_parity_ ^= 1;
-        const uint32_t count = lane < size_ ? shared_.incoming.entries[lane][0].x : 0u;
+        const uint32_t count = lane < size_ ? shared_->incoming.entries[lane][0].x : 0u;
         for (uint32_t sender = warp; sender < size_; sender += Shared::kWarps) {
             const uint32_t before = warp_sum(lane < sender ? count : 0u);
             const uint32_t sent = __shfl_sync(kAllLanes, count, sender);
             for (uint32_t i = lane; i < sent; i += kWarp) {
-                const uint2 entry = shared_.incoming.entries[sender][1 + i];
-                shared_.entries[before + i] = static_cast<Sum>(entry.y) << 32 | entry.x;
+                const uint2 entry = shared_->incoming.entries[sender][1 + i];
+                shared_->entries[before + i] = static_cast<Sum>(entry.y) << 32 | entry.x;
             }
         }
-        return shared_.entries;
+        return shared_->entries;
     }
 
     // What two of the coarse bins hold, lane by lane of each warp. Once in a kernel; a barrier of the CTA stands
@@ -190,19 +192,19 @@ public:
     __device__ __forceinline__ uint2 coarse_bins() {
         constexpr uint32_t kVectors = kCoarseBins / 4;
         const uint32_t thread = threadIdx.x, lane = thread % kWarp;
-        if (size_ == 1) return reinterpret_cast<const uint2*>(shared_.coarse)[lane];
-        const uint32_t arrived = device::shared_address(&shared_.coarse_arrived);
+        if (size_ == 1) return reinterpret_cast<const uint2*>(shared_->coarse)[lane];
+        const uint32_t arrived = device::shared_address(&shared_->coarse_arrived);
         if (thread == 0) device::mbarrier_arrive_expect(arrived, size_ * kVectors * sizeof(uint4));
         for (uint32_t i = thread; i < size_ * kVectors; i += kThreads) {
             const uint32_t to = i / kVectors, at = i % kVectors;
-            device::store_cluster_async(at_cta(&shared_.coarse_in[rank_][at], to),
-                                        reinterpret_cast<const uint4*>(shared_.coarse)[at], at_cta(arrived, to));
+            device::store_cluster_async(at_cta(&shared_->coarse_in[rank_][at], to),
+                                        reinterpret_cast<const uint4*>(shared_->coarse)[at], at_cta(arrived, to));
         }
         device::mbarrier_wait(arrived, 0);
         uint2 sum = {};
 #pragma unroll 4
         for (uint32_t i = 0; i < size_; ++i) {
-            const uint2 part = reinterpret_cast<const uint2*>(shared_.coarse_in[i])[lane];
+            const uint2 part = reinterpret_cast<const uint2*>(shared_->coarse_in[i])[lane];
             sum.x += part.x;
             sum.y += part.y;
         }
@@ -212,14 +214,14 @@ public:
     // Every CTA's pair of sums, by rank; of more than one CTA. The first warp gives the pair.
     __device__ __forceinline__ const uint4* gather(uint4 own) {
         const uint32_t thread = threadIdx.x, place = sums_ % 2;
-        const uint32_t arrived = device::shared_address(&shared_.sums_arrived[place]);
+        const uint32_t arrived = device::shared_address(&shared_->sums_arrived[place]);
         if (thread == 0) device::mbarrier_arrive_expect(arrived, size_ * sizeof(uint4));
         if (thread < size_) {
-            device::store_cluster_async(at_cta(&shared_.sums_in[place][rank_], thread), own, at_cta(arrived, thread));
+            device::store_cluster_async(at_cta(&shared_->sums_in[place][rank_], thread), own, at_cta(arrived, thread));
         }
         device::mbarrier_wait(arrived, sums_ / 2 % 2);
         ++sums_;
-        return shared_.sums_in[place];
+        return shared_->sums_in[place];
     }
 
     // The sums of two values over all threads of the CTA.
@@ -228,12 +230,12 @@ public:
         a = warp_sum(a);
         b = warp_sum(b);
         if (lane == 0) {
-            shared_.warp_sums[0][warp] = a;
-            shared_.warp_sums[1][warp] = b;
+            shared_->warp_sums[0][warp] = a;
+            shared_->warp_sums[1][warp] = b;
         }
         __syncthreads();
-        a = warp_sum(lane < Shared::kWarps ? shared_.warp_sums[0][lane] : Sum{0});
-        b = warp_sum(lane < Shared::kWarps ? shared_.warp_sums[1][lane] : Sum{0});
+        a = warp_sum(lane < Shared::kWarps ? shared_->warp_sums[0][lane] : Sum{0});
+        b = warp_sum(lane < Shared::kWarps ? shared_->warp_sums[1][lane] : Sum{0});
         return as_vector(a, b);
     }
 
@@ -259,7 +261,7 @@ private:
         return at_cta(device::shared_address(pointer), number);
     }
 
-    Shared& shared_;
+    Shared* shared_;
     uint32_t first_, size_, rank_;
     uint32_t bins_parity_ = 0, entries_parity_ = 0, sums_ = 0;
 };

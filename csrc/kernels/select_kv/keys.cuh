@@ -1,19 +1,17 @@
 #pragma once
 
-#include "device/cp_async.cuh"
+#include "device/tma.cuh"
 #include "kernels/select_kv/group.cuh"
 #include "mage/select_kv.h"
 
-// The units of a CTA, and the keys that rank them, 0 for a unit that cannot be listed. Units of a CTA are consecutive,
-// in chunks of one unit per thread; values are held in registers, in shared memory, or read again in each pass.
+// The units of a CTA, and the keys that rank them, 0 for a unit that cannot be listed. Units of a CTA are consecutive;
+// their values are held in shared memory, or read again from memory in each pass.
 namespace mage::cuda {
 
 namespace {
 
 constexpr float kFixedPoint = 1099511627776.0f;  // 2^40
-constexpr int kInShared = 0;                     // kHeld of Keys, else keys per thread in registers
-constexpr int kInMemory = -1;
-constexpr uint32_t kInfinity = 0x7f800000u;  // bits; those of NaN and of negative numbers are larger
+constexpr uint32_t kInfinity = 0x7f800000u;      // bits; those of NaN and of negative numbers are larger
 
 struct SelectArgs {
     const float* mass;
@@ -72,56 +70,82 @@ struct Scope {
     int32_t first_chunk = 0, chunks = 0x7fffffff;
 };
 
-template <int kThreads, int kHeld>
+template <int kThreads, bool kHeld>
 class Keys {
 public:
-    // The CTA's units [first, first + units) of (layer, request, head); `slots` is a value of each thread and chunk in
-    // shared memory.
+    // The CTA's units [first, first + units) of (layer, request, head). `slots`: where they are held, 16 bytes more
+    // than they need, on 16 bytes.
     __device__ __forceinline__ Keys(const SelectArgs& args, int32_t layer, int32_t request, int32_t head, int32_t first,
                                     int32_t units, uint32_t* slots)
-        : args_(args),
+        : args_(&args),
           mass_(args.mass + layer * args.stride_layer + request * args.stride_request + head * args.stride_head),
           votes_(args.rule == SelectRule::kLayer
                      ? args.votes + ((int64_t{layer} * args.requests + request) * args.heads + head) * args.units
                      : nullptr),
-          slots_(slots),
           head_(head),
           first_(first),
-          units_(units) {}
+          units_(units) {
+        if constexpr (kHeld) {
+            // Slots lie as the values do with regard to 16 bytes.
+            shift_ = static_cast<int32_t>(reinterpret_cast<uintptr_t>(words_of(head)) / sizeof(float) % 4);
+            values_ = slots + shift_;
+        }
+    }
 
-    // Asks for the values.
-    __device__ __forceinline__ void request() {
-        const uint32_t* words = words_of(head_);
-        if constexpr (kHeld > 0) {
-#pragma unroll
-            for (int i = 0; i < kHeld; ++i) {
-                const int32_t at = i * kThreads + static_cast<int32_t>(threadIdx.x);
-                held_[i] = at < units_ ? words[at] : 0u;
+    // Asks for the values: in one copy but for those at both ends that share 16 bytes with others. 0 stands in the rest
+    // of the 16 bytes. A barrier must follow.
+    __device__ __forceinline__ void request(uint64_t* arrived) {
+        if constexpr (kHeld) {
+            const uint32_t* words = words_of(head_);
+            const auto thread = static_cast<int32_t>(threadIdx.x);
+            const int32_t before = min((4 - shift_) % 4, units_);
+            const int32_t whole = (units_ - before) / 4 * 4;
+            if (thread == 0) {
+                const uint32_t barrier = device::shared_address(arrived);
+                const uint32_t bytes = static_cast<uint32_t>(whole) * sizeof(float);
+                device::mbarrier_arrive_expect(barrier, bytes);
+                if (bytes > 0)
+                    device::copy_bulk(device::shared_address(values_ + before), words + before, bytes, barrier);
+            } else if (thread >= kWarp && thread < kWarp + 8) {
+                const int32_t lane = thread - kWarp;
+                const bool is_first = lane < 4;
+                const int32_t at = is_first ? lane - shift_ : before + whole + lane - 4;
+                if (is_first ? shift_ > 0 : whole < units_ - before)
+                    values_[at] = at >= 0 && at < units_ ? words[at] : 0u;
             }
-        } else if constexpr (kHeld == kInShared) {
-            for (int32_t at = threadIdx.x; at < units_; at += kThreads)
-                device::copy_4_bytes(device::shared_address(slots_ + at), words + at);
         }
     }
 
     // Says which units can be listed, and waits for the values.
-    __device__ __forceinline__ void settle(int32_t eligible) {
+    __device__ __forceinline__ void settle(int32_t eligible, uint64_t* arrived) {
         below_ = min(max(eligible - first_, 0), units_);
-        chunks_ = (below_ + kThreads - 1) / kThreads;
-        if constexpr (kHeld == kInShared) device::copies_wait();
+        if constexpr (kHeld) device::mbarrier_wait(device::shared_address(arrived), 0);
     }
 
     __device__ __forceinline__ int32_t first() const { return first_; }
     __device__ __forceinline__ int32_t units() const { return units_; }
-    __device__ __forceinline__ int32_t chunks() const { return chunks_; }
 
-    // visit(key, unit, head, chunk) by all threads of a warp together; keys of units at and past E are 0.
+    // visit(key, unit, head, chunk) by all threads of a warp together, in chunks of a unit per thread; keys of units at
+    // and past E are 0.
     template <typename Visit>
     __device__ __forceinline__ void each(const Scope& scope, Visit&& visit) const {
-        const int32_t end = min(chunks_, scope.first_chunk + min(scope.chunks, chunks_));
-        each_word(scope, scope.first_chunk, end, [&](uint32_t word, int32_t at, int32_t head, int32_t chunk) {
-            visit(at < below_ ? key_of(word, first_ + at) : 0u, first_ + at, head, chunk);
-        });
+        const int32_t chunks = (below_ + kThreads - 1) / kThreads;
+        const int32_t end = min(chunks, scope.first_chunk + min(scope.chunks, chunks));
+        for (int32_t i = 0; i < (kHeld ? 1 : scope.heads); ++i) {
+            const int32_t head = kHeld ? head_ : scope.first_head + i;
+            const uint32_t* words = kHeld ? values_ : words_of(head);
+#pragma unroll 2
+            for (int32_t chunk = scope.first_chunk; chunk < end; ++chunk) {
+                const int32_t at = chunk * kThreads + static_cast<int32_t>(threadIdx.x);
+                uint32_t key = 0;
+                if (at < below_) {
+                    const uint32_t word = words[at];
+                    key = votes_ != nullptr ? vote_key(static_cast<int32_t>(word), first_ + at, args_->units)
+                                            : mass_key(word);
+                }
+                visit(key, first_ + at, head, chunk);
+            }
+        }
     }
 
     // Mass of a unit whose key is given.
@@ -133,63 +157,65 @@ public:
     __device__ __forceinline__ Sum tail(int32_t head) const {
         Sum sum = 0;
         const float* mass = mass_row(head) + first_;
-        const int32_t end = (units_ + kThreads - 1) / kThreads;
-        each_word({head, 1}, below_ / kThreads, end, [&](uint32_t word, int32_t at, int32_t, int32_t) {
-            if (at >= below_ && at < units_) sum += fixed_point(votes_ != nullptr ? mass[at] : __uint_as_float(word));
-        });
+        if (kHeld && votes_ == nullptr) mass = reinterpret_cast<const float*>(values_);
+#pragma unroll 2
+        for (int32_t at = below_ + static_cast<int32_t>(threadIdx.x); at < units_; at += kThreads)
+            sum += fixed_point(mass[at]);
         return sum;
     }
 
-    // The bits of the largest positive mass of the thread's units in the range; adds those outside to `outside`.
-    __device__ __forceinline__ uint32_t survey(const Range& range, Sum* outside) const {
+    // What the thread's held units of the range have at most, as bits; `visit` gets that of every four units. Adds what
+    // is outside to `outside`.
+    template <typename Visit>
+    __device__ __forceinline__ uint32_t survey(const Range& range, Sum* outside, Visit&& visit) const {
         uint32_t top = 0;
-        const int32_t end = (units_ + kThreads - 1) / kThreads;
-        each_word({head_, 1}, 0, end, [&](uint32_t word, int32_t at, int32_t, int32_t) {
-            const uint32_t share = word <= kInfinity ? word : 0u;
-            const bool is_inside = range.contains(first_ + at);
-            top = max(top, is_inside ? share : 0u);
-            if (!is_inside && share != 0 && at < units_) *outside += fixed_point(__uint_as_float(share));
-        });
+        const auto width = static_cast<uint32_t>(max(range.width - 3, 0));
+#pragma unroll 2
+        for (int32_t vector = threadIdx.x; vector < vectors(); vector += kThreads) {
+            const uint4 words = reinterpret_cast<const uint4*>(values_ - shift_)[vector];
+            const int32_t unit = first_ + 4 * vector - shift_;
+            uint32_t most = max(max(words.x, words.y), max(words.z, words.w));
+            if (most != 0 && (most > kInfinity || static_cast<uint32_t>(unit - range.begin) >= width)) {
+                most = 0;
+                uint4 left = words;
+#pragma unroll 1
+                for (int32_t i = 0; i < 4; ++i) {
+                    const uint32_t share = left.x <= kInfinity ? left.x : 0u;
+                    if (range.contains(unit + i)) {
+                        most = max(most, share);
+                    } else {
+                        *outside += fixed_point(__uint_as_float(share));
+                    }
+                    left = make_uint4(left.y, left.z, left.w, 0u);
+                }
+            }
+            visit(most);
+            top = max(top, most);
+        }
         return top;
     }
 
-    // visit(key, unit) for the thread's units of the range whose mass has at least the bits `bound`.
+    // visit(key, unit) for the thread's held units of the range whose mass has at least the bits `bound` > 0.
     template <typename Visit>
     __device__ __forceinline__ void each_above(const Range& range, uint32_t bound, Visit&& visit) const {
-        each_word({head_, 1}, 0, chunks_, [&](uint32_t word, int32_t at, int32_t, int32_t) {
-            if (word - bound <= kInfinity - bound && range.contains(first_ + at)) visit(mass_key(word), first_ + at);
-        });
-    }
-
-private:
-    // visit(word, at, head, chunk): the value of unit first + at; of units past the CTA's own anything.
-    template <typename Visit>
-    __device__ __forceinline__ void each_word(const Scope& scope, int32_t begin, int32_t end, Visit&& visit) const {
-        const int32_t thread = threadIdx.x;
-        if constexpr (kHeld > 0) {
-#pragma unroll
-            for (int i = 0; i < kHeld; ++i) {
-                if (i >= begin && i < end) visit(held_[i], i * kThreads + thread, head_, i);
-            }
-        } else {
-            const int32_t heads = kHeld == kInMemory ? scope.heads : 1;
-            for (int32_t i = 0; i < heads; ++i) {
-                const int32_t head = kHeld == kInMemory ? scope.first_head + i : head_;
-                const uint32_t* words = kHeld == kInMemory ? words_of(head) : slots_;
-#pragma unroll 4
-                for (int32_t chunk = begin; chunk < end; ++chunk) {
-                    const int32_t at = chunk * kThreads + thread;
-                    visit(at < units_ ? words[at] : 0u, at, head, chunk);
-                }
+#pragma unroll 2
+        for (int32_t vector = threadIdx.x; vector < vectors(); vector += kThreads) {
+            const uint4 words = reinterpret_cast<const uint4*>(values_ - shift_)[vector];
+            if (max(max(words.x, words.y), max(words.z, words.w)) < bound) continue;
+            uint4 left = words;
+#pragma unroll 1
+            for (int32_t i = 0; i < 4; ++i) {
+                const int32_t unit = first_ + 4 * vector - shift_ + i;
+                if (left.x >= bound && left.x <= kInfinity && range.contains(unit)) visit(mass_key(left.x), unit);
+                left = make_uint4(left.y, left.z, left.w, 0u);
             }
         }
     }
 
-    __device__ __forceinline__ uint32_t key_of(uint32_t word, int32_t unit) const {
-        return votes_ != nullptr ? vote_key(static_cast<int32_t>(word), unit, args_.units) : mass_key(word);
-    }
+private:
+    __device__ __forceinline__ int32_t vectors() const { return (units_ + shift_ + 3) / 4; }
     __device__ __forceinline__ const float* mass_row(int32_t head) const {
-        return mass_ + (head - head_) * args_.stride_head;
+        return mass_ + (head - head_) * args_->stride_head;
     }
     // What is ranked: masses or, where a CTA has one head, votes.
     __device__ __forceinline__ const uint32_t* words_of(int32_t head) const {
@@ -197,14 +223,13 @@ private:
         return (votes_ != nullptr ? reinterpret_cast<const uint32_t*>(votes_) : words) + first_;
     }
 
-    const SelectArgs& args_;
+    const SelectArgs* args_;
     const float* mass_;
     const int32_t* votes_;
-    uint32_t* slots_;
+    uint32_t* values_ = nullptr;
     int32_t head_, first_, units_;
-    int32_t below_ = 0;   // of the CTA's units, those below E
-    int32_t chunks_ = 0;  // that hold them
-    uint32_t held_[kHeld > 0 ? kHeld : 1];
+    int32_t shift_ = 0;
+    int32_t below_ = 0;  // of the CTA's units, those below E
 };
 
 }  // namespace

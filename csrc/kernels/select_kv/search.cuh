@@ -86,6 +86,18 @@ __device__ __forceinline__ void cut(Window* window, uint32_t position) {
     window->shift = shift_of<kBins>(window->low, window->high);
 }
 
+// Of the lanes up to this one.
+template <typename T>
+__device__ __forceinline__ T running_sum(T value) {
+    const uint32_t lane = threadIdx.x % kWarp;
+#pragma unroll
+    for (int step = 1; step < kWarp; step *= 2) {
+        const T other = __shfl_up_sync(kAllLanes, value, step);
+        if (lane >= step) value += other;
+    }
+    return value;
+}
+
 // The first bin with which the sum from the highest one down reaches `need`; returns the sum of all. `vector` is the
 // thread's vector of the bins: T is their type.
 template <typename T, int kThreads>
@@ -101,12 +113,7 @@ __device__ __forceinline__ Sum find_bin(SelectShared<kThreads>& shared, uint4 ve
     T sum = 0;
 #pragma unroll
     for (int i = 0; i < kItems; ++i) sum += items[i];
-    T upto = sum;
-#pragma unroll
-    for (int step = 1; step < kWarp; step *= 2) {
-        const T other = __shfl_up_sync(kAllLanes, upto, step);
-        if (lane >= step) upto += other;
-    }
+    const T upto = running_sum(sum);
     if (lane == kWarp - 1) shared.bin_sums[warp] = upto;
     __syncthreads();
     const T part = lane < SelectShared<kThreads>::kWarps ? static_cast<T>(shared.bin_sums[lane]) : T{0};
@@ -149,35 +156,33 @@ __device__ __forceinline__ Pick last_of(SelectShared<kThreads>& shared, const Su
 
 __device__ __forceinline__ Sum entry_of(uint32_t key, uint32_t place) { return static_cast<Sum>(key) << 32 | ~place; }
 
-// The units of a CTA at or above a bound, if they are known: shared.list has `count` of them.
-struct List {
-    bool is_complete;
-    uint32_t count;
+// Coarse bins of masses from half of the mean on.
+struct CoarseBins {
+    static constexpr uint32_t kShift = kMantissaBits + kLog2<kWindowOctaves> - kLog2<kCoarseBins>;
+    uint32_t low;
+
+    // The highest one is the first.
+    __device__ __forceinline__ void count(uint32_t* bins, uint32_t mass) const {
+        if (mass >= low) atomicAdd(bins + (kCoarseBins - 1 - min((mass - low) >> kShift, kCoarseBins - 1)), 1u);
+    }
+    __device__ __forceinline__ uint32_t bound_of(uint32_t position) const {
+        return low + ((kCoarseBins - 1 - position) << kShift);
+    }
 };
 
-// The bits of a mass that at least `need` units of all heads in scope and CTAs of the group reach, and hardly more; 0
-// if none was found. `top` is what the thread's units have at most.
+// The lower end, as bits, of the coarse bin with which those from the highest one down hold `need` units; 0 if they do
+// not. The same in all CTAs of the group.
 template <int kThreads>
-__device__ __forceinline__ uint32_t find_bound(SelectShared<kThreads>& shared, Group<kThreads>& group, uint32_t top,
-                                               int32_t eligible, uint32_t need) {
-    constexpr uint32_t kShift = kMantissaBits + kLog2<kWindowOctaves> - kLog2<kCoarseBins>;
+__device__ __forceinline__ uint32_t find_bound(Group<kThreads>& group, const CoarseBins& coarse, uint32_t need) {
     static_assert(kCoarseBins == 2 * kWarp);
     const uint32_t lane = threadIdx.x % kWarp;
-    const uint32_t low = __float_as_uint(0.5f / static_cast<float>(eligible));
-    if (top >= low) atomicAdd(shared.coarse + (kCoarseBins - 1 - min((top - low) >> kShift, kCoarseBins - 1)), 1u);
-    __syncthreads();
     const uint2 bins = group.coarse_bins();
     const uint32_t own = bins.x + bins.y;
-    uint32_t upto = own;
-#pragma unroll
-    for (int step = 1; step < kWarp; step *= 2) {
-        const uint32_t other = __shfl_up_sync(kAllLanes, upto, step);
-        if (lane >= step) upto += other;
-    }
+    const uint32_t upto = running_sum(own);
     const uint32_t reached = __ballot_sync(kAllLanes, upto >= need);
     if (reached == 0) return 0;
     const uint32_t position = 2 * lane + (upto - own + bins.x < need ? 1 : 0);
-    return low + ((kCoarseBins - 1 - __shfl_sync(kAllLanes, position, __ffs(reached) - 1)) << kShift);
+    return coarse.bound_of(__shfl_sync(kAllLanes, position, __ffs(reached) - 1));
 }
 
 // A window of keys from a bound on, the last unit being near to it.
@@ -191,26 +196,22 @@ __device__ __forceinline__ Window window_above(uint32_t bound, uint32_t need) {
     return window;
 }
 
-// visit(key, unit, head) for this CTA's units, or for those in the list if they are known to be all that matters.
-template <int kThreads, int kHeld, typename Visit>
-__device__ __forceinline__ void each_of(const SelectShared<kThreads>& shared, const Keys<kThreads, kHeld>& keys,
-                                        const Scope& scope, const Places& places, const List& list, Visit&& visit) {
-    if (list.is_complete) {
-        for (uint32_t i = threadIdx.x; i < list.count; i += kThreads) {
-            const Sum entry = shared.list[i];
-            const uint32_t place = ~static_cast<uint32_t>(entry);
-            visit(static_cast<uint32_t>(entry >> 32), places.unit_of(place), places.head_of(place));
-        }
-    } else {
-        keys.each(scope, [&](uint32_t key, int32_t unit, int32_t head, int32_t) { visit(key, unit, head); });
+// visit(key, unit, head) for the entries of the list.
+template <int kThreads, typename Visit>
+__device__ __forceinline__ void each_listed(const SelectShared<kThreads>& shared, const Places& places, uint32_t count,
+                                            Visit&& visit) {
+    for (uint32_t i = threadIdx.x; i < count; i += kThreads) {
+        const Sum entry = shared.list[i];
+        const uint32_t place = ~static_cast<uint32_t>(entry);
+        visit(static_cast<uint32_t>(entry >> 32), places.unit_of(place), places.head_of(place));
     }
 }
 
-// The last unit of the `window.need` that are taken of the range, of all heads in scope and CTAs of the group.
-template <int kThreads, int kHeld>
-__device__ __forceinline__ Pick search(SelectShared<kThreads>& shared, const Keys<kThreads, kHeld>& keys,
-                                       const Scope& scope, Group<kThreads>& group, const Range& range,
-                                       const Places& places, Window window, const List& list) {
+// The last unit of the `window.need` that are taken of the range, 1 or more and not all of them, of all CTAs of the
+// group. each(visit) calls visit(key, unit, head) for the units of this CTA that may be in the window.
+template <int kThreads, typename Each>
+__device__ __forceinline__ Pick search(SelectShared<kThreads>& shared, Group<kThreads>& group, const Range& range,
+                                       const Places& places, Window window, Each&& each) {
     constexpr uint32_t kBins = 4 * kThreads;
     uint32_t* bins = reinterpret_cast<uint32_t*>(shared.bins);
     const auto in_window = [&](uint32_t key, int32_t unit, int32_t head, uint32_t* value) {
@@ -218,7 +219,7 @@ __device__ __forceinline__ Pick search(SelectShared<kThreads>& shared, const Key
         return range.contains(unit) && (!window.by_place || key == window.key) && window.contains(*value);
     };
     while (true) {
-        each_of(shared, keys, scope, places, list, [&](uint32_t key, int32_t unit, int32_t head) {
+        each([&](uint32_t key, int32_t unit, int32_t head) {
             uint32_t value;
             if (in_window(key, unit, head, &value)) atomicAdd(bins + position_of<kBins>(window, value), 1u);
         });
@@ -241,7 +242,7 @@ __device__ __forceinline__ Pick search(SelectShared<kThreads>& shared, const Key
         if (window.need == inside)
             return window.by_place ? Pick{window.key, places.last - window.low} : Pick{window.low, 0xffffffffu};
         if (inside <= kCandidates) {
-            each_of(shared, keys, scope, places, list, [&](uint32_t key, int32_t unit, int32_t head) {
+            each([&](uint32_t key, int32_t unit, int32_t head) {
                 uint32_t value;
                 if (in_window(key, unit, head, &value))
                     shared.own_entries[atomicAdd(&shared.gathered, 1u)] = entry_of(key, places.of(unit, head));
@@ -265,7 +266,7 @@ __device__ __forceinline__ Pick search(SelectShared<kThreads>& shared, const Key
 
 // The key with which the masses of the range, from the largest one down, sum to at least `need`, and how many units of
 // that key are taken; all are equal. At least 1, and at most what they sum to.
-template <int kThreads, int kHeld>
+template <int kThreads, bool kHeld>
 __device__ __forceinline__ uint2 reach(SelectShared<kThreads>& shared, const Keys<kThreads, kHeld>& keys,
                                        const Scope& scope, Group<kThreads>& group, const Range& range, Sum need) {
     constexpr uint32_t kBins = 2 * kThreads;

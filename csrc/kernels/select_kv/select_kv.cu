@@ -27,9 +27,8 @@ namespace {
 
 constexpr char kOp[] = "select_kv";
 constexpr int kThreads = 512;
+constexpr int kSomeThreads = 256;
 constexpr int kFewThreads = 128;
-constexpr int kFewHeld = 8;
-constexpr int kMostHeld = 20;
 constexpr double kLeastCoverage = 1.0 / (1 << 24);
 constexpr double kLogGrid = 1 << 20;
 
@@ -77,8 +76,8 @@ __device__ __forceinline__ int32_t budget_units(const SelectArgs& args, const Pr
 // rule kLayer: units of K_l of a layer and request, before the partial unit is charged. Threads of a layer are
 // neighbours.
 template <int kThreadsOf>
-__device__ __forceinline__ int32_t layer_budget(const SelectArgs& args, Group<kThreadsOf>& group, int32_t layer,
-                                                int32_t request) {
+__device__ __noinline__ int32_t layer_budget(const SelectArgs& args, Group<kThreadsOf> group, int32_t layer,
+                                             int32_t request) {
     int32_t lanes = 1;
     while (lanes < args.heads && lanes < kWarp) lanes *= 2;
     const int32_t lane = static_cast<int32_t>(threadIdx.x) % lanes;
@@ -112,26 +111,126 @@ __device__ __forceinline__ int32_t layer_budget(const SelectArgs& args, Group<kT
     return max(args.least_budget, static_cast<int32_t>(share));
 }
 
-// The CTA's units between the forced ones that are taken up to `pick`; this thread's.
-template <int kThreadsOf, int kHeld>
-__device__ __forceinline__ Sum count_taken(const SelectShared<kThreadsOf>& shared, const Keys<kThreadsOf, kHeld>& keys,
-                                           const Scope& scope, const Budget& budget, const Places& places,
-                                           const Pick& pick, const List& list) {
-    Sum taken = 0;
-    each_of(shared, keys, scope, places, list, [&](uint32_t key, int32_t unit, int32_t head) {
-        if (budget.between.contains(unit) && pick.takes(key, places.of(unit, head))) ++taken;
+// What is found by passes over all keys, and the group after its messages.
+template <int kThreadsOf>
+struct Searched {
+    Pick pick;
+    Group<kThreadsOf> group;
+};
+
+// The general search, where a bound did not help.
+template <int kThreadsOf, bool kHeld>
+__device__ __noinline__ Searched<kThreadsOf> search_all(SelectShared<kThreadsOf>& shared, Keys<kThreadsOf, kHeld> keys,
+                                                        Scope scope, Group<kThreadsOf> group, Range range,
+                                                        Places places, Window window) {
+    const Pick pick = search(shared, group, range, places, window, [&](auto&& visit) {
+        keys.each(scope, [&](uint32_t key, int32_t unit, int32_t head, int32_t) { visit(key, unit, head); });
+    });
+    return {pick, group};
+}
+
+// The same in the list.
+template <int kThreadsOf>
+__device__ __forceinline__ Pick search_list(SelectShared<kThreadsOf>& shared, Group<kThreadsOf>& group,
+                                            const Range& range, const Places& places, const Window& window,
+                                            uint32_t listed) {
+    return search(shared, group, range, places, window,
+                  [&](auto&& visit) { each_listed(shared, places, listed, visit); });
+}
+
+// In one CTA, where the list is too long to rank each entry against all others.
+template <int kThreadsOf>
+__device__ __noinline__ Pick search_long_list(SelectShared<kThreadsOf>& shared, Range range, Places places,
+                                              Window window, uint32_t listed) {
+    Group<kThreadsOf> group(shared, 1, 0);
+    return search_list(shared, group, range, places, window, listed);
+}
+
+// rule kMass: units wanted of a row, and the window in which the last one lies, if it is known.
+template <int kThreadsOf>
+struct MassBudget {
+    int32_t wanted;
+    bool has_window;
+    Window window = {};
+    Group<kThreadsOf> group;
+};
+
+template <int kThreadsOf, bool kHeld>
+__device__ __noinline__ MassBudget<kThreadsOf> mass_budget(const SelectArgs& args, SelectShared<kThreadsOf>& shared,
+                                                           Keys<kThreadsOf, kHeld> keys, Scope scope,
+                                                           Group<kThreadsOf> group, Prefix prefix) {
+    const Budget forced(prefix, prefix.eligible);
+    Sum between = 0, all = keys.tail(scope.first_head);
+    keys.each(scope, [&](uint32_t key, int32_t unit, int32_t head, int32_t) {
+        const Sum mass = keys.mass_of(key, unit, head);
+        all += mass;
+        if (forced.between.contains(unit)) between += mass;
+    });
+    const uint4 sums = group.sums(between, all);
+    between = first_sum(sums);
+    const Sum total = second_sum(sums);
+    const double share = ceil(args.p * static_cast<double>(total));
+    // A total above 2^53 may be rounded up on its way to double.
+    const Sum target = share >= static_cast<double>(total) ? total : static_cast<Sum>(share);
+    int32_t wanted = prefix.sinks + prefix.recents;
+    bool has_window = false;
+    Window window = {};
+    if (target > total - between) {
+        const uint2 last = reach(shared, keys, scope, group, forced.between, target - (total - between));
+        Sum above = 0;
+        keys.each(scope, [&](uint32_t key, int32_t unit, int32_t, int32_t) {
+            if (forced.between.contains(unit) && key > last.x) ++above;
+        });
+        wanted += static_cast<int32_t>(first_sum(group.sums(above, 0)) + last.y);
+        // Unless the list gets another length, all that is left are the places of the last key.
+        window = {0u, Places(args, forced.between).last, 0u, last.y, last.x, true};
+        window.shift = shift_of<4 * kThreadsOf>(window.low, window.high);
+        has_window = wanted <= args.capacity;
+    }
+    const int32_t least = budget_units(args, prefix, args.least_budget);
+    has_window = has_window && wanted >= least;
+    return {max(wanted, least), has_window, window, group};
+}
+
+// What a thread's units have and how many of them, between the forced ones, are taken up to `pick`. Sets their bits,
+// for the units of a block from a chunk on.
+struct Taken {
+    Sum mass;
+    uint32_t count;
+};
+
+template <int kThreadsOf, bool kHeld>
+__device__ __noinline__ Taken take_of_all(SelectShared<kThreadsOf>& shared, Keys<kThreadsOf, kHeld> keys, int32_t head,
+                                          Range between, Places places, Pick pick, int32_t first_chunk) {
+    constexpr int kWarps = kThreadsOf / kWarp;
+    const int32_t lane = static_cast<int32_t>(threadIdx.x) % kWarp, warp = static_cast<int32_t>(threadIdx.x) / kWarp;
+    Taken taken = {keys.tail(head), 0};
+    keys.each({head, 1}, [&](uint32_t key, int32_t unit, int32_t of, int32_t chunk) {
+        const bool is_between = between.contains(unit);
+        const bool takes = key != 0 && is_between && pick.takes(key, places.of(unit, of));
+        if (takes || (key != 0 && !is_between)) taken.mass += keys.mass_of(key, unit, of);
+        if (takes) ++taken.count;
+        const uint32_t word = __ballot_sync(kAllLanes, takes);
+        if (lane == 0 && chunk >= first_chunk && chunk < first_chunk + kWarp)
+            shared.words[(chunk - first_chunk) * kWarps + warp] = word;
     });
     return taken;
 }
 
-// The lowest `count` bits; none if it is negative, all from 32 on.
-__device__ __forceinline__ uint32_t low_bits(int32_t count) {
-    return count <= 0 ? 0u : count >= kWarp ? kAllLanes : (1u << count) - 1;
-}
-
-// How many of the units [begin, end) are below `limit`.
-__device__ __forceinline__ int32_t units_below(int32_t begin, int32_t end, int32_t limit) {
-    return max(min(end, limit) - begin, 0);
+// The same for the units of the list; its count alone.
+template <int kThreadsOf>
+__device__ __forceinline__ Taken take_of_list(SelectShared<kThreadsOf>& shared, const Places& places, uint32_t listed,
+                                              const Pick& pick, int32_t first) {
+    Taken taken = {0, 0};
+    each_listed(shared, places, listed, [&](uint32_t key, int32_t unit, int32_t head) {
+        if (pick.takes(key, places.of(unit, head))) {
+            const int32_t at = unit - first;
+            if (at >= 0 && at < kThreadsOf * kWarp) atomicOr(&shared.words[at / kWarp], 1u << at % kWarp);
+            taken.mass += fixed_point(mass_of_key(key));
+            ++taken.count;
+        }
+    });
+    return taken;
 }
 
 // The entries of a list past its count.
@@ -139,255 +238,273 @@ template <int kThreadsOf>
 __device__ __forceinline__ void clear_rest(const SelectArgs& args, const Group<kThreadsOf>& group, int64_t row,
                                            int32_t count) {
     int32_t* indices = args.indices + row * args.capacity;
+#pragma unroll 1
     for (int32_t i = count + static_cast<int32_t>(group.rank() * kThreadsOf + threadIdx.x); i < args.capacity;
          i += static_cast<int32_t>(group.size()) * kThreadsOf)
         indices[i] = -1;
 }
 
-// Lists the forced units and those up to `pick` between them, of one head. With a list, `outside` is the mass of what
-// is not between the forced units. shared.words is 0 before.
-template <int kThreadsOf, int kHeld>
+// The lowest `count` bits; none if it is negative, all from 32 on.
+__device__ __forceinline__ uint32_t low_bits(int32_t count) {
+    return count <= 0 ? 0u : count >= kWarp ? kAllLanes : (1u << count) - 1;
+}
+
+// A list of units: the entries of shared.list, if there is one, hold all of a CTA's that may be taken.
+struct Choice {
+    Budget budget;
+    Pick pick;
+    bool overflow;
+    bool has_list;
+    uint32_t listed;
+    Sum outside;  // with a list: the mass of what is not between the forced units; of this thread
+};
+
+// Lists the forced units and those up to the pick between them, of one head. shared.words is 0 before.
+template <int kThreadsOf, bool kHeld>
 __device__ __forceinline__ void write_list(const SelectArgs& args, SelectShared<kThreadsOf>& shared,
                                            const Keys<kThreadsOf, kHeld>& keys, Group<kThreadsOf>& group, int64_t row,
-                                           int32_t head, const Prefix& prefix, const Budget& budget, const Pick& pick,
-                                           const List& list, Sum outside, bool overflow) {
+                                           int32_t head, const Prefix& prefix, const Choice& choice) {
     constexpr int kWarps = kThreadsOf / kWarp;
     constexpr int kBlock = kThreadsOf * kWarp;  // units whose bits the threads have, a word each
     const int32_t thread = threadIdx.x;
     const int32_t lane = thread % kWarp, warp = thread / kWarp;
-    const Places places(args, budget.between);
+    const Range between = choice.budget.between;
+    const Places places(args, between);
     const int32_t first = keys.first(), end = min(first + keys.units(), prefix.eligible);
-    const int32_t recents = budget.between.begin + budget.between.width;  // the first of them
-    const auto is_taken = [&](uint32_t key, int32_t unit, int32_t of) {
-        return key != 0 && budget.between.contains(unit) && pick.takes(key, places.of(unit, of));
-    };
+    const int32_t recents = between.begin + between.width;  // the first of them
 
-    Sum kept = list.is_complete ? outside : keys.tail(head);
-    uint32_t taken = 0;
-    if (list.is_complete) {
-        for (uint32_t i = thread; i < list.count; i += kThreadsOf) {
-            const Sum entry = shared.list[i];
-            const auto key = static_cast<uint32_t>(entry >> 32);
-            const uint32_t place = ~static_cast<uint32_t>(entry);
-            if (pick.takes(key, place)) {
-                const int32_t at = places.unit_of(place) - first;
-                if (at < kBlock) atomicOr(&shared.words[at / kWarp], 1u << at % kWarp);
-                kept += fixed_point(mass_of_key(key));
-                ++taken;
-            }
-        }
+    Taken taken;
+    if (choice.has_list) {
+        taken = take_of_list(shared, places, choice.listed, choice.pick, first);
+        taken.mass += choice.outside;
     } else {
-        keys.each({head, 1}, [&](uint32_t key, int32_t unit, int32_t of, int32_t chunk) {
-            const bool takes = is_taken(key, unit, of);
-            if (takes || (key != 0 && !budget.between.contains(unit))) kept += keys.mass_of(key, unit, of);
-            taken += takes ? 1 : 0;
-            const uint32_t word = __ballot_sync(kAllLanes, takes);
-            if (lane == 0 && chunk < kWarp) shared.words[chunk * kWarps + warp] = word;
-        });
+        taken = take_of_all(shared, keys, head, between, places, choice.pick, 0);
     }
-    if (__any_sync(kAllLanes, kept != 0)) kept = warp_sum(kept);
-    if (group.size() > 1) taken = warp_sum(taken);
+    if (__any_sync(kAllLanes, taken.mass != 0)) taken.mass = warp_sum(taken.mass);
+    if (group.size() > 1) taken.count = warp_sum(taken.count);
     if (lane == 0) {
-        shared.warp_sums[0][warp] = kept;
-        shared.warp_counts[warp] = taken;
+        shared.warp_sums[0][warp] = taken.mass;
+        shared.warp_taken[warp] = taken.count;
     }
     __syncthreads();
-    uint4 sums = {};
-    if (warp == 0) {
-        kept = warp_sum(lane < kWarps ? shared.warp_sums[0][lane] : Sum{0});
-        if (group.size() > 1) {
-            taken = warp_sum(lane < kWarps ? shared.warp_counts[lane] : 0u);
-            taken += units_below(first, end, budget.between.begin) + units_below(max(first, recents), end, end);
-        }
-        sums = as_vector(kept, taken);
-    }
+
+    // Sums of the CTA and of the group, by the first warp.
+    Sum kept = 0;
     uint32_t base = 0;
+    if (warp == 0) kept = warp_sum(lane < kWarps ? shared.warp_sums[0][lane] : Sum{0});
     if (group.size() > 1) {
-        const uint4* parts = group.gather(sums);
-        base = warp_sum(lane < static_cast<int32_t>(group.rank()) ? parts[lane].z : 0u);
+        uint32_t count = 0;
         if (warp == 0) {
-            const bool is_part = lane < static_cast<int32_t>(group.size());
-            kept = warp_sum(is_part ? first_sum(parts[lane]) : Sum{0});
+            count = warp_sum(lane < kWarps ? shared.warp_taken[lane] : 0u);
+            count += max(min(between.begin, end) - first, 0) + max(end - max(first, recents), 0);
         }
+        const uint4* parts = group.gather(as_vector(kept, count));
+        base = warp_sum(lane < static_cast<int32_t>(group.rank()) ? parts[lane].z : 0u);
+        if (warp == 0) kept = warp_sum(lane < static_cast<int32_t>(group.size()) ? first_sum(parts[lane]) : Sum{0});
     }
     if (group.rank() == 0 && thread == 0) {
-        args.counts[row] = budget.count;
+        args.counts[row] = choice.budget.count;
         args.kept_mass[row] = static_cast<float>(static_cast<double>(kept) * (1.0 / kFixedPoint));
-        args.overflow[row] = overflow;
+        args.overflow[row] = choice.overflow;
     }
 
     int32_t* indices = args.indices + row * args.capacity;
+#pragma unroll 1
     for (int32_t block = first; block < end; block += kBlock) {
         if (block > first) {
             __syncthreads();
             shared.words[thread] = 0;
             __syncthreads();
-            if (list.is_complete) {
-                for (uint32_t i = thread; i < list.count; i += kThreadsOf) {
-                    const Sum entry = shared.list[i];
-                    const uint32_t place = ~static_cast<uint32_t>(entry);
-                    const int32_t at = places.unit_of(place) - block;
-                    if (pick.takes(static_cast<uint32_t>(entry >> 32), place) && at >= 0 && at < kBlock)
-                        atomicOr(&shared.words[at / kWarp], 1u << at % kWarp);
-                }
+            if (choice.has_list) {
+                take_of_list(shared, places, choice.listed, choice.pick, block);
             } else {
-                const int32_t chunk_of_block = (block - first) / kThreadsOf;
-                keys.each({head, 1, chunk_of_block, kWarp}, [&](uint32_t key, int32_t unit, int32_t of, int32_t chunk) {
-                    const uint32_t word = __ballot_sync(kAllLanes, is_taken(key, unit, of));
-                    if (lane == 0) shared.words[(chunk - chunk_of_block) * kWarps + warp] = word;
-                });
+                take_of_all(shared, keys, head, between, places, choice.pick, (block - first) / kThreadsOf);
             }
             __syncthreads();
         }
         // A thread has 32 units.
         const int32_t begin = block + thread * kWarp;
-        uint32_t word = shared.words[thread];
-        word |= low_bits(budget.between.begin - begin) | (low_bits(end - begin) & ~low_bits(recents - begin));
-        if (begin >= end) word = 0;
-        const uint32_t own = __popc(word);
-        uint32_t upto = own;
-        if (__any_sync(kAllLanes, word != 0)) {
-#pragma unroll
-            for (int step = 1; step < kWarp; step *= 2) {
-                const uint32_t other = __shfl_up_sync(kAllLanes, upto, step);
-                if (lane >= step) upto += other;
-            }
+        uint32_t word = 0;
+        if (begin < end) {
+            word = shared.words[thread] | low_bits(between.begin - begin);
+            word |= low_bits(end - begin) & ~low_bits(recents - begin);
         }
+        const uint32_t own = __popc(word);
+        uint32_t upto = 0;
+        if (__any_sync(kAllLanes, word != 0)) upto = running_sum(own);
         if (lane == kWarp - 1) shared.warp_counts[warp] = upto;
         __syncthreads();
         const uint32_t listed = lane < kWarps ? shared.warp_counts[lane] : 0u;
         int32_t* to = indices + base + warp_sum(lane < warp ? listed : 0u) + upto - own;
+#pragma unroll 1
         for (; word != 0; word &= word - 1) *to++ = begin + __ffs(word) - 1;
         base += warp_sum(listed);
     }
 }
 
-// CTAs of a multiprocessor that registers are left for.
-template <int kThreadsOf, int kHeld>
-constexpr int kLeastBlocks = kThreadsOf == kFewThreads ? 4
-                             : kHeld == kInShared      ? 2
-                                                       : 1;
+// Lists of all heads of rule kJoint in one CTA or group, one after the other, after the joint search.
+template <int kThreadsOf>
+__device__ __noinline__ void write_lists(const SelectArgs& args, SelectShared<kThreadsOf>& shared,
+                                         Keys<kThreadsOf, false> keys, Group<kThreadsOf> group, int64_t row,
+                                         Prefix prefix, Budget budget, Pick pick) {
+    for (int32_t head = 0; head < args.heads; ++head) {
+        const Scope scope = {head, 1};
+        const Places places(args, budget.between);
+        Sum taken = 0;
+        keys.each(scope, [&](uint32_t key, int32_t unit, int32_t of, int32_t) {
+            if (budget.between.contains(unit) && pick.takes(key, places.of(unit, of))) ++taken;
+        });
+        const int32_t wanted = budget.count - budget.ranked + static_cast<int32_t>(first_sum(group.sums(taken, 0)));
+        Choice choice = {budget, pick, wanted > args.capacity, false, 0, 0};
+        choice.budget.count = wanted;
+        if (choice.overflow) {
+            choice.budget = Budget(prefix, args.capacity);
+            const Range between = choice.budget.between;
+            const auto need = static_cast<uint32_t>(choice.budget.ranked);
+            choice.pick = {0xffffffffu, 0u};  // none
+            if (choice.budget.ranked >= between.width) {
+                choice.pick = {0u, 0xffffffffu};  // all
+            } else if (need > 0) {
+                const Window window = first_window<4 * kThreadsOf>(args, prefix.eligible, need);
+                const auto found = search_all(shared, keys, scope, group, between, Places(args, between), window);
+                choice.pick = found.pick;
+                group = found.group;
+            }
+        }
+        clear_rest(args, group, row + head, choice.budget.count);
+        write_list(args, shared, keys, group, row + head, head, prefix, choice);
+        __syncthreads();
+        shared.words[threadIdx.x] = 0;
+        __syncthreads();
+    }
+}
 
-template <int kThreadsOf, int kHeld>
-__global__ void __launch_bounds__(kThreadsOf, (kLeastBlocks<kThreadsOf, kHeld>))
+// kFixed: rule kFixed alone. kAlone: no clusters. What they exclude would cost registers and, above all, room in the
+// instruction caches.
+template <int kThreadsOf, bool kHeld, bool kFixed, bool kAlone>
+__global__ void __launch_bounds__(kThreadsOf, 1024 / kThreadsOf)
     mage_select_kv_kernel(const __grid_constant__ SelectArgs args) {
     extern __shared__ uint4 shared_memory[];
     using Shared = SelectShared<kThreadsOf>;
     Shared& shared = *reinterpret_cast<Shared*>(shared_memory);
     const int32_t thread = threadIdx.x;
-    const int32_t part = static_cast<int32_t>(blockIdx.x) % args.parts;
-    const int32_t row = static_cast<int32_t>(blockIdx.x) / args.parts;
-    const int32_t heads = args.all_heads ? 1 : args.heads;  // that have CTAs of their own
-    const int32_t head = row % heads, request = row / heads % args.requests, layer = row / heads / args.requests;
+    const uint32_t parts = kAlone ? 1 : args.parts;
+    const uint32_t row = blockIdx.x / parts, part = blockIdx.x % parts;
+    const bool has_all_heads = !kHeld && args.all_heads;
+    const uint32_t heads = has_all_heads ? 1 : args.heads;  // that have CTAs of their own
+    const auto head = static_cast<int32_t>(row % heads);
+    const auto request = static_cast<int32_t>(row / heads % args.requests);
+    const auto layer = static_cast<int32_t>(row / heads / args.requests);
     const int64_t list_row = (int64_t{layer} * args.requests + request) * args.heads + head;
 
-    shared.bins[thread] = uint4{};
-    shared.words[thread] = 0;
-    if (thread < static_cast<int32_t>(kCoarseBins)) shared.coarse[thread] = 0;
     if (thread == 0) {
         shared.listed = 0;
         shared.gathered = 0;
-        if (args.cluster > 1) Group<kThreadsOf>::init_barriers(shared);
+        Group<kThreadsOf>::init_barriers(shared);
     }
+    shared.bins[thread] = uint4{};
+    shared.words[thread] = 0;
+    if (thread < static_cast<int32_t>(kCoarseBins)) shared.coarse[thread] = 0;
     __syncthreads();
-    if (args.cluster > 1) device::cluster_sync_relaxed();
-    Group<kThreadsOf> group(shared, args.cluster, args.cluster > 1 ? device::cluster_rank() : 0);
+    const uint32_t cluster = kAlone ? 1 : args.cluster;
+    if (cluster > 1) device::cluster_sync_relaxed();
+    Group<kThreadsOf> group(shared, cluster, cluster > 1 ? device::cluster_rank() : 0);
     device::dependency_wait();
-    device::dependency_release();
 
-    const int32_t first = part * args.span;
+    const int32_t first = static_cast<int32_t>(part) * args.span;
     Keys<kThreadsOf, kHeld> keys(args, layer, request, head, first, min(max(args.units - first, 0), args.span),
                                  reinterpret_cast<uint32_t*>(&shared + 1));
-    keys.request();
+    keys.request(&shared.values_arrived);
+    device::dependency_release();
     const Prefix prefix = prefix_of(args, args.prefix_lens[request]);
     if (layer == 0 && head == 0 && part == 0 && thread == 0)
         args.tail_start[request] = prefix.eligible << args.unit_shift;
-    keys.settle(prefix.eligible);
 
-    const Scope scope = {head, args.all_heads ? args.heads : 1};
-    constexpr uint32_t kBins = 4 * kThreadsOf;
-    int32_t wanted;
-    Window window;
+    bool ranks_heads = !kFixed && args.rule == SelectRule::kJoint;
+    const bool is_bounded = kHeld && (kFixed || args.rule == SelectRule::kFixed || ranks_heads);
+    const Scope scope = {head, has_all_heads ? args.heads : 1};
+    Window window = {};
     bool has_window = false;
-    if (args.rule == SelectRule::kMass) {
-        const Budget forced(prefix, prefix.eligible);
-        Sum between = 0, all = keys.tail(head);
-        keys.each(scope, [&](uint32_t key, int32_t unit, int32_t of, int32_t) {
-            const Sum mass = keys.mass_of(key, unit, of);
-            all += mass;
-            if (forced.between.contains(unit)) between += mass;
-        });
-        const uint4 sums = group.sums(between, all);
-        between = first_sum(sums);
-        const Sum total = second_sum(sums);
-        const double share = ceil(args.p * static_cast<double>(total));
-        // A total above 2^53 may be rounded up on its way to double.
-        const Sum target = share >= static_cast<double>(total) ? total : static_cast<Sum>(share);
-        wanted = prefix.sinks + prefix.recents;
-        if (target > total - between) {
-            const uint2 last = reach(shared, keys, scope, group, forced.between, target - (total - between));
-            Sum above = 0;
-            keys.each(scope, [&](uint32_t key, int32_t unit, int32_t, int32_t) {
-                if (forced.between.contains(unit) && key > last.x) ++above;
-            });
-            wanted += static_cast<int32_t>(first_sum(group.sums(above, 0)) + last.y);
-            // Unless the list gets another length, all that is left are the places of the last key.
-            window = {0u, Places(args, forced.between).last, 0u, last.y, last.x, true};
-            window.shift = shift_of<kBins>(window.low, window.high);
-            has_window = wanted <= args.capacity;
+    int32_t wanted = budget_units(args, prefix, args.budget);
+    __syncthreads();
+    keys.settle(prefix.eligible, &shared.values_arrived);
+    if constexpr (!kFixed) {
+        if (args.rule == SelectRule::kLayer) {
+            wanted = budget_units(args, prefix, layer_budget(args, group, layer, request));
+        } else if (args.rule == SelectRule::kMass) {
+            const auto found = mass_budget(args, shared, keys, scope, group, prefix);
+            wanted = found.wanted;
+            has_window = found.has_window;
+            window = found.window;
+            group = found.group;
         }
-        const int32_t least = budget_units(args, prefix, args.least_budget);
-        has_window = has_window && wanted >= least;
-        wanted = max(wanted, least);
-    } else {
-        int32_t units = args.budget;
-        if (args.rule == SelectRule::kLayer) units = layer_budget(args, group, layer, request);
-        wanted = budget_units(args, prefix, units);
     }
     wanted = min(wanted, prefix.eligible);
 
-    bool ranks_heads = args.rule == SelectRule::kJoint;
-    bool overflow = !ranks_heads && wanted > args.capacity;
-    Budget budget(prefix, ranks_heads ? wanted : min(wanted, args.capacity));
-    const auto lists = static_cast<uint32_t>(ranks_heads ? args.heads : 1);
-    uint32_t need = has_window ? window.need : lists * static_cast<uint32_t>(budget.ranked);
-    bool takes_all = !has_window && need >= lists * static_cast<uint32_t>(budget.between.width);
-    List list = {false, 0};
-    Sum outside = 0;
-    if (!args.all_heads && (args.rule == SelectRule::kFixed || ranks_heads) && !takes_all && need > 0) {
-        const uint32_t top = keys.survey(budget.between, &outside);
-        const uint32_t bound = find_bound(shared, group, top, prefix.eligible, need);
+    Choice choice = {Budget(prefix, ranks_heads ? wanted : min(wanted, args.capacity)),
+                     {0xffffffffu, 0u},
+                     !ranks_heads && wanted > args.capacity,
+                     false,
+                     0,
+                     0};
+    uint32_t need = static_cast<uint32_t>(choice.budget.ranked) * (ranks_heads ? args.heads : 1);
+    if (has_window) need = window.need;
+    bool takes_all = !has_window && choice.budget.ranked >= choice.budget.between.width;
+    if (is_bounded && !takes_all && need > 0) {
+        const Places places(args, choice.budget.between);
+        const CoarseBins coarse = {__float_as_uint(0.5f / static_cast<float>(prefix.eligible))};
+        // What each thread has at most, or what every four units have, is enough to find a bound for `need`.
+        const bool counts_fours = need * 2 > group.size() * kThreadsOf;
+        const uint32_t top = keys.survey(choice.budget.between, &choice.outside, [&](uint32_t most) {
+            if (counts_fours) coarse.count(shared.coarse, most);
+        });
+        if (!counts_fours) coarse.count(shared.coarse, top);
+        __syncthreads();
+        const uint32_t bound = find_bound(group, coarse, need);
         if (bound != 0) {
-            const Places places(args, budget.between);
             if (top >= bound) {
-                keys.each_above(budget.between, bound, [&](uint32_t key, int32_t unit) {
+                keys.each_above(choice.budget.between, bound, [&](uint32_t key, int32_t unit) {
                     const uint32_t at = atomicAdd(&shared.listed, 1u);
                     if (at < kListed) shared.list[at] = entry_of(key, places.of(unit, head));
                 });
             }
-            __syncthreads();
-            list = {shared.listed <= kListed, shared.listed};
-            window = window_above<kBins>(bound, need);
+            window = window_above<4 * kThreadsOf>(bound, need);
             has_window = true;
+            __syncthreads();
+            choice.listed = shared.listed;
+            choice.has_list = choice.listed <= kListed;
         }
     }
-    Pick pick;
+#pragma unroll 1
     while (true) {
-        const Places places(args, budget.between);
+        const Places places(args, choice.budget.between);
         if (takes_all) {
-            pick = {0u, 0xffffffffu};
+            choice.pick = {0u, 0xffffffffu};
         } else if (need == 0) {
-            pick = {0xffffffffu, 0u};
-        } else if (list.is_complete && list.count <= kRanked && group.size() == 1) {
-            pick = last_of(shared, shared.list, list.count, need);
+            choice.pick = {0xffffffffu, 0u};
+        } else if (choice.has_list && choice.listed <= kRanked && group.size() == 1) {
+            choice.pick = last_of(shared, shared.list, choice.listed, need);
+        } else if (choice.has_list) {
+            choice.pick = search(shared, group, choice.budget.between, places, window,
+                                 [&](auto&& visit) { each_listed(shared, places, choice.listed, visit); });
         } else {
-            if (!has_window) window = first_window<kBins>(args, prefix.eligible, need);
-            pick = search(shared, keys, scope, group, budget.between, places, window, list);
+            if (!has_window) window = first_window<4 * kThreadsOf>(args, prefix.eligible, need);
+            const auto found = search_all(shared, keys, scope, group, choice.budget.between, places, window);
+            choice.pick = found.pick;
+            if constexpr (!kAlone) group = found.group;
         }
-        if (!ranks_heads || args.all_heads) break;
+        if (!ranks_heads || has_all_heads) break;
         // What this head has of the joint ranking is the top of its own; where that is too long, another search.
         ranks_heads = false;
-        const Sum taken = count_taken(shared, keys, scope, budget, places, pick, list);
+        Sum taken = 0;
+        const auto count = [&](uint32_t key, int32_t unit, int32_t of) {
+            if (choice.budget.between.contains(unit) && choice.pick.takes(key, places.of(unit, of))) ++taken;
+        };
+        if (choice.has_list) {
+            each_listed(shared, places, choice.listed, count);
+        } else {
+            keys.each(scope, [&](uint32_t key, int32_t unit, int32_t of, int32_t) { count(key, unit, of); });
+        }
         uint4 sums = group.cta_sums(taken, 0);
         if (group.size() > 1) {
             const int32_t lane = thread % kWarp;
@@ -396,106 +513,77 @@ __global__ void __launch_bounds__(kThreadsOf, (kLeastBlocks<kThreadsOf, kHeld>))
             sums = as_vector(warp_sum(is_own ? first_sum(parts[lane]) : 0), 0);
         }
         __syncthreads();
-        group.narrow(static_cast<uint32_t>(head * args.parts), static_cast<uint32_t>(args.parts));
-        wanted = budget.count - budget.ranked + static_cast<int32_t>(first_sum(sums));
-        overflow = wanted > args.capacity;
-        if (!overflow) {
-            budget.count = wanted;
-            break;
-        }
-        budget = Budget(prefix, args.capacity);
-        need = static_cast<uint32_t>(budget.ranked);
-        takes_all = budget.ranked >= budget.between.width;
+        group.narrow(static_cast<uint32_t>(head) * parts, parts);
+        wanted = choice.budget.count - choice.budget.ranked + static_cast<int32_t>(first_sum(sums));
+        choice.overflow = wanted > args.capacity;
+        choice.budget.count = wanted;
+        if (!choice.overflow) break;
+        choice.budget = Budget(prefix, args.capacity);
+        choice.has_list = false;
+        need = static_cast<uint32_t>(choice.budget.ranked);
+        takes_all = choice.budget.ranked >= choice.budget.between.width;
         has_window = false;
-        list.is_complete = false;
     }
-    if constexpr (kHeld == kInMemory) {
-        if (args.all_heads) {
-            for (int32_t of = 0; of < args.heads; ++of) {
-                const Scope one = {of, 1};
-                const Sum taken = count_taken(shared, keys, one, budget, Places(args, budget.between), pick, list);
-                wanted = budget.count - budget.ranked + static_cast<int32_t>(first_sum(group.sums(taken, 0)));
-                overflow = wanted > args.capacity;
-                Budget cut = budget;
-                cut.count = wanted;
-                Pick last = pick;
-                if (overflow) {
-                    cut = Budget(prefix, args.capacity);
-                    need = static_cast<uint32_t>(cut.ranked);
-                    if (cut.ranked >= cut.between.width) {
-                        last = {0u, 0xffffffffu};
-                    } else if (need == 0) {
-                        last = {0xffffffffu, 0u};
-                    } else {
-                        window = first_window<kBins>(args, prefix.eligible, need);
-                        last = search(shared, keys, one, group, cut.between, Places(args, cut.between), window, list);
-                    }
-                }
-                clear_rest(args, group, list_row + of, cut.count);
-                write_list(args, shared, keys, group, list_row + of, of, prefix, cut, last, list, 0, overflow);
-                __syncthreads();
-                shared.words[thread] = 0;
-                __syncthreads();
-            }
-            return;
-        }
+    if constexpr (!kHeld) {
+        if (args.all_heads) return write_lists(args, shared, keys, group, list_row, prefix, choice.budget, choice.pick);
     }
-    clear_rest(args, group, list_row, budget.count);
-    write_list(args, shared, keys, group, list_row, head, prefix, budget, pick, list, outside, overflow);
+    clear_rest(args, group, list_row, choice.budget.count);
+    write_list(args, shared, keys, group, list_row, head, prefix, choice);
 }
 
 // How rows are laid on CTAs.
 struct RowPlan {
     int32_t parts = 1;  // CTAs of a row
     int32_t span = 0;   // their units
-    int32_t held = kInMemory;
     int32_t threads = kThreads;
+    bool is_held = false;
 };
 
 constexpr int kMostSharedMemory = 227 * 1024;  // of a block on Hopper
-constexpr int64_t kMostSlots = (kMostSharedMemory - static_cast<int64_t>(sizeof(SelectShared<kThreads>))) /
-                               (kThreads * static_cast<int64_t>(sizeof(uint32_t))) * kThreads;
-constexpr int64_t kUsualSlots = 33 * kThreads;  // two CTAs in a multiprocessor
+constexpr int64_t kMostSlots =
+    (kMostSharedMemory - static_cast<int64_t>(sizeof(SelectShared<kThreads>))) / static_cast<int64_t>(sizeof(float)) -
+    8;
+constexpr int64_t kFewUnits = 8192;    // of a CTA, where all CTAs run at once
+constexpr int64_t kManyUnits = 16416;  // else
 constexpr int64_t kHopperMultiprocessors = 132;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Rows of n units, by the CTAs that a row may have and the number of rows.
-RowPlan row_plan(int64_t rows, int64_t units, int64_t most_parts) {
+RowPlan split(int64_t units, int64_t parts, bool is_held, int threads) {
     RowPlan plan;
-    const auto split = [&](int64_t parts, int32_t held) {
-        plan.parts = static_cast<int32_t>(parts);
-        plan.span = static_cast<int32_t>(ceil_div(ceil_div(units, parts), kWarp) * kWarp);
-        plan.held = held;
-        return plan;
-    };
-    if (units <= kFewThreads * kFewHeld) {
-        plan.threads = kFewThreads;
-        return split(1, kFewHeld);
-    }
-    if (units <= kThreads * kFewHeld) return split(1, kFewHeld);
-    const int64_t parts = ceil_div(units, kThreads * kMostHeld - kWarp);
-    if (parts == 1 || (parts <= most_parts && rows * parts <= kHopperMultiprocessors)) return split(parts, kMostHeld);
-    const int64_t slots = std::min(most_parts, ceil_div(units, kUsualSlots - kWarp));
-    if (ceil_div(units, slots) <= kMostSlots - kWarp) return split(slots, kInShared);
-    return split(most_parts, kInMemory);
+    plan.parts = static_cast<int32_t>(parts);
+    plan.span = static_cast<int32_t>(ceil_div(ceil_div(units, parts), kWarp) * kWarp);
+    plan.threads = threads;
+    plan.is_held = is_held;
+    return plan;
 }
 
-template <int kThreadsOf, int kHeld>
-void start(const SelectArgs& args, LaunchPlan plan, int64_t slots, CudaStream stream) {
-    const auto kernel = &mage_select_kv_kernel<kThreadsOf, kHeld>;
+// Rows of n units, by the CTAs that a row may have and the number of rows.
+RowPlan row_plan(int64_t rows, int64_t units, int64_t most_parts) {
+    if (units <= kFewThreads * 8) return split(units, 1, true, kFewThreads);
+    const int64_t many = std::min(most_parts, ceil_div(units, kFewUnits));
+    const bool at_once = rows * many <= kHopperMultiprocessors;
+    const int64_t parts = at_once ? many : std::min(most_parts, ceil_div(units, kManyUnits));
+    return split(units, parts, ceil_div(units, parts) + kWarp <= kMostSlots, kThreads);
+}
+
+template <int kThreadsOf, bool kHeld, bool kFixed, bool kAlone>
+void start(const SelectArgs& args, LaunchPlan plan, CudaStream stream) {
+    const auto kernel = &mage_select_kv_kernel<kThreadsOf, kHeld, kFixed, kAlone>;
     const void* function = reinterpret_cast<const void*>(kernel);
     plan.block[0] = kThreadsOf;
-    plan.shared_bytes = static_cast<uint32_t>(sizeof(SelectShared<kThreadsOf>) + slots * sizeof(uint32_t));
-    if (slots > 0) core::allow_shared_memory(kOp, function, kMostSharedMemory);
+    // Slots, and 16 bytes for how the values lie.
+    const size_t slots = kHeld ? args.span * sizeof(float) + 2 * sizeof(uint4) : 0;
+    plan.shared_bytes = static_cast<uint32_t>(sizeof(SelectShared<kThreadsOf>) + slots);
+    core::allow_shared_memory(kOp, function, kMostSharedMemory);
     if (plan.cluster > 8) core::allow_large_clusters(kOp, function);
     core::launch(kOp, kernel, plan, stream, args);
 }
 
-template <int kThreadsOf, int kHeld>
-KernelEntry entry(const char* name, int slots) {
-    return {name, reinterpret_cast<const void*>(&mage_select_kv_kernel<kThreadsOf, kHeld>), kThreadsOf,
-            static_cast<int>(sizeof(SelectShared<kThreadsOf>)) + slots * static_cast<int>(sizeof(uint32_t))};
+template <int kThreadsOf, bool kHeld, bool kFixed, bool kAlone>
+KernelEntry entry(const char* name, int64_t units) {
+    return {name, reinterpret_cast<const void*>(&mage_select_kv_kernel<kThreadsOf, kHeld, kFixed, kAlone>), kThreadsOf,
+            static_cast<int>(sizeof(SelectShared<kThreadsOf>) + units * sizeof(float))};
 }
 
 // Launches a call whose arguments hold. A head has CTAs of its own unless `all_heads`.
@@ -540,24 +628,24 @@ void run(const SelectKvParams& p, const RowPlan& rows_plan, bool all_heads, Cuda
     plan.grid[0] = static_cast<uint32_t>(rows * rows_plan.parts);
     plan.cluster = static_cast<uint32_t>(args.cluster);
     plan.overlap = true;
-    if (rows_plan.threads == kFewThreads) return start<kFewThreads, kFewHeld>(args, plan, 0, stream);
-    if (rows_plan.held == kFewHeld) return start<kThreads, kFewHeld>(args, plan, 0, stream);
-    if (rows_plan.held == kMostHeld) return start<kThreads, kMostHeld>(args, plan, 0, stream);
-    if (rows_plan.held == kInShared) {
-        return start<kThreads, kInShared>(args, plan, ceil_div(args.span, kThreads) * kThreads, stream);
-    }
-    return start<kThreads, kInMemory>(args, plan, 0, stream);
+    const bool is_fixed = p.rule == SelectRule::kFixed, is_alone = args.cluster == 1;
+    if (!rows_plan.is_held) return start<kThreads, false, false, false>(args, plan, stream);
+    if (!is_fixed) return start<kThreads, true, false, false>(args, plan, stream);
+    if (!is_alone) return start<kThreads, true, true, false>(args, plan, stream);
+    if (rows_plan.threads == kThreads) return start<kThreads, true, true, true>(args, plan, stream);
+    if (rows_plan.threads == kSomeThreads) return start<kSomeThreads, true, true, true>(args, plan, stream);
+    start<kFewThreads, true, true, true>(args, plan, stream);
 }
 
 }  // namespace
 
 std::vector<KernelEntry> select_kv_kernels() {
     return {
-        entry<kFewThreads, kFewHeld>("mage_select_kv_128x8_kernel", 0),
-        entry<kThreads, kFewHeld>("mage_select_kv_512x8_kernel", 0),
-        entry<kThreads, kMostHeld>("mage_select_kv_512x20_kernel", 0),
-        entry<kThreads, kInShared>("mage_select_kv_shared_kernel", static_cast<int>(kUsualSlots)),
-        entry<kThreads, kInMemory>("mage_select_kv_memory_kernel", 0),
+        entry<kFewThreads, true, true, true>("mage_select_kv_fixed_short_kernel", kFewThreads * 8),
+        entry<kThreads, true, true, true>("mage_select_kv_fixed_kernel", kFewUnits),
+        entry<kThreads, true, true, false>("mage_select_kv_fixed_cluster_kernel", kFewUnits),
+        entry<kThreads, true, false, false>("mage_select_kv_kernel", kFewUnits),
+        entry<kThreads, false, false, false>("mage_select_kv_long_kernel", 0),
     };
 }
 
@@ -576,10 +664,8 @@ void select_kv(const SelectKvParams& p, CudaStream stream) {
                (int64_t{1} << 32) >> head_bits, " units with rule \"joint\" and ", p.num_kv_heads,
                " heads on CUDA, got ", p.num_units);
     if (is_joint && p.num_kv_heads > kMaxGroup) {
-        RowPlan plan;
-        plan.parts = static_cast<int32_t>(std::min<int64_t>(kMaxGroup, ceil_div(p.num_units, kThreads)));
-        plan.span = static_cast<int32_t>(ceil_div(ceil_div(p.num_units, plan.parts), kWarp) * kWarp);
-        return run(p, plan, true, stream);
+        const int64_t parts = std::min<int64_t>(kMaxGroup, ceil_div(p.num_units, kThreads));
+        return run(p, split(p.num_units, parts, false, kThreads), true, stream);
     }
     const int64_t rows = p.num_layers * p.num_requests * p.num_kv_heads;
     run(p, row_plan(rows, p.num_units, is_joint ? kMaxGroup / p.num_kv_heads : kMaxGroup), false, stream);
