@@ -58,16 +58,16 @@ struct SelectShared {
     // Place (its complement) and key as one number, which ranks them.
     Sum list[kListed];  // of this CTA's units at or above the bound
     Sum own_entries[kCandidates], entries[kCandidates];
-    uint32_t words[kThreads];                                 // a bit per unit taken; 0 at first
-    alignas(16) uint32_t coarse[kCoarseBins];                 // like bins
-    alignas(16) uint4 coarse_in[kMaxGroup][kCoarseBins / 4];  // [sender]
-    uint4 sums_in[2][kMaxGroup];                              // [sender]
+    uint32_t words[kThreads];                                    // a bit per unit taken; 0 at first
+    alignas(16) uint32_t coarse[2][kCoarseBins];                 // of this CTA, in two rounds; 0 at first
+    alignas(16) uint4 coarse_in[2][kMaxGroup][kCoarseBins / 4];  // [sender]
+    uint4 sums_in[2][kMaxGroup];                                 // [sender]
     Sum warp_sums[2][kWarps], bin_sums[kWarps];
     uint32_t warp_taken[kWarps], warp_counts[kWarps];
     Found found;
     Pick pick;
     uint32_t listed, gathered;  // entries of list and of own_entries
-    alignas(8) uint64_t values_arrived, bins_arrived, group_bins_arrived, entries_arrived, coarse_arrived,
+    alignas(8) uint64_t values_arrived, bins_arrived, group_bins_arrived, entries_arrived, coarse_arrived[2],
         sums_arrived[2];
 };
 
@@ -120,7 +120,7 @@ public:
     static __device__ __forceinline__ void init_barriers(Shared& shared) {
         for (uint64_t* barrier :
              {&shared.values_arrived, &shared.bins_arrived, &shared.group_bins_arrived, &shared.entries_arrived,
-              &shared.coarse_arrived, &shared.sums_arrived[0], &shared.sums_arrived[1]})
+              &shared.coarse_arrived[0], &shared.coarse_arrived[1], &shared.sums_arrived[0], &shared.sums_arrived[1]})
             device::mbarrier_init(device::shared_address(barrier), 1);
         device::mbarrier_init_fence();
     }
@@ -187,24 +187,25 @@ public:
         return shared_->entries;
     }
 
-    // What two of the coarse bins hold, lane by lane of each warp. Once in a kernel; a barrier of the CTA stands
+    // What two of the coarse bins hold, lane by lane of each warp. One time for each round; a barrier of the CTA stands
     // before.
-    __device__ __forceinline__ uint2 coarse_bins() {
+    __device__ __forceinline__ uint2 coarse_bins(int32_t round) {
         constexpr uint32_t kVectors = kCoarseBins / 4;
         const uint32_t thread = threadIdx.x, lane = thread % kWarp;
-        if (size_ == 1) return reinterpret_cast<const uint2*>(shared_->coarse)[lane];
-        const uint32_t arrived = device::shared_address(&shared_->coarse_arrived);
+        if (size_ == 1) return reinterpret_cast<const uint2*>(shared_->coarse[round])[lane];
+        const uint32_t arrived = device::shared_address(&shared_->coarse_arrived[round]);
         if (thread == 0) device::mbarrier_arrive_expect(arrived, size_ * kVectors * sizeof(uint4));
         for (uint32_t i = thread; i < size_ * kVectors; i += kThreads) {
             const uint32_t to = i / kVectors, at = i % kVectors;
-            device::store_cluster_async(at_cta(&shared_->coarse_in[rank_][at], to),
-                                        reinterpret_cast<const uint4*>(shared_->coarse)[at], at_cta(arrived, to));
+            device::store_cluster_async(at_cta(&shared_->coarse_in[round][rank_][at], to),
+                                        reinterpret_cast<const uint4*>(shared_->coarse[round])[at],
+                                        at_cta(arrived, to));
         }
         device::mbarrier_wait(arrived, 0);
         uint2 sum = {};
 #pragma unroll 4
         for (uint32_t i = 0; i < size_; ++i) {
-            const uint2 part = reinterpret_cast<const uint2*>(shared_->coarse_in[i])[lane];
+            const uint2 part = reinterpret_cast<const uint2*>(shared_->coarse_in[round][i])[lane];
             sum.x += part.x;
             sum.y += part.y;
         }

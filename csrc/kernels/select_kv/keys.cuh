@@ -176,17 +176,14 @@ public:
             const int32_t unit = first_ + 4 * vector - shift_;
             uint32_t most = max(max(words.x, words.y), max(words.z, words.w));
             if (most != 0 && (most > kInfinity || static_cast<uint32_t>(unit - range.begin) >= width)) {
+                const uint32_t values[4] = {words.x, words.y, words.z, words.w};
                 most = 0;
-                uint4 left = words;
-#pragma unroll 1
+#pragma unroll
                 for (int32_t i = 0; i < 4; ++i) {
-                    const uint32_t share = left.x <= kInfinity ? left.x : 0u;
-                    if (range.contains(unit + i)) {
-                        most = max(most, share);
-                    } else {
-                        *outside += fixed_point(__uint_as_float(share));
-                    }
-                    left = make_uint4(left.y, left.z, left.w, 0u);
+                    const uint32_t share = values[i] <= kInfinity ? values[i] : 0u;
+                    const bool is_inside = range.contains(unit + i);
+                    most = max(most, is_inside ? share : 0u);
+                    *outside += fixed_point(is_inside ? 0.0f : __uint_as_float(share));
                 }
             }
             visit(most);
@@ -195,19 +192,29 @@ public:
         return top;
     }
 
-    // visit(key, unit) for the thread's held units of the range whose mass has at least the bits `bound` > 0.
-    template <typename Visit>
-    __device__ __forceinline__ void each_above(const Range& range, uint32_t bound, Visit&& visit) const {
-#pragma unroll 2
+    // visit(key, unit, at) for the thread's held units of the range whose mass has at least the bits `bound` > 0; `at`
+    // counts from what reserve(number) gives for up to four of them.
+    template <typename Reserve, typename Visit>
+    __device__ __forceinline__ void each_above(const Range& range, uint32_t bound, Reserve&& reserve,
+                                               Visit&& visit) const {
+#pragma unroll 1
         for (int32_t vector = threadIdx.x; vector < vectors(); vector += kThreads) {
             const uint4 words = reinterpret_cast<const uint4*>(values_ - shift_)[vector];
             if (max(max(words.x, words.y), max(words.z, words.w)) < bound) continue;
-            uint4 left = words;
-#pragma unroll 1
+            const uint32_t values[4] = {words.x, words.y, words.z, words.w};
+            const int32_t unit = first_ + 4 * vector - shift_;
+            bool is_above[4];
+            uint32_t number = 0;
+#pragma unroll
             for (int32_t i = 0; i < 4; ++i) {
-                const int32_t unit = first_ + 4 * vector - shift_ + i;
-                if (left.x >= bound && left.x <= kInfinity && range.contains(unit)) visit(mass_key(left.x), unit);
-                left = make_uint4(left.y, left.z, left.w, 0u);
+                is_above[i] = values[i] - bound <= kInfinity - bound && range.contains(unit + i);
+                number += is_above[i] ? 1 : 0;
+            }
+            if (number == 0) continue;
+            uint32_t at = reserve(number);
+#pragma unroll
+            for (int32_t i = 0; i < 4; ++i) {
+                if (is_above[i]) visit(mass_key(values[i]), unit + i, at++);
             }
         }
     }

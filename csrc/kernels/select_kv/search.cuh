@@ -53,7 +53,7 @@ __device__ __forceinline__ uint32_t shift_of(uint32_t low, uint32_t high) {
 
 constexpr uint32_t kWindowOctaves = 16;
 constexpr uint32_t kUsualVotes = 1024;
-constexpr uint32_t kRanked = 128;  // entries that a CTA ranks one against the other
+constexpr uint32_t kRanked = 64;  // entries that are ranked one against the other
 constexpr uint32_t kMantissaBits = 23;
 
 // Masses of a row sum to about 1, so half of their mean is a bound that few of many values reach.
@@ -140,6 +140,7 @@ __device__ __forceinline__ Pick last_of(SelectShared<kThreads>& shared, const Su
     Sum own[kRanked / kWarp];
 #pragma unroll
     for (uint32_t i = 0; i < kRanked / kWarp; ++i) own[i] = lane + i * kWarp < count ? entries[lane + i * kWarp] : 0;
+#pragma unroll 1
     for (uint32_t at = warp; at < count; at += SelectShared<kThreads>::kWarps) {
         const Sum entry = entries[at];
         uint32_t above = 0;
@@ -156,50 +157,48 @@ __device__ __forceinline__ Pick last_of(SelectShared<kThreads>& shared, const Su
 
 __device__ __forceinline__ Sum entry_of(uint32_t key, uint32_t place) { return static_cast<Sum>(key) << 32 | ~place; }
 
-// Coarse bins of masses from half of the mean on.
+// Coarse bins of values, the highest one first; what is above the last one is counted there.
 struct CoarseBins {
-    static constexpr uint32_t kShift = kMantissaBits + kLog2<kWindowOctaves> - kLog2<kCoarseBins>;
-    uint32_t low;
+    uint32_t low, shift;
 
-    // The highest one is the first.
-    __device__ __forceinline__ void count(uint32_t* bins, uint32_t mass) const {
-        if (mass >= low) atomicAdd(bins + (kCoarseBins - 1 - min((mass - low) >> kShift, kCoarseBins - 1)), 1u);
+    __device__ __forceinline__ void count(uint32_t (&bins)[kCoarseBins], uint32_t value) const {
+        if (value >= low) atomicAdd(&bins[kCoarseBins - 1 - min((value - low) >> shift, kCoarseBins - 1)], 1u);
     }
-    __device__ __forceinline__ uint32_t bound_of(uint32_t position) const {
-        return low + ((kCoarseBins - 1 - position) << kShift);
+    __device__ __forceinline__ uint32_t low_of(uint32_t position) const {
+        return low + ((kCoarseBins - 1 - position) << shift);
     }
 };
 
-// The lower end, as bits, of the coarse bin with which those from the highest one down hold `need` units; 0 if they do
-// not. The same in all CTAs of the group.
+constexpr uint32_t kBoundShift = kMantissaBits + kLog2<kWindowOctaves> - kLog2<kCoarseBins>;  // masses
+constexpr uint32_t kListShift = kBoundShift - kLog2<kCoarseBins>;  // in the bin that a bound begins
+
+// The bin with which those from the highest one down hold `need` values, what is left of them, and what it holds. The
+// same in all CTAs of the group. inside = 0: they hold less.
+struct CoarseBin {
+    uint32_t position, need, inside;
+};
+
 template <int kThreads>
-__device__ __forceinline__ uint32_t find_bound(Group<kThreads>& group, const CoarseBins& coarse, uint32_t need) {
+__device__ __forceinline__ CoarseBin find_coarse(Group<kThreads>& group, int32_t round, uint32_t need) {
     static_assert(kCoarseBins == 2 * kWarp);
     const uint32_t lane = threadIdx.x % kWarp;
-    const uint2 bins = group.coarse_bins();
+    const uint2 bins = group.coarse_bins(round);
     const uint32_t own = bins.x + bins.y;
-    const uint32_t upto = running_sum(own);
+    const uint32_t upto = running_sum(own), above = upto - own;
     const uint32_t reached = __ballot_sync(kAllLanes, upto >= need);
-    if (reached == 0) return 0;
-    const uint32_t position = 2 * lane + (upto - own + bins.x < need ? 1 : 0);
-    return coarse.bound_of(__shfl_sync(kAllLanes, position, __ffs(reached) - 1));
-}
-
-// A window of keys from a bound on, the last unit being near to it.
-template <uint32_t kBins>
-__device__ __forceinline__ Window window_above(uint32_t bound, uint32_t need) {
-    Window window = {};
-    window.low = mass_key(bound);
-    window.high = 0xffffffffu;
-    window.need = need;
-    window.shift = kMantissaBits - kLog2<kBins>;
-    return window;
+    if (reached == 0) return {0, 0, 0};
+    const bool in_first = above + bins.x >= need;
+    const int32_t from = __ffs(reached) - 1;
+    return {2 * static_cast<uint32_t>(from) + __shfl_sync(kAllLanes, in_first ? 0 : 1, from),
+            need - __shfl_sync(kAllLanes, in_first ? above : above + bins.x, from),
+            __shfl_sync(kAllLanes, in_first ? bins.x : bins.y, from)};
 }
 
 // visit(key, unit, head) for the entries of the list.
 template <int kThreads, typename Visit>
 __device__ __forceinline__ void each_listed(const SelectShared<kThreads>& shared, const Places& places, uint32_t count,
                                             Visit&& visit) {
+#pragma unroll 1
     for (uint32_t i = threadIdx.x; i < count; i += kThreads) {
         const Sum entry = shared.list[i];
         const uint32_t place = ~static_cast<uint32_t>(entry);

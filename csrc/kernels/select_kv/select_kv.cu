@@ -27,7 +27,6 @@ namespace {
 
 constexpr char kOp[] = "select_kv";
 constexpr int kThreads = 512;
-constexpr int kSomeThreads = 256;
 constexpr int kFewThreads = 128;
 constexpr double kLeastCoverage = 1.0 / (1 << 24);
 constexpr double kLogGrid = 1 << 20;
@@ -127,23 +126,6 @@ __device__ __noinline__ Searched<kThreadsOf> search_all(SelectShared<kThreadsOf>
         keys.each(scope, [&](uint32_t key, int32_t unit, int32_t head, int32_t) { visit(key, unit, head); });
     });
     return {pick, group};
-}
-
-// The same in the list.
-template <int kThreadsOf>
-__device__ __forceinline__ Pick search_list(SelectShared<kThreadsOf>& shared, Group<kThreadsOf>& group,
-                                            const Range& range, const Places& places, const Window& window,
-                                            uint32_t listed) {
-    return search(shared, group, range, places, window,
-                  [&](auto&& visit) { each_listed(shared, places, listed, visit); });
-}
-
-// In one CTA, where the list is too long to rank each entry against all others.
-template <int kThreadsOf>
-__device__ __noinline__ Pick search_long_list(SelectShared<kThreadsOf>& shared, Range range, Places places,
-                                              Window window, uint32_t listed) {
-    Group<kThreadsOf> group(shared, 1, 0);
-    return search_list(shared, group, range, places, window, listed);
 }
 
 // rule kMass: units wanted of a row, and the window in which the last one lies, if it is known.
@@ -404,7 +386,7 @@ __global__ void __launch_bounds__(kThreadsOf, 1024 / kThreadsOf)
     }
     shared.bins[thread] = uint4{};
     shared.words[thread] = 0;
-    if (thread < static_cast<int32_t>(kCoarseBins)) shared.coarse[thread] = 0;
+    if (thread < 2 * static_cast<int32_t>(kCoarseBins)) shared.coarse[0][thread] = 0;
     __syncthreads();
     const uint32_t cluster = kAlone ? 1 : args.cluster;
     if (cluster > 1) device::cluster_sync_relaxed();
@@ -450,44 +432,78 @@ __global__ void __launch_bounds__(kThreadsOf, 1024 / kThreadsOf)
     uint32_t need = static_cast<uint32_t>(choice.budget.ranked) * (ranks_heads ? args.heads : 1);
     if (has_window) need = window.need;
     bool takes_all = !has_window && choice.budget.ranked >= choice.budget.between.width;
-    if (is_bounded && !takes_all && need > 0) {
-        const Places places(args, choice.budget.between);
-        const CoarseBins coarse = {__float_as_uint(0.5f / static_cast<float>(prefix.eligible))};
+    bool is_picked = takes_all || need == 0;
+    if (takes_all) choice.pick = {0u, 0xffffffffu};
+    if (is_bounded && !is_picked) {
+        const Range between = choice.budget.between;
+        const Places places(args, between);
+        const CoarseBins coarse = {__float_as_uint(0.5f / static_cast<float>(prefix.eligible)), kBoundShift};
         // What each thread has at most, or what every four units have, is enough to find a bound for `need`.
         const bool counts_fours = need * 2 > group.size() * kThreadsOf;
-        const uint32_t top = keys.survey(choice.budget.between, &choice.outside, [&](uint32_t most) {
-            if (counts_fours) coarse.count(shared.coarse, most);
+        const uint32_t top = keys.survey(between, &choice.outside, [&](uint32_t most) {
+            if (counts_fours) coarse.count(shared.coarse[0], most);
         });
-        if (!counts_fours) coarse.count(shared.coarse, top);
+        if (!counts_fours) coarse.count(shared.coarse[0], top);
         __syncthreads();
-        const uint32_t bound = find_bound(group, coarse, need);
-        if (bound != 0) {
+        const CoarseBin found = find_coarse(group, 0, need);
+        if (found.inside > 0) {
+            const uint32_t bound = coarse.low_of(found.position);
             if (top >= bound) {
-                keys.each_above(choice.budget.between, bound, [&](uint32_t key, int32_t unit) {
-                    const uint32_t at = atomicAdd(&shared.listed, 1u);
-                    if (at < kListed) shared.list[at] = entry_of(key, places.of(unit, head));
-                });
+                keys.each_above(
+                    between, bound, [&](uint32_t number) { return atomicAdd(&shared.listed, number); },
+                    [&](uint32_t key, int32_t unit, uint32_t at) {
+                        if (at < kListed) shared.list[at] = entry_of(key, places.of(unit, head));
+                    });
             }
-            window = window_above<4 * kThreadsOf>(bound, need);
-            has_window = true;
             __syncthreads();
             choice.listed = shared.listed;
             choice.has_list = choice.listed <= kListed;
+            // visit(key, unit) for what is above the bound.
+            const auto each_above = [&](auto&& visit) {
+                if (choice.has_list) {
+                    each_listed(shared, places, choice.listed,
+                                [&](uint32_t key, int32_t unit, int32_t) { visit(key, unit); });
+                } else {
+                    keys.each_above(
+                        between, bound, [](uint32_t) { return 0u; },
+                        [&](uint32_t key, int32_t unit, uint32_t) { visit(key, unit); });
+                }
+            };
+            if (group.size() == 1 && choice.listed <= kWarp) {
+                choice.pick = last_of(shared, shared.list, choice.listed, need);
+                is_picked = true;
+            } else {
+                const CoarseBins fine = {mass_key(bound), kListShift};
+                each_above([&](uint32_t key, int32_t) { fine.count(shared.coarse[1], key); });
+                __syncthreads();
+                const CoarseBin last = find_coarse(group, 1, need);
+                window.low = fine.low_of(last.position);
+                window.high = last.position > 0 ? window.low + ((1u << kListShift) - 1) : 0xffffffffu;
+                window.shift = shift_of<4 * kThreadsOf>(window.low, window.high);
+                window.need = last.need;
+                has_window = true;
+                if (last.need == last.inside) {
+                    choice.pick = {window.low, 0xffffffffu};
+                    is_picked = true;
+                } else if (last.inside <= kCandidates) {
+                    each_above([&](uint32_t key, int32_t unit) {
+                        if (window.contains(key))
+                            shared.own_entries[atomicAdd(&shared.gathered, 1u)] = entry_of(key, places.of(unit, head));
+                    });
+                    __syncthreads();
+                    const Sum* entries = group.collect(last.inside);
+                    __syncthreads();
+                    choice.pick = last_of(shared, entries, last.inside, last.need);
+                    if (thread == 0) shared.gathered = 0;
+                    is_picked = true;
+                }
+            }
         }
     }
 #pragma unroll 1
     while (true) {
         const Places places(args, choice.budget.between);
-        if (takes_all) {
-            choice.pick = {0u, 0xffffffffu};
-        } else if (need == 0) {
-            choice.pick = {0xffffffffu, 0u};
-        } else if (choice.has_list && choice.listed <= kRanked && group.size() == 1) {
-            choice.pick = last_of(shared, shared.list, choice.listed, need);
-        } else if (choice.has_list) {
-            choice.pick = search(shared, group, choice.budget.between, places, window,
-                                 [&](auto&& visit) { each_listed(shared, places, choice.listed, visit); });
-        } else {
+        if (!is_picked) {
             if (!has_window) window = first_window<4 * kThreadsOf>(args, prefix.eligible, need);
             const auto found = search_all(shared, keys, scope, group, choice.budget.between, places, window);
             choice.pick = found.pick;
@@ -522,6 +538,8 @@ __global__ void __launch_bounds__(kThreadsOf, 1024 / kThreadsOf)
         choice.has_list = false;
         need = static_cast<uint32_t>(choice.budget.ranked);
         takes_all = choice.budget.ranked >= choice.budget.between.width;
+        choice.pick = takes_all ? Pick{0u, 0xffffffffu} : Pick{0xffffffffu, 0u};
+        is_picked = takes_all || need == 0;
         has_window = false;
     }
     if constexpr (!kHeld) {
@@ -633,7 +651,6 @@ void run(const SelectKvParams& p, const RowPlan& rows_plan, bool all_heads, Cuda
     if (!is_fixed) return start<kThreads, true, false, false>(args, plan, stream);
     if (!is_alone) return start<kThreads, true, true, false>(args, plan, stream);
     if (rows_plan.threads == kThreads) return start<kThreads, true, true, true>(args, plan, stream);
-    if (rows_plan.threads == kSomeThreads) return start<kSomeThreads, true, true, true>(args, plan, stream);
     start<kFewThreads, true, true, true>(args, plan, stream);
 }
 
