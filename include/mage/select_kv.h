@@ -36,7 +36,8 @@
 // multiple, the next one 1.9 * 2^-27, and for the one both neighbours of its logarithm give the same multiple, too.
 //
 // Cost: reads mass once from memory (rule mass: up to three more passes from cache), O(L * B * Hkv * n). On a GPU one
-// launch; each row is read once if n <= 196000 or so (16 CTAs hold 12 to 49 thousand units each), else once a pass.
+// launch; each row is read once, unless it is longer than what the multiprocessors of its cluster hold (760000 units, with rule
+// kJoint that over Hkv, from 17 heads on nothing); then once in each of up to seven passes.
 namespace mage {
 
 enum class SelectRule : int32_t { kFixed = 0, kLayer = 1, kMass = 2, kJoint = 3 };

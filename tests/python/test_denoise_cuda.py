@@ -404,7 +404,7 @@ def _has_kernel(op):
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"mage::{op}", "CUDA")
 
 
-@pytest.mark.parametrize("op", ["select_kv", "sparse_block_attention"])
+@pytest.mark.parametrize("op", ["sparse_block_attention"])
 def test_mage_runs_to_the_first_missing_kernel_and_names_it(op, no_waiting):
     """The exact forward emits its masses on the GPU; nothing goes on elsewhere in place of a kernel that is missing."""
     if _has_kernel(op):
@@ -430,15 +430,13 @@ def test_mage_runs_to_the_first_missing_kernel_and_names_it(op, no_waiting):
         sampler=SamplerConfig("sequential"),
         selection=SelectionConfig(k=32, g=16, score_rows="all"),
         dense_layers=(0,),
-        select_override=everything if op == "sparse_block_attention" else None,
+        select_override=everything,
     )
     (prompt,) = _prompts(model.config, (128,))
     cache = PagedCache.for_model(model, num_pages=8)
     with pytest.raises(NotImplementedError, match=f"mage::{op}'.*CUDA"):
         generate(model, [prompt], config, cache=cache)
     assert cache.num_free == 8
-    if not masses:
-        return
     (mass,) = masses  # [L, 1, Hkv, n]
     assert mass.is_cuda and mass.shape == (2, 1, 2, 10)
     context = prompt + [model.config.mask_id] * 32

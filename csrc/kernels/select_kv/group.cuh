@@ -12,8 +12,8 @@
 //
 // Why no message overtakes the reader of the one before it in the same place: a CTA sends a histogram only after it has
 // the whole one of the round before, to which every other CTA contributed after it had read what it was sent until
-// then. Entries are followed by sums before the next histogram. Sums, which have no such answer, alternate between two
-// places.
+// then; the coarse bins come before all of them. Entries are followed by sums before the next histogram. Sums, which
+// have no such answer, alternate between two places.
 namespace mage::cuda {
 
 namespace {
@@ -49,8 +49,11 @@ template <int kThreads>
 struct SelectShared {
     static constexpr int kWarps = kThreads / kWarp;
 
-    uint4 bins[kThreads];        // of this CTA, the highest first; all 0 between two rounds
-    uint4 group_bins[kThreads];  // of the group
+    uint4 bins[kThreads];  // of this CTA, the highest first; all 0 between two rounds
+    union {
+        uint4 group_bins[kThreads];                      // of the group
+        uint4 coarse_in[2][kMaxGroup][kCoarseBins / 4];  // [round][sender], before any histogram
+    };
     union {
         uint4 bins[kThreads + kMaxGroup];           // [sender][share of this CTA]
         uint2 entries[kMaxGroup][kCandidates + 1];  // [sender]: their number, then key and place
@@ -58,10 +61,9 @@ struct SelectShared {
     // Place (its complement) and key as one number, which ranks them.
     Sum list[kListed];  // of this CTA's units at or above the bound
     Sum own_entries[kCandidates], entries[kCandidates];
-    uint32_t words[kThreads];                                    // a bit per unit taken; 0 at first
-    alignas(16) uint32_t coarse[2][kCoarseBins];                 // of this CTA, in two rounds; 0 at first
-    alignas(16) uint4 coarse_in[2][kMaxGroup][kCoarseBins / 4];  // [sender]
-    uint4 sums_in[2][kMaxGroup];                                 // [sender]
+    uint2 words[kThreads];                        // a bit per unit taken; 0 at first
+    alignas(16) uint32_t coarse[2][kCoarseBins];  // of this CTA, in two rounds; 0 at first
+    uint4 sums_in[2][kMaxGroup];                  // [sender]
     Sum warp_sums[2][kWarps], bin_sums[kWarps];
     uint32_t warp_taken[kWarps], warp_counts[kWarps];
     Found found;

@@ -170,7 +170,7 @@ public:
     __device__ __forceinline__ uint32_t survey(const Range& range, Sum* outside, Visit&& visit) const {
         uint32_t top = 0;
         const auto width = static_cast<uint32_t>(max(range.width - 3, 0));
-#pragma unroll 2
+#pragma unroll 1
         for (int32_t vector = threadIdx.x; vector < vectors(); vector += kThreads) {
             const uint4 words = reinterpret_cast<const uint4*>(values_ - shift_)[vector];
             const int32_t unit = first_ + 4 * vector - shift_;

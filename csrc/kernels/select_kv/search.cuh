@@ -51,12 +51,19 @@ __device__ __forceinline__ uint32_t shift_of(uint32_t low, uint32_t high) {
     return static_cast<uint32_t>(max(bits - static_cast<int32_t>(kLog2<kBins>), 0));
 }
 
+constexpr uint32_t kMantissaBits = 23;
+
+// Masses of a row sum to about 1, so half of their mean is a bound that few of many values reach: a power of two near
+// it, as bits.
+__device__ __forceinline__ uint32_t mean_bound(int32_t eligible) {
+    constexpr uint32_t kBias = 127;
+    return (kBias - 1 - (32 - __clz(eligible))) << kMantissaBits;
+}
+
 constexpr uint32_t kWindowOctaves = 16;
 constexpr uint32_t kUsualVotes = 1024;
 constexpr uint32_t kRanked = 64;  // entries that are ranked one against the other
-constexpr uint32_t kMantissaBits = 23;
 
-// Masses of a row sum to about 1, so half of their mean is a bound that few of many values reach.
 template <uint32_t kBins>
 __device__ __forceinline__ Window first_window(const SelectArgs& args, int32_t eligible, uint32_t need) {
     Window window = {};
@@ -65,7 +72,7 @@ __device__ __forceinline__ Window first_window(const SelectArgs& args, int32_t e
     if (args.rule == SelectRule::kLayer) {
         window.shift = shift_of<kBins>(0, static_cast<uint32_t>(args.units) + kUsualVotes);
     } else {
-        window.low = mass_key(__float_as_uint(0.5f / static_cast<float>(eligible)));
+        window.low = mass_key(mean_bound(eligible));
         window.shift = kMantissaBits + kLog2<kWindowOctaves> - kLog2<kBins>;
     }
     return window;

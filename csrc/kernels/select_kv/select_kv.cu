@@ -186,6 +186,7 @@ __device__ __noinline__ Taken take_of_all(SelectShared<kThreadsOf>& shared, Keys
                                           Range between, Places places, Pick pick, int32_t first_chunk) {
     constexpr int kWarps = kThreadsOf / kWarp;
     const int32_t lane = static_cast<int32_t>(threadIdx.x) % kWarp, warp = static_cast<int32_t>(threadIdx.x) / kWarp;
+    uint32_t* words = &shared.words[0].x;
     Taken taken = {keys.tail(head), 0};
     keys.each({head, 1}, [&](uint32_t key, int32_t unit, int32_t of, int32_t chunk) {
         const bool is_between = between.contains(unit);
@@ -193,8 +194,8 @@ __device__ __noinline__ Taken take_of_all(SelectShared<kThreadsOf>& shared, Keys
         if (takes || (key != 0 && !is_between)) taken.mass += keys.mass_of(key, unit, of);
         if (takes) ++taken.count;
         const uint32_t word = __ballot_sync(kAllLanes, takes);
-        if (lane == 0 && chunk >= first_chunk && chunk < first_chunk + kWarp)
-            shared.words[(chunk - first_chunk) * kWarps + warp] = word;
+        if (lane == 0 && chunk >= first_chunk && chunk < first_chunk + 2 * kWarp)
+            words[(chunk - first_chunk) * kWarps + warp] = word;
     });
     return taken;
 }
@@ -203,11 +204,12 @@ __device__ __noinline__ Taken take_of_all(SelectShared<kThreadsOf>& shared, Keys
 template <int kThreadsOf>
 __device__ __forceinline__ Taken take_of_list(SelectShared<kThreadsOf>& shared, const Places& places, uint32_t listed,
                                               const Pick& pick, int32_t first) {
+    uint32_t* words = &shared.words[0].x;
     Taken taken = {0, 0};
     each_listed(shared, places, listed, [&](uint32_t key, int32_t unit, int32_t head) {
         if (pick.takes(key, places.of(unit, head))) {
             const int32_t at = unit - first;
-            if (at >= 0 && at < kThreadsOf * kWarp) atomicOr(&shared.words[at / kWarp], 1u << at % kWarp);
+            if (at >= 0 && at < 2 * kThreadsOf * kWarp) atomicOr(words + at / kWarp, 1u << at % kWarp);
             taken.mass += fixed_point(mass_of_key(key));
             ++taken.count;
         }
@@ -231,6 +233,13 @@ __device__ __forceinline__ uint32_t low_bits(int32_t count) {
     return count <= 0 ? 0u : count >= kWarp ? kAllLanes : (1u << count) - 1;
 }
 
+// The bits of 32 units from `begin` on that are forced; units from `end` on are not the CTA's or cannot be listed.
+__device__ __forceinline__ uint32_t forced_bits(const Range& between, int32_t begin, int32_t end) {
+    const int32_t recents = between.begin + between.width;
+    const uint32_t listable = low_bits(end - begin);
+    return listable & (low_bits(between.begin - begin) | ~low_bits(recents - begin));
+}
+
 // A list of units: the entries of shared.list, if there is one, hold all of a CTA's that may be taken.
 struct Choice {
     Budget budget;
@@ -247,7 +256,7 @@ __device__ __forceinline__ void write_list(const SelectArgs& args, SelectShared<
                                            const Keys<kThreadsOf, kHeld>& keys, Group<kThreadsOf>& group, int64_t row,
                                            int32_t head, const Prefix& prefix, const Choice& choice) {
     constexpr int kWarps = kThreadsOf / kWarp;
-    constexpr int kBlock = kThreadsOf * kWarp;  // units whose bits the threads have, a word each
+    constexpr int kBlock = 2 * kThreadsOf * kWarp;  // units whose bits the threads have, two words each
     const int32_t thread = threadIdx.x;
     const int32_t lane = thread % kWarp, warp = thread / kWarp;
     const Range between = choice.budget.between;
@@ -271,23 +280,18 @@ __device__ __forceinline__ void write_list(const SelectArgs& args, SelectShared<
     __syncthreads();
 
     // Sums of the CTA and of the group, by the first warp.
-    Sum kept = 0;
+    const auto kept_by_cta = [&] { return warp_sum(lane < kWarps ? shared.warp_sums[0][lane] : Sum{0}); };
     uint32_t base = 0;
-    if (warp == 0) kept = warp_sum(lane < kWarps ? shared.warp_sums[0][lane] : Sum{0});
+    const uint4* parts = nullptr;
     if (group.size() > 1) {
-        uint32_t count = 0;
+        uint4 sums = {};
         if (warp == 0) {
-            count = warp_sum(lane < kWarps ? shared.warp_taken[lane] : 0u);
+            uint32_t count = warp_sum(lane < kWarps ? shared.warp_taken[lane] : 0u);
             count += max(min(between.begin, end) - first, 0) + max(end - max(first, recents), 0);
+            sums = as_vector(kept_by_cta(), count);
         }
-        const uint4* parts = group.gather(as_vector(kept, count));
+        parts = group.gather(sums);
         base = warp_sum(lane < static_cast<int32_t>(group.rank()) ? parts[lane].z : 0u);
-        if (warp == 0) kept = warp_sum(lane < static_cast<int32_t>(group.size()) ? first_sum(parts[lane]) : Sum{0});
-    }
-    if (group.rank() == 0 && thread == 0) {
-        args.counts[row] = choice.budget.count;
-        args.kept_mass[row] = static_cast<float>(static_cast<double>(kept) * (1.0 / kFixedPoint));
-        args.overflow[row] = choice.overflow;
     }
 
     int32_t* indices = args.indices + row * args.capacity;
@@ -295,7 +299,7 @@ __device__ __forceinline__ void write_list(const SelectArgs& args, SelectShared<
     for (int32_t block = first; block < end; block += kBlock) {
         if (block > first) {
             __syncthreads();
-            shared.words[thread] = 0;
+            shared.words[thread] = uint2{};
             __syncthreads();
             if (choice.has_list) {
                 take_of_list(shared, places, choice.listed, choice.pick, block);
@@ -304,23 +308,44 @@ __device__ __forceinline__ void write_list(const SelectArgs& args, SelectShared<
             }
             __syncthreads();
         }
-        // A thread has 32 units.
-        const int32_t begin = block + thread * kWarp;
-        uint32_t word = 0;
+        const int32_t begin = block + thread * 2 * kWarp;
+        uint2 words = {};
         if (begin < end) {
-            word = shared.words[thread] | low_bits(between.begin - begin);
-            word |= low_bits(end - begin) & ~low_bits(recents - begin);
+            words = shared.words[thread];
+            words.x |= forced_bits(between, begin, end);
+            words.y |= forced_bits(between, begin + kWarp, end);
         }
-        const uint32_t own = __popc(word);
+        const uint32_t own = __popc(words.x) + __popc(words.y);
         uint32_t upto = 0;
-        if (__any_sync(kAllLanes, word != 0)) upto = running_sum(own);
+        if (__any_sync(kAllLanes, own != 0)) upto = running_sum(own);
         if (lane == kWarp - 1) shared.warp_counts[warp] = upto;
         __syncthreads();
         const uint32_t listed = lane < kWarps ? shared.warp_counts[lane] : 0u;
         int32_t* to = indices + base + warp_sum(lane < warp ? listed : 0u) + upto - own;
+        int32_t unit = begin - 1;
 #pragma unroll 1
-        for (; word != 0; word &= word - 1) *to++ = begin + __ffs(word) - 1;
+        while ((words.x | words.y) != 0) {
+            if (words.x == 0) {
+                words = make_uint2(words.y, 0u);
+                unit = begin + kWarp - 1;
+            }
+            *to++ = unit + __ffs(words.x);
+            words.x &= words.x - 1;
+        }
         base += warp_sum(listed);
+    }
+    if (warp == 0 && group.rank() == 0) {
+        Sum kept = 0;
+        if (group.size() > 1) {
+            kept = warp_sum(lane < static_cast<int32_t>(group.size()) ? first_sum(parts[lane]) : Sum{0});
+        } else {
+            kept = kept_by_cta();
+        }
+        if (lane == 0) {
+            args.counts[row] = choice.budget.count;
+            args.kept_mass[row] = static_cast<float>(static_cast<double>(kept) * (1.0 / kFixedPoint));
+            args.overflow[row] = choice.overflow;
+        }
     }
 }
 
@@ -356,7 +381,7 @@ __device__ __noinline__ void write_lists(const SelectArgs& args, SelectShared<kT
         clear_rest(args, group, row + head, choice.budget.count);
         write_list(args, shared, keys, group, row + head, head, prefix, choice);
         __syncthreads();
-        shared.words[threadIdx.x] = 0;
+        shared.words[threadIdx.x] = uint2{};
         __syncthreads();
     }
 }
@@ -385,7 +410,7 @@ __global__ void __launch_bounds__(kThreadsOf, 1024 / kThreadsOf)
         Group<kThreadsOf>::init_barriers(shared);
     }
     shared.bins[thread] = uint4{};
-    shared.words[thread] = 0;
+    shared.words[thread] = uint2{};
     if (thread < 2 * static_cast<int32_t>(kCoarseBins)) shared.coarse[0][thread] = 0;
     __syncthreads();
     const uint32_t cluster = kAlone ? 1 : args.cluster;
@@ -408,9 +433,9 @@ __global__ void __launch_bounds__(kThreadsOf, 1024 / kThreadsOf)
     Window window = {};
     bool has_window = false;
     int32_t wanted = budget_units(args, prefix, args.budget);
-    __syncthreads();
-    keys.settle(prefix.eligible, &shared.values_arrived);
     if constexpr (!kFixed) {
+        __syncthreads();
+        keys.settle(prefix.eligible, &shared.values_arrived);
         if (args.rule == SelectRule::kLayer) {
             wanted = budget_units(args, prefix, layer_budget(args, group, layer, request));
         } else if (args.rule == SelectRule::kMass) {
@@ -432,12 +457,17 @@ __global__ void __launch_bounds__(kThreadsOf, 1024 / kThreadsOf)
     uint32_t need = static_cast<uint32_t>(choice.budget.ranked) * (ranks_heads ? args.heads : 1);
     if (has_window) need = window.need;
     bool takes_all = !has_window && choice.budget.ranked >= choice.budget.between.width;
+    if constexpr (kFixed) {  // all of this while the values are on their way
+        clear_rest(args, group, list_row, choice.budget.count);
+        __syncthreads();
+        keys.settle(prefix.eligible, &shared.values_arrived);
+    }
     bool is_picked = takes_all || need == 0;
     if (takes_all) choice.pick = {0u, 0xffffffffu};
     if (is_bounded && !is_picked) {
         const Range between = choice.budget.between;
         const Places places(args, between);
-        const CoarseBins coarse = {__float_as_uint(0.5f / static_cast<float>(prefix.eligible)), kBoundShift};
+        const CoarseBins coarse = {mean_bound(prefix.eligible), kBoundShift};
         // What each thread has at most, or what every four units have, is enough to find a bound for `need`.
         const bool counts_fours = need * 2 > group.size() * kThreadsOf;
         const uint32_t top = keys.survey(between, &choice.outside, [&](uint32_t most) {
@@ -545,7 +575,7 @@ __global__ void __launch_bounds__(kThreadsOf, 1024 / kThreadsOf)
     if constexpr (!kHeld) {
         if (args.all_heads) return write_lists(args, shared, keys, group, list_row, prefix, choice.budget, choice.pick);
     }
-    clear_rest(args, group, list_row, choice.budget.count);
+    if constexpr (!kFixed) clear_rest(args, group, list_row, choice.budget.count);
     write_list(args, shared, keys, group, list_row, head, prefix, choice);
 }
 
