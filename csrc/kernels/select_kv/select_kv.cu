@@ -443,7 +443,7 @@ __global__ void __launch_bounds__(kThreadsOf, 1024 / kThreadsOf)
             wanted = found.wanted;
             has_window = found.has_window;
             window = found.window;
-            group = found.group;
+            if constexpr (!kAlone) group = found.group;
         }
     }
     wanted = min(wanted, prefix.eligible);
@@ -678,6 +678,7 @@ void run(const SelectKvParams& p, const RowPlan& rows_plan, bool all_heads, Cuda
     plan.overlap = true;
     const bool is_fixed = p.rule == SelectRule::kFixed, is_alone = args.cluster == 1;
     if (!rows_plan.is_held) return start<kThreads, false, false, false>(args, plan, stream);
+    if (!is_fixed && is_alone) return start<kThreads, true, false, true>(args, plan, stream);
     if (!is_fixed) return start<kThreads, true, false, false>(args, plan, stream);
     if (!is_alone) return start<kThreads, true, true, false>(args, plan, stream);
     if (rows_plan.threads == kThreads) return start<kThreads, true, true, true>(args, plan, stream);
@@ -691,7 +692,8 @@ std::vector<KernelEntry> select_kv_kernels() {
         entry<kFewThreads, true, true, true>("mage_select_kv_fixed_short_kernel", kFewThreads * 8),
         entry<kThreads, true, true, true>("mage_select_kv_fixed_kernel", kFewUnits),
         entry<kThreads, true, true, false>("mage_select_kv_fixed_cluster_kernel", kFewUnits),
-        entry<kThreads, true, false, false>("mage_select_kv_kernel", kFewUnits),
+        entry<kThreads, true, false, true>("mage_select_kv_kernel", kFewUnits),
+        entry<kThreads, true, false, false>("mage_select_kv_cluster_kernel", kFewUnits),
         entry<kThreads, false, false, false>("mage_select_kv_long_kernel", 0),
     };
 }
