@@ -3,8 +3,8 @@
     python bench/bench_select_kv.py [--rows 7B:1:128K:64:fixed] [--out bench/results/h100/select_kv.json]
 
 Times are those of cuda_timing.py: cold (masses of more than 200 MB take turns) and warm (one set, as the exact forward
-may leave it in L2). floor = masses and results once at 3.05 TB/s, in both columns. Rows are all layers and KV heads of a
-model, or with layers = 1 those of one layer; n = ceil((P + 32) / g), k = 1024 tokens, of which 4 are sinks and 64
+may leave it in L2). floor = masses and results once at 3.05 TB/s, in both columns. Rows are all layers and KV heads of
+a model, or with layers = 1 those of one layer; n = ceil((P + 32) / g), k = 1024 tokens, of which 4 are sinks and 64
 recents; masses are softmax(3 * normal). The peer finds the same number of units, but neither puts them in order nor
 adds up their masses, and knows no rules: with "layer", "mass" and "joint" it stands as a reference. All five results of
 every case are checked against the CPU, bit for bit.

@@ -36,8 +36,8 @@
 // multiple, the next one 1.9 * 2^-27, and for the one both neighbours of its logarithm give the same multiple, too.
 //
 // Cost: reads mass once from memory (rule mass: up to three more passes from cache), O(L * B * Hkv * n). On a GPU one
-// launch; each row is read once, unless it is longer than what the multiprocessors of its cluster hold (760000 units, with rule
-// kJoint that over Hkv, from 17 heads on nothing); then once in each of up to seven passes.
+// launch, and one read as long as a cluster of multiprocessors holds a row: 760000 units, with rule kJoint and its Hkv
+// heads in one cluster 760000 / Hkv, with more than 16 of them nothing. A longer row is read once in each pass.
 namespace mage {
 
 enum class SelectRule : int32_t { kFixed = 0, kLayer = 1, kMass = 2, kJoint = 3 };

@@ -1,19 +1,25 @@
 // Purpose   budgets and lists of all layers, requests and heads of a step, in one launch; see mage/select_kv.h.
 // Schedule  a row of masses is one CTA's, or the parts of a cluster where it is long; rule "joint" has the heads of a
-//           layer and request in one cluster. Every value is read once and becomes a key (keys.cuh). The last unit
-//           taken is found by a histogram of the keys that lie above half of the mean mass, of which few of a long row
-//           do; what is in the bin where the count is reached, usually a few units, is ranked one against the other
-//           (search.cuh). Parts add up their histograms (group.cuh), so all of them find the same unit. Then a pass in
-//           the order of units has a bit for each one taken; sums over the bits are the places in the list.
+//           layer and request in one cluster. The values come into shared memory in one copy. Rules "fixed" and
+//           "joint", if not all units are taken:
+//           bound   a coarse histogram of what each thread's units have at most; the lower end of the bin with which
+//                   `need` threads are counted is a mass that at least `need` units reach, and not many more;
+//           list    the units that reach it;
+//           pick    the last unit taken: in a list of at most 32 by ranking each entry against all; else by a finer
+//                   histogram of the bin that the bound begins, and by ranking what is in the bin where `need` is
+//                   reached. Where neither ends it (many equal masses, or the last unit is not in that bin), and for
+//                   the other rules: histograms of ever smaller windows of all keys, then of places (search.cuh).
+//           Then a bit for each unit taken; sums over the bits are the places in the list, so it comes out in order.
+//           Parts tell each other their histograms, entries and sums (group.cuh), so all of them find the same unit.
 //           Rule "mass" first finds how many units reach p by histograms of masses; rule "joint" searches once for all
 //           heads, and again for a head whose list is longer than the capacity; rule "layer" adds up the scores of a
 //           request's layers in every CTA, which are L * Hkv numbers.
-// Memory    keys in registers up to 20 per thread, in shared memory up to 48K per CTA, beyond that made from memory in
-//           each pass. Histograms of 2048 bins. The workspace is not used.
+// Memory    values in shared memory, up to 48K per CTA; of longer rows they are read again in each pass. 40 KB for
+//           histograms of 2048 bins, messages and the list. The workspace is not used.
 // Sync      messages between the CTAs of a cluster through distributed shared memory, counted by the receiver; no
 //           global atomics, nothing is read that another CTA wrote. Sums are integers, so their order is free.
-// Ceiling   reads mass once: 4 * L * B * Hkv * n bytes / 3.05 TB/s; short rows take the latency of one read, a
-//           histogram, a ranking and a prefix sum. See NOTES.md.
+// Ceiling   reads mass once: 4 * L * B * Hkv * n bytes / 3.05 TB/s; short rows take the latency of one read, two
+//           histograms, a ranking and a prefix sum. See NOTES.md.
 #include <algorithm>
 
 #include "core/cuda/device_info.h"
@@ -386,8 +392,7 @@ __device__ __noinline__ void write_lists(const SelectArgs& args, SelectShared<kT
     }
 }
 
-// kFixed: rule kFixed alone. kAlone: no clusters. What they exclude would cost registers and, above all, room in the
-// instruction caches.
+// kFixed: rule kFixed alone. kAlone: no clusters. What they exclude would cost registers and instructions.
 template <int kThreadsOf, bool kHeld, bool kFixed, bool kAlone>
 __global__ void __launch_bounds__(kThreadsOf, 1024 / kThreadsOf)
     mage_select_kv_kernel(const __grid_constant__ SelectArgs args) {
