@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-// The bulk tensor copy engine: boxes of a 4-D tensor map into shared memory, completing on an mbarrier.
+// The bulk copy engine: boxes of a 4-D tensor map, or bytes in a row, into shared memory, completing on an mbarrier.
 namespace mage::device {
 
 // L2 policies, as createpolicy encodes them.
@@ -37,6 +37,13 @@ __device__ __forceinline__ void copy_box_multicast(const CUtensorMap* map, uint3
         "l"(reinterpret_cast<uint64_t>(map)), "r"(barrier), "r"(at.x0), "r"(at.x1), "r"(at.x2), "r"(at.x3), "h"(ctas),
         "l"(policy)
         : "memory");
+}
+
+// Consecutive bytes; both addresses and the number are multiples of 16.
+__device__ __forceinline__ void copy_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+                 "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(barrier)
+                 : "memory");
 }
 
 }  // namespace mage::device

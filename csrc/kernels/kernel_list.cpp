@@ -15,6 +15,7 @@ std::vector<KernelEntry> kernel_entries() {
     for (const KernelEntry& entry : block_attention_kernels()) entries.push_back(entry);
     for (const KernelEntry& entry : merge_attention_kernels()) entries.push_back(entry);
     for (const KernelEntry& entry : row_votes_kernels()) entries.push_back(entry);
+    for (const KernelEntry& entry : select_kv_kernels()) entries.push_back(entry);
     for (const KernelEntry& entry : token_confidence_kernels()) entries.push_back(entry);
     for (const KernelEntry& entry : token_mass_kernels()) entries.push_back(entry);
     return entries;

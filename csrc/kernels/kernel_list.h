@@ -19,6 +19,7 @@ KernelEntry append_kv_kernel();
 std::vector<KernelEntry> block_attention_kernels();
 std::vector<KernelEntry> merge_attention_kernels();
 std::vector<KernelEntry> row_votes_kernels();
+std::vector<KernelEntry> select_kv_kernels();
 std::vector<KernelEntry> token_confidence_kernels();
 std::vector<KernelEntry> token_mass_kernels();
 

@@ -96,7 +96,12 @@ void call(SelectKvParams& params, const Tensor& indices, const Tensor& counts, c
     params.kept_mass = static_cast<float*>(kept_mass.mutable_data_ptr());
     params.tail_start = static_cast<int32_t*>(tail_start.mutable_data_ptr());
     params.overflow = static_cast<bool*>(overflow.mutable_data_ptr());
+#if defined(MAGE_BACKEND_CUDA)
+    const torch::stable::accelerator::DeviceGuard guard(indices.get_device_index());
+    cuda::select_kv(params, current_stream(indices));
+#else
     cpu::select_kv(params);
+#endif
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> select_kv(const Tensor& mass, const Tensor& prefix_lens, int64_t g,

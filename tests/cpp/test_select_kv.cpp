@@ -1,7 +1,6 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
-#include <memory>
 #include <random>
 #include <string>
 #include <vector>
@@ -9,51 +8,10 @@
 #include "core/parallel.h"
 #include "mage/error.h"
 #include "mage/select_kv.h"
+#include "select_kv_cases.h"
 
 namespace mage::test {
 namespace {
-
-// Inputs and outputs of one call; the outputs start full of poison.
-struct SelectBuffers {
-    SelectBuffers(int64_t layers, int64_t requests, int64_t heads, int64_t units, int64_t granularity, int64_t capacity)
-        : mass(layers * requests * heads * units),
-          lengths(requests, static_cast<int32_t>(units * granularity)),
-          indices(layers * requests * heads * capacity, -7),
-          counts(layers * requests * heads, -7),
-          kept_mass(counts.size(), NAN),
-          tail_start(requests, -7),
-          overflow(new bool[counts.size()]) {
-        params.num_layers = layers;
-        params.num_requests = requests;
-        params.num_kv_heads = heads;
-        params.num_units = units;
-        params.granularity = granularity;
-        params.capacity = capacity;
-        params.mass = mass.data();
-        params.stride_mass_head = units;
-        params.stride_mass_request = heads * units;
-        params.stride_mass_layer = requests * heads * units;
-        params.prefix_lens = lengths.data();
-        params.indices = indices.data();
-        params.counts = counts.data();
-        params.kept_mass = kept_mass.data();
-        params.tail_start = tail_start.data();
-        params.overflow = overflow.get();
-    }
-
-    std::vector<int32_t> list(int64_t row) const {
-        const auto begin = indices.begin() + row * params.capacity;
-        return {begin, begin + counts[row]};
-    }
-
-    SelectKvParams params;
-    std::vector<float> mass;
-    std::vector<int32_t> lengths;
-    std::vector<int32_t> indices, counts;
-    std::vector<float> kept_mass;
-    std::vector<int32_t> tail_start;
-    std::unique_ptr<bool[]> overflow;
-};
 
 std::string error_of(const SelectKvParams& params) {
     try {

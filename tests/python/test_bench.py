@@ -24,6 +24,7 @@ def bench(monkeypatch):
     before = set(sys.modules)
     import bench_merge_attention
     import bench_row_votes
+    import bench_select_kv
     import bench_sparse_attention
     import bench_token_mass
     import block_attention_cuda
@@ -38,6 +39,7 @@ def bench(monkeypatch):
         files=result_file,
         tokens=bench_token_mass,
         votes=bench_row_votes,
+        select=bench_select_kv,
         sparse=bench_sparse_attention,
         merge=bench_merge_attention,
     )
@@ -131,6 +133,34 @@ def test_peer_of_votes_agrees(bench):
     actual = bench.votes.torch_votes(row_mass, lengths, 64, 16)
     assert torch.equal(actual[0], expected[0]) and torch.equal(actual[1], expected[1])
     torch.testing.assert_close(actual[2], expected[2], rtol=bench.votes.COVERAGE_ERROR, atol=0)
+
+
+def test_rows_of_selections(bench):
+    shapes = bench.select.all_shapes()
+    assert (
+        len({json.dumps(shape.case) for shape in shapes}) == len({shape.name for shape in shapes}) == len(shapes) == 31
+    )
+    shape = next(shape for shape in shapes if shape.name == "7B 1x128K g=64 fixed")
+    assert shape.size == (28, 1, 4, 2049) and shape.case["rows"] == 112
+    assert shape.floor_us == pytest.approx((4 * 112 * 2049 + 112 * (4 * 16 + 9)) / 3.05e12 * 1e6)
+    names = [s.name for s in shapes if bench.select.matches(s, "7B:1:128K:1")]
+    assert names == ["7B 1x128K g=1 fixed L=1", "7B 1x128K g=1 fixed"]
+    with pytest.raises(ValueError, match="MODEL:BATCH:CONTEXT:G:RULE, got '1:2:3:4:5:6'"):
+        bench.select.matches(shape, "1:2:3:4:5:6")
+
+
+@pytest.mark.parametrize("rule", ops.SELECT_RULES)
+def test_checks_of_selections(bench, rule):
+    """The call that is timed, against itself on the CPU; and that torch finds the same units where no rule differs."""
+    shape = bench.select.SelectShape("1.5B", 2, 4096, 64, rule, 3)
+    mass = bench.select.make_mass(shape, 1, 3, "cpu")[0]
+    torch.testing.assert_close(mass.sum(-1), torch.ones(3, 2, 2))
+    lengths, options = torch.full((2,), 4096, dtype=torch.int32), bench.select.make_options(shape, 3, "cpu")
+    outputs = [torch.empty_like(tensor) for tensor in ops.select_kv(mass, lengths, **options)]
+    bench.select.check(shape, mass, lengths, outputs, torch.empty(0, dtype=torch.uint8), options)
+    if rule == "fixed":
+        plain = ops.select_kv(mass, lengths, **{**options, "sinks": 0, "recents": 0})[0]
+        assert torch.equal(bench.select.by_torch(shape, mass).indices.sort(-1).values.int(), plain)
 
 
 def test_rows_and_peer_of_merge(bench):

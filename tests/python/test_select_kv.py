@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from mage_ext import ops, reference
 
+gpu = pytest.mark.gpu
 NAMES = ("indices", "counts", "kept_mass", "tail_start", "overflow")
 ONE = 1 << 40  # fixed point of the sums
 
@@ -398,6 +399,107 @@ def test_strided_mass_and_out_twin():
 def test_no_requests():
     out = ops.select_kv(torch.zeros(2, 0, 3, 8), torch.zeros(0, dtype=torch.int32), g=16, capacity=4, k=32)
     assert [list(tensor.shape) for tensor in out] == [[2, 0, 3, 4], [2, 0, 3], [2, 0, 3], [0], [2, 0, 3]]
+
+
+# --- CUDA ------------------------------------------------------------------------------------------------------------
+
+
+def to_cuda(kwargs):
+    return {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in kwargs.items()}
+
+
+def assert_bitwise_to_cpu(actual, expected):
+    assert_bitwise([tensor.cpu() for tensor in actual], expected)
+
+
+@gpu
+@settings(max_examples=350, deadline=None)
+@given(select_cases())
+def test_cuda_equals_its_twin(case):
+    mass, lengths, kwargs = case
+    actual = ops.select_kv(mass.cuda(), lengths.cuda(), **to_cuda(kwargs))
+    assert_bitwise_to_cpu(actual, reference.select_kv(mass, lengths, **kwargs))
+
+
+# L, B, Hkv, n, g, k, kind
+CUDA_CASES = {
+    "step_of_7b": (28, 1, 4, 2049, 64, 1024, "random"),
+    "step_of_8b": (32, 2, 8, 2049, 64, 1024, "ties"),
+    "step_at_g16": (5, 1, 4, 8194, 16, 1024, "random"),
+    "broken": (3, 2, 4, 4099, 32, 2048, "broken"),
+    "tokens": (1, 1, 4, 131_104, 1, 1024, "random"),
+    "tokens_with_ties": (2, 1, 2, 40_000, 1, 512, "ties"),
+    "tokens_without_difference": (1, 1, 2, 50_000, 1, 1000, "uniform"),
+    "tokens_without_mass": (1, 1, 2, 50_000, 1, 1000, "zero"),
+    "many_long_rows": (9, 1, 4, 33_000, 1, 1024, "broken"),
+    "many_requests": (2, 40, 3, 130, 16, 512, "random"),
+}
+
+
+@gpu
+@pytest.mark.parametrize("rule", ops.SELECT_RULES)
+@pytest.mark.parametrize("name", CUDA_CASES)
+def test_cuda_equals_the_cpu(name, rule):
+    layers, requests, heads, n, g, k, kind = CUDA_CASES[name]
+    shape = (layers, requests, heads, n)
+    mass = make_mass(shape, kind, 7)
+    lengths = torch.randint(n * g // 2, n * g + 1, (requests,), generator=generator(8), dtype=torch.int32)
+    kwargs = {"g": g, "capacity": 2 * k // g, "rule": rule, "k": k, "k_min": g, "p": 0.6, "sinks": 4, "recents": 64}
+    if rule == "layer":
+        kwargs |= make_votes(shape, 5, broken=kind == "broken")
+    expected = ops.select_kv(mass, lengths, **kwargs)
+    on_gpu, options = (mass.cuda(), lengths.cuda()), to_cuda(kwargs)
+    assert_bitwise_to_cpu(ops.select_kv(*on_gpu, **options), expected)
+    size = ops.select_kv_workspace(*shape, kwargs["capacity"])
+    workspace = torch.full((size,), 255, dtype=torch.uint8, device="cuda")
+    for _ in range(3):  # whatever the memory held before
+        outs = [torch.empty_like(tensor, device="cuda") for tensor in expected]
+        for out in outs:
+            out.view(torch.uint8).fill_(255)
+        ops.select_kv_out(*on_gpu, *outs, workspace, **options)
+        assert_bitwise_to_cpu(outs, expected)
+
+
+@gpu
+def test_cuda_takes_strided_masses_of_any_alignment():
+    buffer = torch.rand(3, 2, 4, 5001, generator=generator(3))
+    lengths = torch.tensor([4990 * 16, 70_000], dtype=torch.int32)
+    kwargs = {"g": 16, "capacity": 70, "k": 1024, "sinks": 4, "recents": 50}
+    for start in (0, 1, 2, 3):
+        mass, strided = buffer[::2, :, 1:3, start : start + 4990], buffer.cuda()[::2, :, 1:3, start : start + 4990]
+        assert not strided.is_contiguous()
+        for rule in ("fixed", "joint"):
+            expected = ops.select_kv(mass, lengths, rule=rule, **kwargs)
+            assert_bitwise_to_cpu(ops.select_kv(strided, lengths.cuda(), rule=rule, **kwargs), expected)
+
+
+@gpu
+@pytest.mark.parametrize("rule", ops.SELECT_RULES)
+def test_cuda_graph_follows_new_masses(rule):
+    shape = (3, 2, 4, 700)
+    kwargs = {"g": 16, "capacity": 90, "rule": rule, "k": 1024, "k_min": 32, "p": 0.5, "sinks": 4, "recents": 64}
+    mass, lengths = make_mass(shape, "random", 1).cuda(), torch.tensor([11_200, 4321], dtype=torch.int32).cuda()
+    votes = to_cuda(make_votes(shape, 1)) if rule == "layer" else {}
+    ops.select_kv(mass, lengths, **kwargs, **votes)  # first use, outside the capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = ops.select_kv(mass, lengths, **kwargs, **votes)
+    for seed, kind in enumerate(["ties", "broken", "random"]):
+        mass.copy_(make_mass(shape, kind, seed))
+        lengths.copy_(lengths.flip(0))
+        for name, tensor in make_votes(shape, seed + 2).items():
+            if name in votes:
+                votes[name].copy_(tensor)
+        graph.replay()
+        torch.cuda.synchronize()
+        on_cpu = {name: tensor.cpu() for name, tensor in votes.items()}
+        assert_bitwise_to_cpu(results, ops.select_kv(mass.cpu(), lengths.cpu(), **kwargs, **on_cpu))
+
+
+@gpu
+def test_cuda_refuses_tensors_of_two_devices():
+    with pytest.raises(RuntimeError, match="select_kv: prefix_lens must be on cuda:0 like the first argument, got cpu"):
+        ops.select_kv(MASS.cuda(), LENGTHS, g=16, capacity=4, k=64)
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
