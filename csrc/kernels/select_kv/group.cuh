@@ -23,6 +23,7 @@ constexpr uint32_t kAllLanes = 0xffffffffu;
 constexpr int kMaxGroup = 16;         // the largest cluster
 constexpr uint32_t kCandidates = 64;  // entries of a bin that the CTAs of a group rank one against the other
 constexpr uint32_t kCoarseBins = 64;  // of the bound
+constexpr int32_t kCoarseRounds = 4;  // one for the bound, the others in what is above it
 constexpr uint32_t kListed = 1024;    // entries of a CTA at or above the bound
 constexpr uint32_t kPieceBits = 26;   // of 64-bit sums over a warp
 
@@ -52,7 +53,7 @@ struct SelectShared {
     uint4 bins[kThreads];  // of this CTA, the highest first; all 0 between two rounds
     union {
         uint4 group_bins[kThreads];                      // of the group
-        uint4 coarse_in[2][kMaxGroup][kCoarseBins / 4];  // [round][sender], before any histogram
+        uint4 coarse_in[2][kMaxGroup][kCoarseBins / 4];  // [round % 2][sender], before any histogram
     };
     union {
         uint4 bins[kThreads + kMaxGroup];           // [sender][share of this CTA]
@@ -61,9 +62,9 @@ struct SelectShared {
     // Place (its complement) and key as one number, which ranks them.
     Sum list[kListed];  // of this CTA's units at or above the bound
     Sum own_entries[kCandidates], entries[kCandidates];
-    uint2 words[kThreads];                        // a bit per unit taken; 0 at first
-    alignas(16) uint32_t coarse[2][kCoarseBins];  // of this CTA, in two rounds; 0 at first
-    uint4 sums_in[2][kMaxGroup];                  // [sender]
+    uint2 words[kThreads];                                    // a bit per unit taken; 0 at first
+    alignas(16) uint32_t coarse[kCoarseRounds][kCoarseBins];  // of this CTA, a round each; 0 at first
+    uint4 sums_in[2][kMaxGroup];                              // [sender]
     Sum warp_sums[2][kWarps], bin_sums[kWarps];
     uint32_t warp_taken[kWarps], warp_counts[kWarps];
     Found found;
@@ -195,19 +196,19 @@ public:
         constexpr uint32_t kVectors = kCoarseBins / 4;
         const uint32_t thread = threadIdx.x, lane = thread % kWarp;
         if (size_ == 1) return reinterpret_cast<const uint2*>(shared_->coarse[round])[lane];
-        const uint32_t arrived = device::shared_address(&shared_->coarse_arrived[round]);
+        const uint32_t arrived = device::shared_address(&shared_->coarse_arrived[round % 2]);
         if (thread == 0) device::mbarrier_arrive_expect(arrived, size_ * kVectors * sizeof(uint4));
         for (uint32_t i = thread; i < size_ * kVectors; i += kThreads) {
             const uint32_t to = i / kVectors, at = i % kVectors;
-            device::store_cluster_async(at_cta(&shared_->coarse_in[round][rank_][at], to),
+            device::store_cluster_async(at_cta(&shared_->coarse_in[round % 2][rank_][at], to),
                                         reinterpret_cast<const uint4*>(shared_->coarse[round])[at],
                                         at_cta(arrived, to));
         }
-        device::mbarrier_wait(arrived, 0);
+        device::mbarrier_wait(arrived, round / 2 % 2);
         uint2 sum = {};
 #pragma unroll 4
         for (uint32_t i = 0; i < size_; ++i) {
-            const uint2 part = reinterpret_cast<const uint2*>(shared_->coarse_in[round][i])[lane];
+            const uint2 part = reinterpret_cast<const uint2*>(shared_->coarse_in[round % 2][i])[lane];
             sum.x += part.x;
             sum.y += part.y;
         }

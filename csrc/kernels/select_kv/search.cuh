@@ -177,7 +177,7 @@ struct CoarseBins {
 };
 
 constexpr uint32_t kBoundShift = kMantissaBits + kLog2<kWindowOctaves> - kLog2<kCoarseBins>;  // masses
-constexpr uint32_t kListShift = kBoundShift - kLog2<kCoarseBins>;  // in the bin that a bound begins
+constexpr uint32_t kListShift = kMantissaBits - kLog2<kCoarseBins>;  // an octave from the bound on, at first
 
 // The bin with which those from the highest one down hold `need` values, what is left of them, and what it holds. The
 // same in all CTAs of the group. inside = 0: they hold less.

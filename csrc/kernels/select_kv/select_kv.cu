@@ -5,10 +5,10 @@
 //           bound   a coarse histogram of what each thread's units have at most; the lower end of the bin with which
 //                   `need` threads are counted is a mass that at least `need` units reach, and not many more;
 //           list    the units that reach it;
-//           pick    the last unit taken: in a list of at most 32 by ranking each entry against all; else by a finer
-//                   histogram of the bin that the bound begins, and by ranking what is in the bin where `need` is
-//                   reached. Where neither ends it (many equal masses, or the last unit is not in that bin), and for
-//                   the other rules: histograms of ever smaller windows of all keys, then of places (search.cuh).
+//           pick    the last unit taken: in a list of at most 32 by ranking each entry against all; else by up to three
+//                   coarse histograms of the list, the first of an octave from the bound on, and by ranking what is in
+//                   the bin where `need` is reached. Where this does not end it (many equal masses), and for the other
+//                   rules: histograms of ever smaller windows of all keys, then of places (search.cuh).
 //           Then a bit for each unit taken; sums over the bits are the places in the list, so it comes out in order.
 //           Parts tell each other their histograms, entries and sums (group.cuh), so all of them find the same unit.
 //           Rule "mass" first finds how many units reach p by histograms of masses; rule "joint" searches once for all
@@ -416,7 +416,8 @@ __global__ void __launch_bounds__(kThreadsOf, 1024 / kThreadsOf)
     }
     shared.bins[thread] = uint4{};
     shared.words[thread] = uint2{};
-    if (thread < 2 * static_cast<int32_t>(kCoarseBins)) shared.coarse[0][thread] = 0;
+    for (int32_t i = thread; i < kCoarseRounds * static_cast<int32_t>(kCoarseBins); i += kThreadsOf)
+        (&shared.coarse[0][0])[i] = 0;
     __syncthreads();
     const uint32_t cluster = kAlone ? 1 : args.cluster;
     if (cluster > 1) device::cluster_sync_relaxed();
@@ -508,30 +509,39 @@ __global__ void __launch_bounds__(kThreadsOf, 1024 / kThreadsOf)
                 choice.pick = last_of(shared, shared.list, choice.listed, need);
                 is_picked = true;
             } else {
-                const CoarseBins fine = {mass_key(bound), kListShift};
-                each_above([&](uint32_t key, int32_t) { fine.count(shared.coarse[1], key); });
-                __syncthreads();
-                const CoarseBin last = find_coarse(group, 1, need);
-                window.low = fine.low_of(last.position);
-                window.high = last.position > 0 ? window.low + ((1u << kListShift) - 1) : 0xffffffffu;
-                window.shift = shift_of<4 * kThreadsOf>(window.low, window.high);
-                window.need = last.need;
+                window = {mass_key(bound), mass_key(kInfinity), kListShift, need, 0, false};
                 has_window = true;
-                if (last.need == last.inside) {
-                    choice.pick = {window.low, 0xffffffffu};
-                    is_picked = true;
-                } else if (last.inside <= kCandidates) {
-                    each_above([&](uint32_t key, int32_t unit) {
-                        if (window.contains(key))
-                            shared.own_entries[atomicAdd(&shared.gathered, 1u)] = entry_of(key, places.of(unit, head));
+#pragma unroll 1
+                for (int32_t round = 1; round < kCoarseRounds && !is_picked && window.low < window.high; ++round) {
+                    const CoarseBins bins = {window.low, window.shift};
+                    each_above([&](uint32_t key, int32_t) {
+                        if (window.contains(key)) bins.count(shared.coarse[round], key);
                     });
                     __syncthreads();
-                    const Sum* entries = group.collect(last.inside);
-                    __syncthreads();
-                    choice.pick = last_of(shared, entries, last.inside, last.need);
-                    if (thread == 0) shared.gathered = 0;
-                    is_picked = true;
+                    const CoarseBin last = find_coarse(group, round, window.need);
+                    window.low = bins.low_of(last.position);
+                    if (last.position > 0) window.high = min(window.high, window.low + ((1u << window.shift) - 1));
+                    window.shift = shift_of<kCoarseBins>(window.low, window.high);
+                    window.need = last.need;
+                    if (last.need == last.inside) {
+                        choice.pick = {window.low, 0xffffffffu};
+                        is_picked = true;
+                    } else if (last.inside <= kCandidates) {
+                        each_above([&](uint32_t key, int32_t unit) {
+                            if (window.contains(key)) {
+                                shared.own_entries[atomicAdd(&shared.gathered, 1u)] =
+                                    entry_of(key, places.of(unit, head));
+                            }
+                        });
+                        __syncthreads();
+                        const Sum* entries = group.collect(last.inside);
+                        __syncthreads();
+                        choice.pick = last_of(shared, entries, last.inside, last.need);
+                        if (thread == 0) shared.gathered = 0;
+                        is_picked = true;
+                    }
                 }
+                window.shift = shift_of<4 * kThreadsOf>(window.low, window.high);
             }
         }
     }
