@@ -26,7 +26,6 @@ constexpr int64_t kUnitsOfBlock = 64;       // that are worth a block of the mer
 constexpr int64_t kManyBlocks = 32;         // of a stream that finish masses
 constexpr int64_t kBlocksAtOnce = 2 * 132;  // of the merge
 constexpr int kMaxCluster = 16;             // CTAs
-constexpr int64_t kClusterTokens = 640;     // of a split: with more, all SMs and a second launch are faster
 
 const AttentionVariant& variant_of(DType dtype, int64_t head_dim, int row_shape, bool lists) {
     if (dtype == DType::kBFloat16) {
@@ -47,7 +46,7 @@ void check_supported(const char* op, const BlockAttentionParams& p, const UnitOu
                rows);
 }
 
-// How segments are served by clusters that need no second launch.
+// How the segments of a call with lists are served by clusters that need no second launch.
 struct ClusterPlan {
     int shape_index = 0;
     int ctas = 1;    // of a worker
@@ -57,20 +56,6 @@ struct ClusterPlan {
 int64_t clusters_at_once(const char* op, const AttentionVariant& variant, int ctas) {
     return core::active_clusters(op, reinterpret_cast<const void*>(variant.attention), ctas, variant.threads,
                                  variant.shared_bytes);
-}
-
-// Of a dense call. NOTE: masses are sums over all rows, so that a segment must have them all.
-ClusterPlan plan_clusters(const char* op, const BlockAttentionParams& p, const core::AttentionPlan& plan) {
-    ClusterPlan clusters;
-    const int64_t segments = int64_t{plan.schedule.num_requests} * plan.schedule.segments_per_request;
-    const AttentionVariant& variant = variant_of(p.dtype, p.head_dim, plan.shape_index, false);
-    if (plan.schedule.fixed || plan.row_tiles != 1 || !variant.merges) return clusters;
-    for (int ctas = kMaxCluster; ctas >= 2 * plan.shape.ctas; ctas /= 2) {
-        const int splits = ctas / plan.shape.ctas;
-        if (p.max_seq_len > splits * kClusterTokens) break;
-        if (segments <= clusters_at_once(op, variant, ctas)) return {plan.shape_index, plan.shape.ctas, splits};
-    }
-    return clusters;
 }
 
 // Of a call with lists: what takes least by a rough count, in microseconds. Lists are taken to be full.
@@ -144,8 +129,7 @@ void launch_block_attention(const char* op, const BlockAttentionParams& p, const
     MAGE_CHECK(plan.rows * group < (int64_t{1} << 32), op,
                ": q must have fewer than 2^32 rows per KV head times heads per KV head on CUDA, got ", plan.rows, " x ",
                group);
-    const ClusterPlan clusters =
-        lists == nullptr ? plan_clusters(op, p, plan) : plan_list_clusters(op, p, plan, list_tokens);
+    const ClusterPlan clusters = lists == nullptr ? ClusterPlan() : plan_list_clusters(op, p, plan, list_tokens);
     const AttentionVariant& variant = variant_of(
         p.dtype, p.head_dim, clusters.splits > 0 ? clusters.shape_index : plan.shape_index, lists != nullptr);
     MAGE_CHECK(clusters.splits > 0 || variant.rows * std::max(variant.ctas, 1) == plan.shape.rows, op,

@@ -210,7 +210,8 @@ struct Consumer {
     const Piece& piece;  // the one at hand
     int32_t token_end, prefix;
     int32_t first_row;                          // of the stream; this thread's other row is 8 below
-    int32_t limit[2];                           // tokens that each may see
+    int32_t limit[2];                           // positions that each may see
+    int32_t listed_limit[2];                    // and tokens of a list
     float reference[2], sum[2], prefix_sum[2];  // of the softmax, in log2
     float blocks[2][kBlocks];                   // sums of P per row and 16 keys of the last tile
     bool emits;                                 // this thread's row of the quad's four values is one of R, see emit
@@ -288,9 +289,16 @@ struct Consumer {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             limit[i] = piece.token_end;
+            if constexpr (Config::kLists) listed_limit[i] = INT32_MAX;
             if (args.kv_lens != nullptr && row_of(i) < args.rows) {
                 const int32_t visible = args.kv_lens[piece.request * args.num_queries + query_of(args, row_of(i))];
-                limit[i] = min(limit[i], Config::kLists ? position_of(visible) : visible);
+                if constexpr (Config::kLists) {
+                    // Listed tokens come at any distance: each is held against its row's limit.
+                    listed_limit[i] = min(max(visible, 0), args.max_seq_len);
+                    limit[i] = min(limit[i], piece.list_end + max(listed_limit[i] - piece.tail_begin, 0));
+                } else {
+                    limit[i] = min(limit[i], visible);
+                }
             }
             reference[i] = -INFINITY;
             sum[i] = prefix_sum[i] = 0.0f;
@@ -301,17 +309,6 @@ struct Consumer {
         const int32_t unit = (piece.token_begin >> args.unit_shift) + (lane >> 1 & 1);
         unit_at = args.units + (stream * args.num_units + unit) * args.rows + emitted;
         unit_step = int64_t{kKeys >> args.unit_shift} * args.rows;
-    }
-
-    // The first position that is not below `token`.
-    __device__ __forceinline__ int32_t position_of(int32_t token) const {
-        if (token > piece.tail_begin) return piece.list_end + token - piece.tail_begin;
-        if (token <= 0) return 0;
-        const int32_t count = piece.list_end >> args.list_shift, unit = token >> args.list_shift;
-        const int32_t* list = list_of(args, piece.request, piece.kv_head);
-        const int32_t at = lower_entry(list, count, unit);
-        const int32_t inside = at < count && list[at] == unit ? token & (1 << args.list_shift) - 1 : 0;
-        return (at << args.list_shift) + inside;
     }
 
     // S = Q K^T of a stage, asynchronous.
@@ -378,8 +375,22 @@ struct Consumer {
         device::named_barrier(kTailBarrier, Config::kConsumers);
     }
 
+    // Scores of listed tokens past a row's limit, where that is below the tail.
+    __device__ __forceinline__ void mask_listed(int32_t token) {
+        const int32_t* list = list_of(args, piece.request, piece.kv_head);
+        const int32_t inside = (1 << args.list_shift) - 1;
+#pragma unroll
+        for (int i = 0; i < kKeys / 2; ++i) {
+            const int32_t position = token + i / 4 * 8 + lane % 4 * 2 + i % 2;
+            if (position >= piece.list_end) continue;
+            const int32_t unit = list[position >> args.list_shift];
+            if (unit > (listed_limit[i / 2 % 2] - 1 - (position & inside)) >> args.list_shift) s[i] = -INFINITY;
+        }
+    }
+
     // Scores of tokens that a row must not see become -inf.
     __device__ __forceinline__ void mask(int32_t token, uint32_t stage, bool any_broken) {
+        if (Config::kLists && min(listed_limit[0], listed_limit[1]) <= piece.tail_begin) mask_listed(token);
         if (token + kKeys <= min(limit[0], limit[1]) && !any_broken) return;
 #pragma unroll
         for (int i = 0; i < kKeys / 2; ++i) {
@@ -596,8 +607,7 @@ struct Consumer {
     // The piece's result goes to the CTAs of the cluster that own its rows.
     __device__ __forceinline__ void send() const {
         const float all[2] = {device::quad_sum(sum[0]), device::quad_sum(sum[1])};
-        const float below[2] = {device::quad_sum(prefix_sum[0]), device::quad_sum(prefix_sum[1])};
-        ClusterMerge<Config>(args, shared).send(o, thread / kWarp * 16 + lane / 4, reference, all, below);
+        ClusterMerge<Config>(args, shared).send(o, thread / kWarp * 16 + lane / 4, reference, all);
     }
 
     // A segment without a position, where no merge follows.
@@ -612,8 +622,8 @@ struct Consumer {
 
     // Q has been asked for where that did not have to wait for the piece.
     __device__ __forceinline__ void run() {
-        if (args.splits > 0 && !shared.any) {
-            if (args.splits == 1) {
+        if (splits_of<Config>(args) > 0 && !shared.any) {
+            if (splits_of<Config>(args) == 1) {
                 store_nothing();
             } else if constexpr (ClusterMerge<Config>::kServed) {
                 ClusterMerge<Config>(args, shared).announce();
@@ -626,7 +636,7 @@ struct Consumer {
         constexpr int kTurnThreads = 2 * kWarpgroup;
         const int32_t next_turn = warpgroup == Config::kWarpgroups - 1 ? 0 : warpgroup + 1;
         if (kTurns && next_turn == 0) device::named_barrier_arrive(kTurnBarrier, kTurnThreads);
-        if (args.splits == 0) start_q(piece);
+        if (splits_of<Config>(args) == 0) start_q(piece);
         device::named_barrier_arrive(kStartBarrier, Config::kConsumers + kWarp);
         finish_q();
         while (true) {
@@ -670,7 +680,7 @@ struct Consumer {
             release(&shared.empty_v[v_ring.stage]);
             v_ring.advance();
             if constexpr (ClusterMerge<Config>::kServed) {
-                if (args.splits > 1) {
+                if (splits_of<Config>(args) > 1) {
                     send();
                     break;
                 }
@@ -709,13 +719,12 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
             device::mbarrier_init(device::shared_address(&shared.empty_k[i]), releases);
             device::mbarrier_init(device::shared_address(&shared.empty_v[i]), releases);
         }
-        device::mbarrier_init(device::shared_address(&shared.ready), max(args.splits, 1));
+        device::mbarrier_init(device::shared_address(&shared.ready), max(splits_of<Config>(args), 1));
         device::mbarrier_init(device::shared_address(&shared.merged), 1);
-        device::mbarrier_init(device::shared_address(&shared.parts), 1);
         device::mbarrier_init_fence();
     }
     const int32_t worker = static_cast<int32_t>(blockIdx.x) / worker_ctas<Config>(args);
-    const bool in_cluster = Config::kCtas != 1 || args.splits > 1;
+    const bool in_cluster = Config::kCtas != 1 || splits_of<Config>(args) > 1;
     prefetch_first<Config>(args, worker);
     __syncthreads();
     if (in_cluster) device::cluster_sync_relaxed();  // its barriers are initialised
@@ -732,22 +741,23 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
         } else {
             device::named_barrier(kPieceBarrier, Config::kThreads);
         }
-        if (warp == 1 && worker_rank<Config>(args) == 0 && args.splits == 0) write_pieces<Config>(args, shared);
+        if (warp == 1 && worker_rank<Config>(args) == 0 && splits_of<Config>(args) == 0)
+            write_pieces<Config>(args, shared);
     } else {
         device::registers_grow<Config::kConsumerRegisters>();
         Consumer<Config> consumer(args, shared);
-        if (args.splits > 0) {  // whose rows they are does not depend on lengths
+        if (splits_of<Config>(args) > 0) {  // whose rows they are does not depend on lengths
             Piece segment;
             place_worker<Config::kLists>(args, worker, &segment);
             consumer.start_q(segment);
         }
         device::named_barrier(kPieceBarrier, Config::kThreads);
         if constexpr (ClusterMerge<Config>::kServed) {
-            if (args.splits > 1 && threadIdx.x == kWarpgroup) ClusterMerge<Config>(args, shared).expect();
+            if (splits_of<Config>(args) > 1 && threadIdx.x == kWarpgroup) ClusterMerge<Config>(args, shared).expect();
         }
         consumer.run();
         if constexpr (ClusterMerge<Config>::kServed) {
-            if (args.splits > 1) ClusterMerge<Config>(args, shared).finish();
+            if (splits_of<Config>(args) > 1) ClusterMerge<Config>(args, shared).finish();
         }
     }
     // No CTA of a cluster leaves while another may still write to it.

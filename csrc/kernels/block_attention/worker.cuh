@@ -76,7 +76,7 @@ struct alignas(1024) AttentionShared {
     uint4 broken[Config::kStages];  // bit i: box i of the tile lies on a page outside the pool
     uint64_t full_k[Config::kStages], full_v[Config::kStages];
     uint64_t empty_k[Config::kStages], empty_v[Config::kStages];
-    uint64_t ready, merged, parts;  // of ClusterMerge
+    uint64_t ready, merged;  // of ClusterMerge
     // The worker's part, whether it has a piece, and every warp's walk through its pieces.
     Share share;
     bool any;
@@ -87,6 +87,12 @@ struct alignas(1024) AttentionShared {
 template <typename Config>
 __device__ __forceinline__ int32_t worker_ctas(const AttentionArgs& args) {
     return Config::kCtas == 0 ? args.ctas : Config::kCtas;
+}
+
+// Workers of a cluster that share a segment, or 0; dense calls have no such clusters.
+template <typename Config>
+__device__ __forceinline__ int32_t splits_of(const AttentionArgs& args) {
+    return Config::kLists ? args.splits : 0;
 }
 
 // Rows of a worker's tile.
@@ -130,19 +136,12 @@ __device__ __forceinline__ const int32_t* list_of(const AttentionArgs& args, int
     return args.indices + (int64_t{request} * args.num_kv_heads + kv_head) * args.capacity;
 }
 
-// The first entry of an ascending list that is not below `unit`.
-__device__ inline int32_t lower_entry(const int32_t* list, int32_t count, int32_t unit) {
-    int32_t first = 0;
-    while (count > 0) {
-        const int32_t half = count / 2;
-        if (list[first + half] < unit) {
-            first += half + 1;
-            count -= half + 1;
-        } else {
-            count = half;
-        }
-    }
-    return first;
+// Whether a list has an entry of `unit` that is not to be skipped; one warp.
+__device__ __forceinline__ bool is_listed(const int32_t* list, int32_t count, int32_t unit) {
+    bool found = false;
+    for (int32_t i = threadIdx.x % kWarp; i < count; i += kWarp)
+        found = found || (list[i] == unit && (i == 0 || list[i - 1] < unit));
+    return __any_sync(~0u, found);
 }
 
 // What the schedule calls a request is a stream where there are lists.
@@ -181,9 +180,8 @@ __device__ __forceinline__ void set_segment(const AttentionArgs& args, int32_t i
         piece->tail_begin = stream.tail_begin;
         if (stream.tail_start > stream.tail_begin) {
             const int32_t cut = stream.tail_start >> args.list_shift, count = stream.list_end >> args.list_shift;
-            const int32_t* list = list_of(args, piece->request, piece->kv_head);
-            const int32_t at = lower_entry(list, count, cut);
-            if (at == count || list[at] != cut) piece->hole_end += stream.tail_start - stream.tail_begin;
+            if (!is_listed(list_of(args, piece->request, piece->kv_head), count, cut))
+                piece->hole_end += stream.tail_start - stream.tail_begin;
         }
     }
     piece->prefix = args.prefix_lens != nullptr ? max(0, args.prefix_lens[piece->request]) : INT32_MAX;
@@ -323,7 +321,7 @@ template <int kWarps, bool kLists, typename Shared>
 __device__ __forceinline__ void find_start(const AttentionArgs& args, int32_t worker, Shared& shared) {
     const core::Schedule& s = args.schedule;
     const int32_t lane = threadIdx.x % kWarp;
-    if (args.splits > 0) {
+    if (kLists && args.splits > 0) {
         Piece piece;
         const bool any = cluster_piece<kLists>(args, worker, &piece);
         piece.first = true;
