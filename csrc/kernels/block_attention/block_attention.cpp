@@ -61,27 +61,33 @@ int64_t clusters_at_once(const char* op, const AttentionVariant& variant, int ct
 // Of a call with lists: what takes least by a rough count, in microseconds. Lists are taken to be full.
 ClusterPlan plan_list_clusters(const char* op, const BlockAttentionParams& p, const core::AttentionPlan& plan,
                                int64_t list_tokens) {
-    constexpr double kTile[core::kRowShapes] = {1.2, 1.7, 1.25, 1.7};
+    constexpr double kTile[core::kRowShapes] = {1.6, 1.7, 1.25, 1.7};
     constexpr double kExchange[core::kRowShapes] = {1.6, 2.4, 0.0, 2.4};
     constexpr double kSecondLaunch = 6.5;
     constexpr int64_t kExpectedTail = 32;
     ClusterPlan best;
     const int64_t segments = int64_t{plan.schedule.num_requests} * plan.schedule.segments_per_request;
     if (plan.schedule.fixed || plan.row_tiles != 1) return best;
-    const auto tiles_of = [&](int keys) { return (list_tokens + kExpectedTail + keys - 1) / keys; };
-    const int64_t all = tiles_of(variant_of(p.dtype, p.head_dim, plan.shape_index, true).keys) * segments;
-    double least = kTile[plan.shape_index] *
-                       static_cast<double>((all + plan.schedule.max_workers - 1) / plan.schedule.max_workers) +
-                   kSecondLaunch;
+    const auto tiles_of = [&](const AttentionVariant& variant) {
+        return (list_tokens + kExpectedTail + variant.keys - 1) / variant.keys;
+    };
+    // Of a worker with so many tiles.
+    const auto time_of = [&](int shape, const AttentionVariant& variant, int64_t tiles) {
+        return kTile[shape] * static_cast<double>((tiles + variant.tiles - 1) / variant.tiles);
+    };
+    const AttentionVariant& balanced = variant_of(p.dtype, p.head_dim, plan.shape_index, true);
+    const int64_t workers = plan.schedule.max_workers;
+    double least =
+        time_of(plan.shape_index, balanced, (tiles_of(balanced) * segments + workers - 1) / workers) + kSecondLaunch;
     for (const int shape : {0, plan.shape_index}) {
         const AttentionVariant& variant = variant_of(p.dtype, p.head_dim, shape, true);
         const int ctas =
             variant.ctas == 0 ? static_cast<int>((plan.rows + variant.rows - 1) / variant.rows) : variant.ctas;
-        const int64_t tiles = tiles_of(variant.keys);
+        const int64_t tiles = tiles_of(variant);
         for (int splits = 1; splits * ctas <= kMaxCluster && (splits == 1 || (variant.merges && splits <= tiles));
              ++splits) {
-            const double time = kTile[shape] * static_cast<double>((tiles + splits - 1) / splits) +
-                                (splits > 1 ? kExchange[shape] : 0.0);
+            const double time =
+                time_of(shape, variant, (tiles + splits - 1) / splits) + (splits > 1 ? kExchange[shape] : 0.0);
             if (time >= least || segments > clusters_at_once(op, variant, splits * ctas)) continue;
             least = time;
             best = {shape, ctas, splits};

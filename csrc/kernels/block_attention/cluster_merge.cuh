@@ -69,11 +69,12 @@ struct ClusterMerge {
 
     // All consumers: O and sums of this thread's two rows, 8 apart, to their owners.
     __device__ __forceinline__ void send(const float (&o)[kDim / 2], int32_t row, const float (&reference)[2],
-                                         const float (&all)[2]) const {
+                                         const float (&all)[2], const bool (&has)[2]) const {
         device::named_barrier(kTailBarrier, Config::kConsumers);
         announce();
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
+            if (!has[r]) continue;
             uint8_t* record = ring() + (row + 8 * r) * kRecord;
             pack_row<kDim>(o, r, record);
             if (threadIdx.x % 4 == 0)

@@ -26,11 +26,12 @@ namespace mage::cuda {
 template <int kStages>
 struct Ring {
     uint32_t stage = 0, parity = 0;
-    __device__ __forceinline__ void advance() {
-        if (++stage == kStages) {
-            stage = 0;
-            parity ^= 1;
-        }
+    __device__ __forceinline__ void advance(uint32_t tiles = 1) {
+        for (stage += tiles; stage >= kStages; stage -= kStages) parity ^= 1;
+    }
+    __device__ __forceinline__ void back() {
+        if (stage == 0) parity ^= 1;
+        stage = stage == 0 ? kStages - 1 : stage - 1;
     }
 };
 
@@ -202,7 +203,8 @@ struct Consumer {
     using T = typename Config::T;
     static constexpr int kDim = Config::kDim;
     static constexpr int kKeys = Config::kKeys;
-    static constexpr int kBlocks = kKeys / 16;  // of 16 keys: a step of P V, and the finest unit
+    static constexpr int kBlocks = kKeys / 16;                // of 16 keys: a step of P V, and the finest unit
+    static constexpr int kStep = kKeys * Config::kKeyGroups;  // from a tile of this warpgroup to the next
 
     const AttentionArgs& args;
     AttentionShared<Config>& shared;
@@ -237,18 +239,25 @@ struct Consumer {
           piece(sh.piece[threadIdx.x / kWarp]),
           shared_tile(device::tile_address(device::shared_address(&sh))) {}
 
+    // Of 64 rows each. Where warpgroups share rows, a tile belongs to one of them.
+    static constexpr bool kShares = Config::kKeyGroups > 1;
+    __device__ __forceinline__ int32_t row_group() const { return kShares ? 0 : warpgroup; }
+    __device__ __forceinline__ int32_t row_in_cta() const {
+        return thread % (kWarpgroup * Config::kRowGroups) / kWarp * 16 + lane / 4;
+    }
     __device__ __forceinline__ int32_t row_of(int i) const { return first_row + 8 * i; }
 
     // Q rows of this warpgroup, swizzled, asynchronous; rows past R are zeros. A thread keeps its chunk of 16 bytes and
     // goes on by a multiple of 8 rows, so that the swizzle stays the same.
     static constexpr int kChunks = kDim / 8;
-    static constexpr int kRowStep = kWarpgroup / kChunks;
+    static constexpr int kLoaders = kWarpgroup * Config::kKeyGroups;  // threads of 64 rows
+    static constexpr int kRowStep = kLoaders / kChunks;
     static constexpr int kRounds = 64 / kRowStep;
 
     __device__ __forceinline__ uint32_t own_chunk(int32_t thread) const {
-        const int32_t chunk = thread % kChunks, group_row = thread % kWarpgroup / kChunks;
+        const int32_t chunk = thread % kChunks, group_row = thread % kLoaders / kChunks;
         return device::shared_address(shared.q) + chunk / 8 * (Config::kCtaRows * kRowBytes) +
-               (thread / kWarpgroup * 64 + group_row) * kRowBytes + ((chunk % 8) ^ (group_row % 8)) * 16;
+               (thread / kLoaders * 64 + group_row) * kRowBytes + ((chunk % 8) ^ (group_row % 8)) * 16;
     }
 
     __device__ __forceinline__ void start_q(const Piece& of) const {
@@ -256,8 +265,8 @@ struct Consumer {
         const int32_t thread = device::thread_index() - kWarpgroup;
         const T* base = static_cast<const T*>(args.q) + of.request * args.stride_q_request +
                         int64_t{of.kv_head} * args.group * args.stride_q_head + thread % kChunks * 8;
-        int32_t r = of.row_tile * tile_rows<Config>(args) + rank * Config::kCtaRows + thread / kWarpgroup * 64 +
-                    thread % kWarpgroup / kChunks;
+        int32_t r = of.row_tile * tile_rows<Config>(args) + rank * Config::kCtaRows + thread / kLoaders * 64 +
+                    thread % kLoaders / kChunks;
         uint32_t to = own_chunk(thread);
 #pragma unroll 1
         for (int i = 0; i < kRounds; ++i, r += kRowStep, to += kRowStep * kRowBytes) {
@@ -279,13 +288,17 @@ struct Consumer {
             }
         }
         device::fence_async_shared();
-        device::named_barrier(kGroupBarrier + thread / kWarpgroup, kWarpgroup);
+        if constexpr (kShares) {
+            device::named_barrier(kTailBarrier, Config::kConsumers);
+        } else {
+            device::named_barrier(kGroupBarrier + thread / kWarpgroup, kWarpgroup);
+        }
     }
 
     __device__ __forceinline__ void start_piece() {
         token_end = piece.token_end;
         prefix = piece.prefix;
-        first_row = piece.row_tile * tile_rows<Config>(args) + rank * Config::kCtaRows + thread / kWarp * 16 + lane / 4;
+        first_row = piece.row_tile * tile_rows<Config>(args) + rank * Config::kCtaRows + row_in_cta();
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             limit[i] = piece.token_end;
@@ -313,7 +326,7 @@ struct Consumer {
 
     // S = Q K^T of a stage, asynchronous.
     __device__ __forceinline__ void start_scores(uint32_t stage) {
-        const uint64_t q = device::swizzled_tile(shared_tile + warpgroup * (64 * kRowBytes / 16), kAtomBytes, 16);
+        const uint64_t q = device::swizzled_tile(shared_tile + row_group() * (64 * kRowBytes / 16), kAtomBytes, 16);
         const uint64_t k =
             device::swizzled_tile(shared_tile + kKTile + stage * (Config::kTileBytes / 16), kAtomBytes, 16);
         device::pin_registers(s);
@@ -364,7 +377,8 @@ struct Consumer {
     }
 
     __device__ __forceinline__ void clear_rows(uint32_t stage, int32_t first, int32_t rows) {
-        for (int32_t i = thread; i < rows * Config::kSpans * 8; i += Config::kConsumers) {
+        constexpr int32_t kThreads = kShares ? kWarpgroup : Config::kConsumers;
+        for (int32_t i = thread % kThreads; i < rows * Config::kSpans * 8; i += kThreads) {
             const int32_t span = i / (rows * 8);
             const int32_t at = i - span * rows * 8;
             device::store_shared(
@@ -372,7 +386,7 @@ struct Consumer {
                 make_uint4(0, 0, 0, 0));
         }
         device::fence_async_shared();
-        device::named_barrier(kTailBarrier, Config::kConsumers);
+        device::named_barrier(kShares ? kGroupBarrier + warpgroup : kTailBarrier, kThreads);
     }
 
     // Scores of listed tokens past a row's limit, where that is below the tail.
@@ -567,6 +581,7 @@ struct Consumer {
         const int64_t stream = int64_t{piece.request} * args.num_kv_heads + piece.kv_head;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
+            if (!has_row(r)) continue;
             const float all = device::quad_sum(sum[r]);
             const float below = device::quad_sum(prefix_sum[r]);
             const float log2_all = all == 0.0f ? -INFINITY : reference[r] + device::log2_fast(all);
@@ -604,10 +619,58 @@ struct Consumer {
         }
     }
 
+    // Whether this thread has the result of its row r: of rows that two warpgroups share each has one of two, see join.
+    __device__ __forceinline__ bool has_row(int r) const { return !kShares || r == warpgroup; }
+
+    // Adds up what two warpgroups have of the same rows: the second gives the first its part of the upper rows of their
+    // threads, and gets that of the lower. Through Q's place, which both have read.
+    __device__ __forceinline__ void join() {
+        static_assert(!kShares || Config::kKeyGroups == 2, "two warpgroups share rows");
+        auto* values = reinterpret_cast<float4*>(shared.q) + thread % kWarpgroup;
+        float2* sums = shared.joined + row_in_cta();
+        const auto give = [&](int r) {
+            const float all = device::quad_sum(sum[r]);
+#pragma unroll
+            for (int i = 0; i < kDim / 16; ++i) {
+                const float* from = o + 8 * i + 2 * r;
+                values[i * kWarpgroup] = make_float4(from[0], from[1], from[4], from[5]);
+            }
+            if (lane % 4 == 0) sums[8 * r] = make_float2(reference[r], all);
+        };
+        const auto take = [&](int r) {
+            const float2 other = sums[8 * r];
+            const float highest = fmaxf(reference[r], other.x);
+            const float base = highest == -INFINITY ? 0.0f : highest;
+            const float own = device::exp2_fast(reference[r] - base), share = device::exp2_fast(other.x - base);
+            const float all = device::quad_sum(sum[r]) * own + other.y * share;
+            sum[r] = lane % 4 == 0 ? all : 0.0f;
+            reference[r] = highest;
+#pragma unroll
+            for (int i = 0; i < kDim / 16; ++i) {
+                float* to = o + 8 * i + 2 * r;
+                const float4 x = values[i * kWarpgroup];
+                to[0] = to[0] * own + x.x * share;
+                to[1] = to[1] * own + x.y * share;
+                to[4] = to[4] * own + x.z * share;
+                to[5] = to[5] * own + x.w * share;
+            }
+        };
+        device::named_barrier(kTailBarrier, Config::kConsumers);
+        if (warpgroup == 1) give(0);
+        device::named_barrier(kTailBarrier, Config::kConsumers);
+        if (warpgroup == 0) {
+            take(0);
+            give(1);
+        }
+        device::named_barrier(kTailBarrier, Config::kConsumers);
+        if (warpgroup == 1) take(1);
+    }
+
     // The piece's result goes to the CTAs of the cluster that own its rows.
     __device__ __forceinline__ void send() const {
         const float all[2] = {device::quad_sum(sum[0]), device::quad_sum(sum[1])};
-        ClusterMerge<Config>(args, shared).send(o, thread / kWarp * 16 + lane / 4, reference, all);
+        const bool has[2] = {has_row(0), has_row(1)};
+        ClusterMerge<Config>(args, shared).send(o, row_in_cta(), reference, all, has);
     }
 
     // A segment without a position, where no merge follows.
@@ -632,7 +695,7 @@ struct Consumer {
         Ring<Config::kStages> k_ring, v_ring;
         if (!shared.any) return;
         // Warpgroups take turns at the tensor cores: one multiplies while the others are at their softmax.
-        constexpr bool kTurns = Config::kWarpgroups > 1;
+        constexpr bool kTurns = Config::kRowGroups > 1;
         constexpr int kTurnThreads = 2 * kWarpgroup;
         const int32_t next_turn = warpgroup == Config::kWarpgroups - 1 ? 0 : warpgroup + 1;
         if (kTurns && next_turn == 0) device::named_barrier_arrive(kTurnBarrier, kTurnThreads);
@@ -643,42 +706,60 @@ struct Consumer {
             start_piece();
 #pragma unroll
             for (int i = 0; i < kDim / 2; ++i) o[i] = 0.0f;
-            device::mbarrier_wait(device::shared_address(&shared.full_k[k_ring.stage]), k_ring.parity);
-            device::pin_registers(o);
-            start_scores(k_ring.stage);
-            bool any_broken = is_broken(k_ring.stage);
-            device::wgmma_wait<0>();
             int32_t token = piece.token_begin;
-            for (;; token += kKeys) {
-                device::pin_registers(s);
-                device::pin_registers(o);
-                mask(token, k_ring.stage, any_broken);
-                release(&shared.empty_k[k_ring.stage]);
-                k_ring.advance();
-                softmax(token);
-                device::mbarrier_wait(device::shared_address(&shared.full_v[v_ring.stage]), v_ring.parity);
-                clear_hole(v_ring.stage, token);
-                if (token + kKeys >= token_end) break;
+            if constexpr (kShares) {
+                k_ring.advance(warpgroup);
+                v_ring.advance(warpgroup);
+                token += warpgroup * kKeys;
+            }
+            if (!kShares || token < token_end) {
                 device::mbarrier_wait(device::shared_address(&shared.full_k[k_ring.stage]), k_ring.parity);
-                // P V of this tile, then S of the next. The tensor cores take P from registers, so that issuing P V
-                // lasts about as long as it does: S comes last, that other work of this warpgroup may run beside it.
-                if (kTurns) device::named_barrier(kTurnBarrier + warpgroup, kTurnThreads);
-                start_values(v_ring.stage);
+                device::pin_registers(o);
                 start_scores(k_ring.stage);
-                if (kTurns) device::named_barrier_arrive(kTurnBarrier + next_turn, kTurnThreads);
-                any_broken = is_broken(k_ring.stage);
+                bool any_broken = is_broken(k_ring.stage);
+                device::wgmma_wait<0>();
+                for (;; token += kStep) {
+                    device::pin_registers(s);
+                    device::pin_registers(o);
+                    mask(token, k_ring.stage, any_broken);
+                    release(&shared.empty_k[k_ring.stage]);
+                    k_ring.advance(Config::kKeyGroups);
+                    softmax(token);
+                    device::mbarrier_wait(device::shared_address(&shared.full_v[v_ring.stage]), v_ring.parity);
+                    clear_hole(v_ring.stage, token);
+                    if (token + kStep >= token_end) break;
+                    device::mbarrier_wait(device::shared_address(&shared.full_k[k_ring.stage]), k_ring.parity);
+                    // P V of this tile, then S of the next. The tensor cores take P from registers, so that issuing P V
+                    // lasts about as long as it does: S comes last, that other work of this warpgroup may run beside
+                    // it.
+                    if (kTurns) device::named_barrier(kTurnBarrier + warpgroup, kTurnThreads);
+                    start_values(v_ring.stage);
+                    start_scores(k_ring.stage);
+                    if (kTurns) device::named_barrier_arrive(kTurnBarrier + next_turn, kTurnThreads);
+                    any_broken = is_broken(k_ring.stage);
+                    emit_units(token);
+                    device::wgmma_wait<0>();
+                    release(&shared.empty_v[v_ring.stage]);
+                    v_ring.advance(Config::kKeyGroups);
+                }
+                clear_tail(v_ring.stage, token);
+                start_values(v_ring.stage);
                 emit_units(token);
                 device::wgmma_wait<0>();
+                device::pin_registers(o);
                 release(&shared.empty_v[v_ring.stage]);
-                v_ring.advance();
+                v_ring.advance(Config::kKeyGroups);
             }
-            clear_tail(v_ring.stage, token);
-            start_values(v_ring.stage);
-            emit_units(token);
-            device::wgmma_wait<0>();
-            device::pin_registers(o);
-            release(&shared.empty_v[v_ring.stage]);
-            v_ring.advance();
+            if constexpr (kShares) {
+                // To the first tile of the next piece: the ring has had all tiles of this one.
+                const int32_t end = piece.token_begin + (token_end - piece.token_begin + kKeys - 1) / kKeys * kKeys;
+                const int32_t behind = token < token_end ? token + kStep : token;  // where it stands
+                if (behind > end) {
+                    k_ring.back();
+                    v_ring.back();
+                }
+                join();
+            }
             if constexpr (ClusterMerge<Config>::kServed) {
                 if (splits_of<Config>(args) > 1) {
                     send();
@@ -688,6 +769,7 @@ struct Consumer {
             store();
             Piece& next = shared.next[threadIdx.x / kWarp];
             if (!next_piece_of_warp<Config>(args, shared, &next)) break;
+            if (kShares) device::named_barrier(kTailBarrier, Config::kConsumers);  // Q's place is free
             start_q(next);
             finish_q();
             if (lane == 0) shared.piece[threadIdx.x / kWarp] = next;
@@ -711,7 +793,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     if (threadIdx.x == kWarp) {
         device::prefetch_tensor_map(&k_map);
         device::prefetch_tensor_map(&v_map);
-        const uint32_t releases = Config::kConsumers / kWarp * worker_ctas<Config>(args);
+        const uint32_t releases = Config::kConsumers / kWarp / Config::kKeyGroups * worker_ctas<Config>(args);
 #pragma unroll
         for (int i = 0; i < Config::kStages; ++i) {
             device::mbarrier_init(device::shared_address(&shared.full_k[i]), 1);

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <type_traits>
+
 #include "kernels/block_attention/mainloop.cuh"
 #include "kernels/block_attention/variants.h"
 
@@ -15,19 +17,21 @@ AttentionVariant make_variant(const char* name) {
             Config::kCtaRows,
             Config::kCtas,
             Config::kKeys,
+            Config::kKeyGroups,
             ClusterMerge<Config>::kServed};
 }
 
-// Stages fill the 227 KB of shared memory that a CTA may have. Lists of 64 rows have as many CTAs as the launch says.
+// Stages fill the 227 KB of shared memory that a CTA may have. Lists of 64 rows have as many CTAs as the launch says,
+// and two warpgroups for the same rows: what is small waits for latencies.
 template <typename T, int kDim, bool kLists>
 const AttentionVariant& variant_of(int row_shape, const char* const (&names)[4]) {
     constexpr int kDeep = kDim == 64 ? 2 : 1;
     static const AttentionVariant variants[core::kRowShapes] = {
-        make_variant<AttentionConfig<T, kDim, 1, kLists ? 128 : 64, (kLists ? 3 : 6) * kDeep, kLists ? 0 : 1, kLists>>(
-            names[0]),
-        make_variant<AttentionConfig<T, kDim, 2, 128, 3 * kDeep, 1, kLists>>(names[1]),
-        make_variant<AttentionConfig<T, kDim, 3, 64, 5 * kDeep, 1, kLists>>(names[2]),
-        make_variant<AttentionConfig<T, kDim, 2, 128, 3 * kDeep, 2, kLists>>(names[3]),
+        make_variant<std::conditional_t<kLists, AttentionConfig<T, kDim, 2, 128, 3 * kDeep, 0, true, 2>,
+                                        AttentionConfig<T, kDim, 1, 64, 6 * kDeep, 1, false, 1>>>(names[0]),
+        make_variant<AttentionConfig<T, kDim, 2, 128, 3 * kDeep, 1, kLists, 1>>(names[1]),
+        make_variant<AttentionConfig<T, kDim, 3, 64, 5 * kDeep, 1, kLists, 1>>(names[2]),
+        make_variant<AttentionConfig<T, kDim, 2, 128, 3 * kDeep, 2, kLists, 1>>(names[3]),
     };
     return variants[row_shape];
 }

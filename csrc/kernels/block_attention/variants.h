@@ -20,6 +20,7 @@ struct AttentionVariant {
     AttentionKernel attention;
     int threads, shared_bytes;
     int rows, ctas, keys;  // of a CTA; of a worker, 0: as the launch says; of a tile
+    int tiles;             // that a CTA has in hand at once
     bool merges;           // in a cluster
 };
 

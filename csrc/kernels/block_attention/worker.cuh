@@ -28,7 +28,7 @@ constexpr int kAtomBytes = 8 * kRowBytes;
 // Named barriers; of kGroupBarrier and kTurnBarrier one for each warpgroup.
 constexpr int kTailBarrier = 1, kGroupBarrier = 2, kStartBarrier = 5, kTurnBarrier = 6, kPieceBarrier = 9;
 
-template <typename T_, int kDim_, int kWarpgroups_, int kKeys_, int kStages_, int kCtas_, bool kLists_>
+template <typename T_, int kDim_, int kWarpgroups_, int kKeys_, int kStages_, int kCtas_, bool kLists_, int kKeyGroups_>
 struct AttentionConfig {
     using T = T_;
     static constexpr bool kLists = kLists_;
@@ -36,8 +36,10 @@ struct AttentionConfig {
     static constexpr int kWarpgroups = kWarpgroups_;  // of consumers
     static constexpr int kKeys = kKeys_;              // tokens of a tile
     static constexpr int kStages = kStages_;
-    static constexpr int kCtas = kCtas_;  // of a worker; 0: as the launch says, at most 4
-    static constexpr int kCtaRows = 64 * kWarpgroups;
+    static constexpr int kCtas = kCtas_;            // of a worker; 0: as the launch says, at most 4
+    static constexpr int kKeyGroups = kKeyGroups_;  // warpgroups that share rows and take tiles in turn
+    static constexpr int kRowGroups = kWarpgroups / kKeyGroups;
+    static constexpr int kCtaRows = 64 * kRowGroups;
     static constexpr int kConsumers = kWarpgroup * kWarpgroups;
     static constexpr int kThreads = kConsumers + kWarpgroup;
     static constexpr int kSpans = kDim / kSpan;
@@ -77,6 +79,8 @@ struct alignas(1024) AttentionShared {
     uint64_t full_k[Config::kStages], full_v[Config::kStages];
     uint64_t empty_k[Config::kStages], empty_v[Config::kStages];
     uint64_t ready, merged;  // of ClusterMerge
+    float2
+        joined[Config::kKeyGroups > 1 ? Config::kCtaRows : 1];  // reference and sum of rows that another warpgroup adds
     // The worker's part, whether it has a piece, and every warp's walk through its pieces.
     Share share;
     bool any;
