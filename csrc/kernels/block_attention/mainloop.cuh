@@ -57,9 +57,8 @@ __device__ __forceinline__ void produce(const AttentionArgs& args, const CUtenso
     const int32_t lane = threadIdx.x % kWarp;
     const int32_t ctas = worker_ctas<Config>(args), rank = worker_rank<Config>(args);
     const int32_t boxes = kKeys >> args.box_shift;
-    const uint32_t box_bytes = uint32_t{kRowBytes} << args.box_shift;
-    const int32_t nowhere = static_cast<int32_t>(max(args.num_pages, int64_t{1}));  // past the pool: zeros arrive
-    const int32_t page_mask = (1 << args.page_shift) - 1;
+    // Past the pool: zeros arrive.
+    const auto nowhere = [&] { return static_cast<int32_t>(max(args.num_pages, int64_t{1})); };
     const uint64_t policy = args.row_tiles == 1 ? device::kEvictFirst : device::kEvictNormal;
     const auto receivers = static_cast<uint16_t>(((1 << ctas) - 1) << (device::cluster_rank() - rank));
     const bool loose = args.box_shift == 0;
@@ -69,8 +68,9 @@ __device__ __forceinline__ void produce(const AttentionArgs& args, const CUtenso
 
     const auto copy = [&](const CUtensorMap* map, const uint8_t* tile, uint64_t* full, int32_t span, int32_t box,
                           int32_t token, int32_t kv_head, int32_t page) {
-        const device::BoxStart start = {span * kSpan, token & page_mask, kv_head, page};
-        const uint32_t to = device::shared_address(tile) + span * (kKeys * kRowBytes) + box * box_bytes;
+        const device::BoxStart start = {span * kSpan, token & (1 << args.page_shift) - 1, kv_head, page};
+        const uint32_t to =
+            device::shared_address(tile) + span * (kKeys * kRowBytes) + box * (uint32_t{kRowBytes} << args.box_shift);
         const uint32_t barrier = device::shared_address(full);
         if (ctas == 1) {
             device::copy_box(map, to, barrier, start, policy);
@@ -95,7 +95,7 @@ __device__ __forceinline__ void produce(const AttentionArgs& args, const CUtenso
             return entry;
         };
         const auto place_of = [&](int32_t position, const Entry& entry) {
-            Place place = {position, nowhere};
+            Place place = {position, nowhere()};
             bool is_listed = true;
             if constexpr (Config::kLists) {
                 if (position >= piece.list_end) {
@@ -114,7 +114,7 @@ __device__ __forceinline__ void produce(const AttentionArgs& args, const CUtenso
         };
         const auto mark = [&](int32_t position, Place* place) {
             const bool is_broken = position < token_end && (place->page < 0 || place->page >= args.num_pages);
-            if (is_broken) place->page = nowhere;
+            if (is_broken) place->page = nowhere();
             return is_broken;
         };
         const int32_t begin = piece.token_begin + (own_box << args.box_shift);
@@ -135,6 +135,7 @@ __device__ __forceinline__ void produce(const AttentionArgs& args, const CUtenso
             } else {
                 const int32_t position = token + (own_box << args.box_shift);
                 places[0] = next;
+                if (!Config::kLists) places[0].token = position;  // spares a register
                 next = place_of(position + kKeys, ahead);
                 ahead = entry_at(position + 2 * kKeys);
                 broken[0] = __ballot_sync(~0u, mark(position, &places[0]) && lane < boxes);
@@ -813,31 +814,28 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     device::dependency_wait();
     device::dependency_release();
 
+    // Where rows do not depend on lengths, Q is asked for while the piece is looked for. The producer waits for both:
+    // with K and V ahead of it, Q would arrive behind all of them.
+    if (warp == 0) {
+        find_start<Config::kThreads / kWarp, Config::kLists>(args, worker, shared);
+    } else if (warp >= kWarpgroup / kWarp && splits_of<Config>(args) > 0) {
+        Piece segment;
+        place_worker<Config::kLists>(args, worker, &segment);
+        Consumer<Config>(args, shared).start_q(segment);
+    }
+    __syncthreads();
+
     if (warp < kWarpgroup / kWarp) {
         device::registers_shrink<Config::kProducerRegisters>();
-        if (warp == 0) {
-            find_start<Config::kThreads / kWarp, Config::kLists>(args, worker, shared);
-            __syncwarp();
-            device::named_barrier_arrive(kPieceBarrier, Config::kThreads);
-            produce<Config>(args, &k_map, &v_map, shared);
-        } else {
-            device::named_barrier(kPieceBarrier, Config::kThreads);
-        }
+        if (warp == 0) produce<Config>(args, &k_map, &v_map, shared);
         if (warp == 1 && worker_rank<Config>(args) == 0 && splits_of<Config>(args) == 0)
             write_pieces<Config>(args, shared);
     } else {
         device::registers_grow<Config::kConsumerRegisters>();
-        Consumer<Config> consumer(args, shared);
-        if (splits_of<Config>(args) > 0) {  // whose rows they are does not depend on lengths
-            Piece segment;
-            place_worker<Config::kLists>(args, worker, &segment);
-            consumer.start_q(segment);
-        }
-        device::named_barrier(kPieceBarrier, Config::kThreads);
         if constexpr (ClusterMerge<Config>::kServed) {
             if (splits_of<Config>(args) > 1 && threadIdx.x == kWarpgroup) ClusterMerge<Config>(args, shared).expect();
         }
-        consumer.run();
+        Consumer<Config>(args, shared).run();
         if constexpr (ClusterMerge<Config>::kServed) {
             if (splits_of<Config>(args) > 1) ClusterMerge<Config>(args, shared).finish();
         }
