@@ -7,6 +7,12 @@
 // What the attention kernel and those that follow it are given. Strides in elements.
 namespace mage::cuda {
 
+// A pool in bytes, where tokens are gathered one by one.
+struct PoolBytes {
+    const uint8_t* data;
+    int64_t stride_page, stride_token, stride_head;
+};
+
 struct AttentionArgs {
     core::Schedule schedule;
     int32_t guess_workers;  // of a segment, if all requests are as long as they may be; 0: the guess is not worth it
@@ -21,6 +27,7 @@ struct AttentionArgs {
     const int32_t* kv_lens;      // [B, Q] or null
     const int32_t* prefix_lens;  // [B] or null: mass counts all of [0, S)
     int64_t num_pages;
+    PoolBytes k_pool, v_pool;
     int32_t max_seq_len;
     int32_t page_shift;
     int32_t box_shift;  // a box of the copy engine has 1 << box_shift tokens

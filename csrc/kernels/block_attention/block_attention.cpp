@@ -247,6 +247,12 @@ void launch_block_attention(const char* op, const BlockAttentionParams& p, const
                ": q and k_cache must have at most 65535 requests and KV heads on CUDA, got ", p.num_requests, " and ",
                p.num_kv_heads);
 
+    const auto in_bytes = [](const PagedPool& pool) {
+        return PoolBytes{static_cast<const uint8_t*>(pool.data), 2 * pool.stride_page, 2 * pool.stride_token,
+                         2 * pool.stride_head};
+    };
+    args.k_pool = in_bytes(p.k_cache);
+    args.v_pool = in_bytes(p.v_cache);
     const int32_t box_tokens = 1 << args.box_shift;
     // A pool without pages has no address, and none is read.
     PagedPool k_cache = p.k_cache, v_cache = p.v_cache;

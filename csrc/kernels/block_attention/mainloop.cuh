@@ -7,7 +7,8 @@
 //           logarithm of every row's sum over every unit of g tokens; mage/block_attention.h, block_attention_mass.h.
 // Schedule  persistent workers (core/attention_schedule.h): a CTA, or a pair of CTAs that share the rows of a tile and
 //           multicast K and V to one another. Of the first warpgroup, warp 0 feeds a ring of K and V tiles by TMA, and
-//           warp 1 writes the pieces of segments down for the merge; each other warpgroup owns 64 rows.
+//           warp 1 writes the pieces of segments down for the merge; single tokens are gathered by all four warps.
+//           Each other warpgroup owns 64 rows.
 //             per tile j:  mask, exponentials, sums, P = S in 16 bits
 //                          O += P V(j)              tensor cores; P is in registers, so that issuing lasts as long
 //                          S = Q K(j + 1)^T         tensor cores, asynchronous
@@ -46,122 +47,111 @@ struct Place {
 };
 constexpr int32_t kBroken = -1;
 
-// --- Producer: one warp ----------------------------------------------------------------------------------------------
+// Where the positions of a piece are in the cache.
+template <bool kLists>
+struct Places {
+    const AttentionArgs& args;
+    const Piece& piece;
+    const int32_t token_end;
+    const int32_t *table, *list;
 
+    __device__ __forceinline__ Places(const AttentionArgs& a, const Piece& p)
+        : args(a),
+          piece(p),
+          token_end(p.token_end),
+          table(a.block_table + p.request * a.stride_table),
+          list(kLists ? list_of(a, p.request, p.kv_head) : nullptr) {}
+
+    __device__ __forceinline__ Entry entry_at(int32_t position) const {
+        Entry entry;
+        if constexpr (kLists) {
+            const int32_t at = position >> args.list_shift;
+            if (position < piece.list_end) entry = {list[at], at > 0 ? list[at - 1] : -1};
+        }
+        return entry;
+    }
+
+    // Past the piece it is nowhere, which is not broken.
+    __device__ __forceinline__ Place place_of(int32_t position, const Entry& entry) const {
+        Place place = {position, nowhere()};
+        bool is_listed = true;
+        if constexpr (kLists) {
+            if (position >= piece.list_end) {
+                place.token = piece.tail_begin + position - piece.list_end;
+            } else {
+                is_listed =
+                    entry.unit > entry.previous && entry.unit >= 0 && entry.unit <= piece.tail_begin >> args.list_shift;
+                place.token = is_listed ? (entry.unit << args.list_shift) + (position & (1 << args.list_shift) - 1) : 0;
+                is_listed = is_listed && place.token < piece.tail_begin;
+            }
+        }
+        if (position >= token_end) return place;
+        place.page = is_listed ? __ldg(table + (place.token >> args.page_shift)) : kBroken;
+        return place;
+    }
+
+    // The page past the pool.
+    __device__ __forceinline__ int32_t nowhere() const { return static_cast<int32_t>(max(args.num_pages, int64_t{1})); }
+
+    // Whether a place is to be masked; it then reads as zeros.
+    __device__ __forceinline__ bool mark(int32_t position, Place* place) const {
+        const bool is_broken = position < token_end && (place->page < 0 || place->page >= args.num_pages);
+        if (is_broken) place->page = nowhere();
+        return is_broken;
+    }
+};
+
+// --- Producer --------------------------------------------------------------------------------------------------------
+
+// One warp asks the copy engine for boxes of 16 tokens and more, a lane for each.
 template <typename Config>
 __device__ __forceinline__ void produce(const AttentionArgs& args, const CUtensorMap* k_map, const CUtensorMap* v_map,
                                         AttentionShared<Config>& shared) {
-    constexpr int kSpans = Config::kSpans;
     constexpr int kKeys = Config::kKeys;
-    constexpr int kLoose = kKeys / kWarp;  // tokens per lane where a page is one token
     const int32_t lane = threadIdx.x % kWarp;
     const int32_t ctas = worker_ctas<Config>(args), rank = worker_rank<Config>(args);
     const int32_t boxes = kKeys >> args.box_shift;
-    // Past the pool: zeros arrive.
-    const auto nowhere = [&] { return static_cast<int32_t>(max(args.num_pages, int64_t{1})); };
     const uint64_t policy = args.row_tiles == 1 ? device::kEvictFirst : device::kEvictNormal;
     const auto receivers = static_cast<uint16_t>(((1 << ctas) - 1) << (device::cluster_rank() - rank));
-    const bool loose = args.box_shift == 0;
-    // Of larger boxes a tile has at most 16: one lane each.
     const int32_t own_box = lane % boxes, own_span = lane / boxes;
-    const bool own = !loose && own_span < kSpans && (Config::kCtas == 1 || lane % ctas == rank);
-
-    const auto copy = [&](const CUtensorMap* map, const uint8_t* tile, uint64_t* full, int32_t span, int32_t box,
-                          int32_t token, int32_t kv_head, int32_t page) {
-        const device::BoxStart start = {span * kSpan, token & (1 << args.page_shift) - 1, kv_head, page};
-        const uint32_t to =
-            device::shared_address(tile) + span * (kKeys * kRowBytes) + box * (uint32_t{kRowBytes} << args.box_shift);
-        const uint32_t barrier = device::shared_address(full);
-        if (ctas == 1) {
-            device::copy_box(map, to, barrier, start, policy);
-        } else {
-            device::copy_box_multicast(map, to, barrier, start, receivers, policy);
-        }
-    };
+    const bool own = own_span < Config::kSpans && (Config::kCtas == 1 || lane % ctas == rank);
 
     Ring<Config::kStages> ring;
     if (!shared.any) return;
     do {
         const Piece& piece = shared.piece[0];
-        const int32_t token_end = piece.token_end;
-        const int32_t* table = args.block_table + piece.request * args.stride_table;
-        const int32_t* list = Config::kLists ? list_of(args, piece.request, piece.kv_head) : nullptr;
-        const auto entry_at = [&](int32_t position) {
-            Entry entry;
-            if constexpr (Config::kLists) {
-                const int32_t at = position >> args.list_shift;
-                if (position < piece.list_end) entry = {list[at], at > 0 ? list[at - 1] : -1};
-            }
-            return entry;
-        };
-        const auto place_of = [&](int32_t position, const Entry& entry) {
-            Place place = {position, nowhere()};
-            bool is_listed = true;
-            if constexpr (Config::kLists) {
-                if (position >= piece.list_end) {
-                    place.token = piece.tail_begin + position - piece.list_end;
-                } else {
-                    is_listed = entry.unit > entry.previous && entry.unit >= 0 &&
-                                entry.unit <= piece.tail_begin >> args.list_shift;
-                    place.token =
-                        is_listed ? (entry.unit << args.list_shift) + (position & (1 << args.list_shift) - 1) : 0;
-                    is_listed = is_listed && place.token < piece.tail_begin;
-                }
-            }
-            if (position >= token_end) return place;
-            place.page = is_listed ? __ldg(table + (place.token >> args.page_shift)) : kBroken;
-            return place;
-        };
-        const auto mark = [&](int32_t position, Place* place) {
-            const bool is_broken = position < token_end && (place->page < 0 || place->page >= args.num_pages);
-            if (is_broken) place->page = nowhere();
-            return is_broken;
-        };
+        const Places<Config::kLists> places(args, piece);
         const int32_t begin = piece.token_begin + (own_box << args.box_shift);
         // One tile ahead, and of lists two.
-        Place next = loose ? Place() : place_of(begin, entry_at(begin));
-        Entry ahead = loose ? Entry() : entry_at(begin + kKeys);
-        for (int32_t token = piece.token_begin; token < token_end; token += kKeys) {
-            // Places of this tile; a broken one is marked, here or by its page, and read as zeros.
-            Place places[kLoose];
-            uint32_t broken[4] = {0, 0, 0, 0};
-            if (loose) {
-#pragma unroll
-                for (int i = 0; i < kLoose; ++i) {
-                    const int32_t position = token + i * kWarp + lane;
-                    places[i] = place_of(position, entry_at(position));
-                    broken[i] = __ballot_sync(~0u, mark(position, &places[i]));
-                }
-            } else {
-                const int32_t position = token + (own_box << args.box_shift);
-                places[0] = next;
-                if (!Config::kLists) places[0].token = position;  // spares a register
-                next = place_of(position + kKeys, ahead);
-                ahead = entry_at(position + 2 * kKeys);
-                broken[0] = __ballot_sync(~0u, mark(position, &places[0]) && lane < boxes);
-                // A tile with a part of the hole is masked like one with broken boxes.
-                if (Config::kLists && token < piece.hole_end && token + kKeys > piece.list_end)
-                    broken[1] = piece.hole_end > piece.list_end ? 1 : 0;
-            }
+        Place next = places.place_of(begin, places.entry_at(begin));
+        Entry ahead = places.entry_at(begin + kKeys);
+        for (int32_t token = piece.token_begin; token < places.token_end; token += kKeys) {
+            const int32_t position = token + (own_box << args.box_shift);
+            Place place = next;
+            if (!Config::kLists) place.token = position;  // spares a register
+            next = places.place_of(position + kKeys, ahead);
+            ahead = places.entry_at(position + 2 * kKeys);
+            // A broken box is marked; a tile with a part of the hole is masked like one with broken boxes.
+            const uint32_t broken = __ballot_sync(~0u, places.mark(position, &place) && lane < boxes);
+            const bool holed = Config::kLists && token < piece.hole_end && token + kKeys > piece.list_end &&
+                               piece.hole_end > piece.list_end;
             const auto fill = [&](const CUtensorMap* map, const uint8_t* tile, uint64_t* full) {
                 if (lane == 0) device::mbarrier_arrive_expect(device::shared_address(full), Config::kTileBytes);
                 __syncwarp();
-                if (loose) {
-#pragma unroll
-                    for (int i = 0; i < kLoose; ++i) {
-                        const int32_t box = i * kWarp + lane;
-                        if (Config::kCtas != 1 && box % ctas != rank) continue;
-#pragma unroll
-                        for (int span = 0; span < kSpans; ++span)
-                            copy(map, tile, full, span, box, places[i].token, piece.kv_head, places[i].page);
-                    }
-                } else if (own) {
-                    copy(map, tile, full, own_span, own_box, places[0].token, piece.kv_head, places[0].page);
+                if (!own) return;
+                const device::BoxStart start = {own_span * kSpan, place.token & (1 << args.page_shift) - 1,
+                                                piece.kv_head, place.page};
+                const uint32_t to = device::shared_address(tile) + own_span * (kKeys * kRowBytes) +
+                                    own_box * (uint32_t{kRowBytes} << args.box_shift);
+                if (ctas == 1) {
+                    device::copy_box(map, to, device::shared_address(full), start, policy);
+                } else {
+                    device::copy_box_multicast(map, to, device::shared_address(full), start, receivers, policy);
                 }
             };
             const uint32_t stage = ring.stage;
             device::mbarrier_wait(device::shared_address(&shared.empty_k[stage]), ring.parity ^ 1);
-            if (lane == 0) shared.broken[stage] = make_uint4(broken[0], broken[1], broken[2], broken[3]);
+            if (lane == 0) shared.broken[stage] = make_uint4(broken, holed ? 1 : 0, 0, 0);
             fill(k_map, shared.k[stage], &shared.full_k[stage]);
             // Q is asked for before the ring is filled: behind all of K and V it would arrive when these have.
             if (piece.first && token == piece.token_begin)
@@ -173,28 +163,90 @@ __device__ __forceinline__ void produce(const AttentionArgs& args, const CUtenso
     } while (next_piece_of_warp<Config>(args, shared, &shared.piece[threadIdx.x / kWarp]));
 }
 
-// One warp: writes down, for the merge, the pieces of the segments that begin in this worker's part.
+// Of the calling warp's piece: where a segment begins, its pieces are written down for the merge.
 template <typename Config>
-__device__ __forceinline__ void write_pieces(const AttentionArgs& args, AttentionShared<Config>& shared) {
+__device__ __forceinline__ void write_piece(const AttentionArgs& args, AttentionShared<Config>& shared) {
     const core::Schedule& s = args.schedule;
     const int32_t warp = threadIdx.x / kWarp;
+    const Piece& piece = shared.piece[warp];
+    if (piece.token_begin != 0 || threadIdx.x % kWarp != 0) return;
+    const Share& share = shared.share;
+    core::Pieces pieces = {piece.pieces, share.worker};
+    if (piece.pieces == 0) {
+        const int32_t taken = s.fixed ? 1 : core::units_of(s, piece.token_end);
+        pieces = core::pieces_of(s, share.total, share.workers, share.worker, shared.walk[warp].at - taken,
+                                 core::units_of(s, stream_length<Config::kLists>(args, piece.request, piece.kv_head)));
+    }
+    if (piece.slot < 0) pieces.count = 1;
+    const int64_t stream = int64_t{piece.request} * args.num_kv_heads + piece.kv_head;
+    args.pieces[stream * args.row_tiles + piece.row_tile] = pieces;
+}
+
+// One warp, of all pieces.
+template <typename Config>
+__device__ __forceinline__ void write_pieces(const AttentionArgs& args, AttentionShared<Config>& shared) {
     if (!shared.any) return;
     do {
-        const Piece& piece = shared.piece[warp];
-        if (piece.token_begin == 0 && threadIdx.x % kWarp == 0) {
-            const Share& share = shared.share;
-            core::Pieces pieces = {piece.pieces, share.worker};
-            if (piece.pieces == 0) {
-                const int32_t taken = s.fixed ? 1 : core::units_of(s, piece.token_end);
-                pieces = core::pieces_of(
-                    s, share.total, share.workers, share.worker, shared.walk[warp].at - taken,
-                    core::units_of(s, stream_length<Config::kLists>(args, piece.request, piece.kv_head)));
-            }
-            if (piece.slot < 0) pieces.count = 1;
-            const int64_t stream = int64_t{piece.request} * args.num_kv_heads + piece.kv_head;
-            args.pieces[stream * args.row_tiles + piece.row_tile] = pieces;
-        }
+        write_piece<Config>(args, shared);
     } while (next_piece_of_warp<Config>(args, shared, &shared.piece[threadIdx.x / kWarp]));
+}
+
+// Single tokens are gathered by four warps, 16 bytes at a time: each warp finds the places of a quarter of a tile, a
+// lane to a token, and copies them. Every CTA gathers all of its tile by itself. Warp 1 writes pieces down too.
+template <typename Config>
+__device__ __forceinline__ void gather(const AttentionArgs& args, AttentionShared<Config>& shared) {
+    constexpr int kKeys = Config::kKeys, kOwn = kKeys / (kWarpgroup / kWarp);
+    constexpr int kChunks = Config::kDim / 8, kAtOnce = kWarp / kChunks;  // of 16 bytes in a row; rows at once
+    const int32_t lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+    const int32_t chunk = lane % kChunks;
+    const bool writes = warp == 1 && splits_of<Config>(args) == 0 && worker_rank<Config>(args) == 0;
+    Ring<Config::kStages> ring;
+    if (!shared.any) return;
+    do {
+        if (writes) write_piece<Config>(args, shared);
+        const Piece& piece = shared.piece[warp];
+        const Places<Config::kLists> places(args, piece);
+        const int32_t begin = piece.token_begin + warp * kOwn + lane;
+        Place next = places.place_of(begin, places.entry_at(begin));
+        for (int32_t token = piece.token_begin; token < places.token_end; token += kKeys) {
+            const int32_t position = token + warp * kOwn + lane;
+            Place place = next;
+            const uint32_t broken = __ballot_sync(~0u, places.mark(position, &place) && lane < kOwn);
+            const auto fill = [&](const PoolBytes& pool, const uint8_t* tile, uint64_t* full) {
+                const uint8_t* head = pool.data + piece.kv_head * pool.stride_head + chunk * 16;
+                uint32_t to = device::shared_address(tile) + chunk / 8 * (kKeys * kRowBytes);
+#pragma unroll 4
+                for (int i = 0; i < kOwn; i += kAtOnce) {
+                    const int32_t own = i + lane / kChunks, row = warp * kOwn + own;
+                    const int32_t page = __shfl_sync(~0u, place.page, own);
+                    const int32_t in_page = __shfl_sync(~0u, place.token, own) & (1 << args.page_shift) - 1;
+                    const bool reads = page < args.num_pages;
+                    const uint8_t* from = head + (reads ? page * pool.stride_page + in_page * pool.stride_token : 0);
+                    device::copy_16_bytes(to + row * kRowBytes + ((chunk % 8) ^ (row % 8)) * 16, from, reads ? 16 : 0);
+                }
+                device::copies_arrive(device::shared_address(full));
+                __syncwarp();
+                if (lane == 0) device::mbarrier_arrive(device::shared_address(full));
+            };
+            const uint32_t stage = ring.stage;
+            device::mbarrier_wait(device::shared_address(&shared.empty_k[stage]), ring.parity ^ 1);
+            if (lane == 0) {
+                if constexpr (kOwn == kWarp) {
+                    reinterpret_cast<uint32_t*>(&shared.broken[stage])[warp] = broken;
+                } else {
+                    reinterpret_cast<uint16_t*>(&shared.broken[stage])[warp] = static_cast<uint16_t>(broken);
+                }
+            }
+            const Entry ahead = places.entry_at(position + kKeys);
+            fill(args.k_pool, shared.k[stage], &shared.full_k[stage]);
+            if (warp == 0 && piece.first && token == piece.token_begin)
+                device::named_barrier(kStartBarrier, Config::kConsumers + kWarp);
+            next = places.place_of(position + kKeys, ahead);
+            device::mbarrier_wait(device::shared_address(&shared.empty_v[stage]), ring.parity ^ 1);
+            fill(args.v_pool, shared.v[stage], &shared.full_v[stage]);
+            ring.advance();
+        }
+    } while (next_piece_of_warp<Config>(args, shared, &shared.piece[warp]));
 }
 
 // --- Consumers: kWarpgroups warpgroups of 64 rows each ---------------------------------------------------------------
@@ -279,8 +331,9 @@ struct Consumer {
 
     __device__ __forceinline__ void finish_q() const {
         device::copies_wait();
+        const int32_t thread = device::thread_index() - kWarpgroup;  // as in start_q
         if (args.flip != 0 || args.keep != ~0u) {
-            const uint32_t own = own_chunk(device::thread_index() - kWarpgroup) - device::shared_address(shared.q);
+            const uint32_t own = own_chunk(thread) - device::shared_address(shared.q);
             for (int i = 0; i < kRounds; ++i) {
                 uint4* chunk = reinterpret_cast<uint4*>(shared.q + own + i * kRowStep * kRowBytes);
                 const uint4 x = *chunk;
@@ -355,11 +408,17 @@ struct Consumer {
     __device__ __forceinline__ void release(uint64_t* empty) {
         __syncwarp();
         const uint32_t barrier = device::shared_address(empty);
-        if constexpr (Config::kCtas == 1) {
+        if (Config::kCtas == 1 || gathers(args)) {
             if (lane == 0) device::mbarrier_arrive(barrier);
         } else if (lane < worker_ctas<Config>(args)) {
             device::mbarrier_arrive_cluster(barrier, device::cluster_rank() - rank + lane);
         }
+    }
+
+    // Until a tile is there. What threads have copied becomes visible to wgmma.
+    __device__ __forceinline__ void wait_full(uint64_t* full, uint32_t parity) const {
+        device::mbarrier_wait(device::shared_address(full), parity);
+        if (gathers(args)) device::fence_async_shared();
     }
 
     // Rows of V that no position reads hold anything, NaN included, and P = 0 does not silence NaN: those past the end
@@ -714,7 +773,7 @@ struct Consumer {
                 token += warpgroup * kKeys;
             }
             if (!kShares || token < token_end) {
-                device::mbarrier_wait(device::shared_address(&shared.full_k[k_ring.stage]), k_ring.parity);
+                wait_full(&shared.full_k[k_ring.stage], k_ring.parity);
                 device::pin_registers(o);
                 start_scores(k_ring.stage);
                 bool any_broken = is_broken(k_ring.stage);
@@ -726,10 +785,10 @@ struct Consumer {
                     release(&shared.empty_k[k_ring.stage]);
                     k_ring.advance(Config::kKeyGroups);
                     softmax(token);
-                    device::mbarrier_wait(device::shared_address(&shared.full_v[v_ring.stage]), v_ring.parity);
+                    wait_full(&shared.full_v[v_ring.stage], v_ring.parity);
                     clear_hole(v_ring.stage, token);
                     if (token + kStep >= token_end) break;
-                    device::mbarrier_wait(device::shared_address(&shared.full_k[k_ring.stage]), k_ring.parity);
+                    wait_full(&shared.full_k[k_ring.stage], k_ring.parity);
                     // P V of this tile, then S of the next. The tensor cores take P from registers, so that issuing P V
                     // lasts about as long as it does: S comes last, that other work of this warpgroup may run beside
                     // it.
@@ -794,11 +853,14 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     if (threadIdx.x == kWarp) {
         device::prefetch_tensor_map(&k_map);
         device::prefetch_tensor_map(&v_map);
-        const uint32_t releases = Config::kConsumers / kWarp / Config::kKeyGroups * worker_ctas<Config>(args);
+        const uint32_t releases =
+            Config::kConsumers / kWarp / Config::kKeyGroups * (gathers(args) ? 1 : worker_ctas<Config>(args));
+        const uint32_t fills = gathers(args) ? kWarpgroup + kWarpgroup / kWarp : 1;
 #pragma unroll
         for (int i = 0; i < Config::kStages; ++i) {
-            device::mbarrier_init(device::shared_address(&shared.full_k[i]), 1);
-            device::mbarrier_init(device::shared_address(&shared.full_v[i]), 1);
+            device::mbarrier_init(device::shared_address(&shared.full_k[i]), fills);
+            shared.broken[i] = make_uint4(0, 0, 0, 0);
+            device::mbarrier_init(device::shared_address(&shared.full_v[i]), fills);
             device::mbarrier_init(device::shared_address(&shared.empty_k[i]), releases);
             device::mbarrier_init(device::shared_address(&shared.empty_v[i]), releases);
         }
@@ -827,9 +889,13 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 
     if (warp < kWarpgroup / kWarp) {
         device::registers_shrink<Config::kProducerRegisters>();
-        if (warp == 0) produce<Config>(args, &k_map, &v_map, shared);
-        if (warp == 1 && worker_rank<Config>(args) == 0 && splits_of<Config>(args) == 0)
+        if (gathers(args)) {
+            gather<Config>(args, shared);
+        } else if (warp == 0) {
+            produce<Config>(args, &k_map, &v_map, shared);
+        } else if (warp == 1 && worker_rank<Config>(args) == 0 && splits_of<Config>(args) == 0) {
             write_pieces<Config>(args, shared);
+        }
     } else {
         device::registers_grow<Config::kConsumerRegisters>();
         if constexpr (ClusterMerge<Config>::kServed) {

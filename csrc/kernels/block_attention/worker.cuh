@@ -45,8 +45,8 @@ struct AttentionConfig {
     static constexpr int kSpans = kDim / kSpan;
     static constexpr int kTileBytes = kKeys * kDim * 2;
     // Registers per thread: what remains of 65536 after the producer's share, in steps of 8.
-    static constexpr int kConsumerRegisters = kWarpgroups == 3 ? (kLists ? 152 : 160) : kWarpgroups == 2 ? 224 : 248;
-    static constexpr int kProducerRegisters = kWarpgroups == 3 ? (kLists ? 56 : 32) : kWarpgroups == 2 ? 56 : 120;
+    static constexpr int kConsumerRegisters = kWarpgroups == 3 ? 152 : kWarpgroups == 2 ? 224 : 248;
+    static constexpr int kProducerRegisters = kWarpgroups == 3 ? 56 : kWarpgroups == 2 ? 56 : 120;
 };
 
 struct Piece {
@@ -92,6 +92,9 @@ template <typename Config>
 __device__ __forceinline__ int32_t worker_ctas(const AttentionArgs& args) {
     return Config::kCtas == 0 ? args.ctas : Config::kCtas;
 }
+
+// Boxes of one token: threads copy them.
+__device__ __forceinline__ bool gathers(const AttentionArgs& args) { return args.box_shift == 0; }
 
 // Workers of a cluster that share a segment, or 0; dense calls have no such clusters.
 template <typename Config>
