@@ -24,9 +24,4 @@ __device__ __forceinline__ void copies_wait_but() {
 // Returns when all copies of the calling thread have arrived.
 __device__ __forceinline__ void copies_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-// Arrives at an mbarrier, as one of those that it expects, when all copies of the calling thread so far are there.
-__device__ __forceinline__ void copies_arrive(uint32_t barrier) {
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
-}
-
 }  // namespace mage::device

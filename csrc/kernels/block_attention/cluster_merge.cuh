@@ -1,7 +1,7 @@
 #pragma once
 
 #include "kernels/block_attention/partial_row.cuh"
-#include "kernels/block_attention/worker.cuh"
+#include "kernels/block_attention/pieces.cuh"
 
 // Purpose   the end of a small call over lists, in the attention kernel itself: the CTAs of a cluster share a segment
 //           and merge its pieces through distributed shared memory. No second launch.

@@ -1,7 +1,7 @@
 #pragma once
 
 #include "kernels/block_attention/cluster_merge.cuh"
-#include "kernels/block_attention/worker.cuh"
+#include "kernels/block_attention/pieces.cuh"
 
 // Purpose   out[r] = sum_t softmax(scale q[r] . k[t]) v[t] over the tokens of a paged KV stream, and on request the
 //           logarithm of every row's sum over every unit of g tokens; mage/block_attention.h, block_attention_mass.h.
@@ -191,6 +191,15 @@ __device__ __forceinline__ void write_pieces(const AttentionArgs& args, Attentio
     } while (next_piece_of_warp<Config>(args, shared, &shared.piece[threadIdx.x / kWarp]));
 }
 
+// Arrives when all groups of copies of the warp but kPending are there, and visible to wgmma.
+template <int kPending>
+__device__ __forceinline__ void arrive(uint32_t barrier) {
+    device::copies_wait_but<kPending>();
+    device::fence_async_shared();
+    __syncwarp();
+    if (threadIdx.x % kWarp == 0) device::mbarrier_arrive(barrier);
+}
+
 // Single tokens are gathered by four warps, 16 bytes at a time: each warp finds the places of a quarter of a tile, a
 // lane to a token, and copies them. Every CTA gathers all of its tile by itself. Warp 1 writes pieces down too.
 template <typename Config>
@@ -200,6 +209,9 @@ __device__ __forceinline__ void gather(const AttentionArgs& args, AttentionShare
     const int32_t lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
     const int32_t chunk = lane % kChunks;
     const bool writes = warp == 1 && splits_of<Config>(args) == 0 && worker_rank<Config>(args) == 0;
+    // The barrier of the half tile before: it is told when the next has been asked for, and all of its copies are
+    // there.
+    uint32_t behind = 0;
     Ring<Config::kStages> ring;
     if (!shared.any) return;
     do {
@@ -224,9 +236,9 @@ __device__ __forceinline__ void gather(const AttentionArgs& args, AttentionShare
                     const uint8_t* from = head + (reads ? page * pool.stride_page + in_page * pool.stride_token : 0);
                     device::copy_16_bytes(to + row * kRowBytes + ((chunk % 8) ^ (row % 8)) * 16, from, reads ? 16 : 0);
                 }
-                device::copies_arrive(device::shared_address(full));
-                __syncwarp();
-                if (lane == 0) device::mbarrier_arrive(device::shared_address(full));
+                device::copies_commit();
+                if (behind != 0) arrive<1>(behind);
+                behind = device::shared_address(full);
             };
             const uint32_t stage = ring.stage;
             device::mbarrier_wait(device::shared_address(&shared.empty_k[stage]), ring.parity ^ 1);
@@ -247,6 +259,7 @@ __device__ __forceinline__ void gather(const AttentionArgs& args, AttentionShare
             ring.advance();
         }
     } while (next_piece_of_warp<Config>(args, shared, &shared.piece[warp]));
+    arrive<0>(behind);
 }
 
 // --- Consumers: kWarpgroups warpgroups of 64 rows each ---------------------------------------------------------------
@@ -408,17 +421,11 @@ struct Consumer {
     __device__ __forceinline__ void release(uint64_t* empty) {
         __syncwarp();
         const uint32_t barrier = device::shared_address(empty);
-        if (Config::kCtas == 1 || gathers(args)) {
+        if constexpr (Config::kCtas == 1) {
             if (lane == 0) device::mbarrier_arrive(barrier);
         } else if (lane < worker_ctas<Config>(args)) {
             device::mbarrier_arrive_cluster(barrier, device::cluster_rank() - rank + lane);
         }
-    }
-
-    // Until a tile is there. What threads have copied becomes visible to wgmma.
-    __device__ __forceinline__ void wait_full(uint64_t* full, uint32_t parity) const {
-        device::mbarrier_wait(device::shared_address(full), parity);
-        if (gathers(args)) device::fence_async_shared();
     }
 
     // Rows of V that no position reads hold anything, NaN included, and P = 0 does not silence NaN: those past the end
@@ -773,7 +780,7 @@ struct Consumer {
                 token += warpgroup * kKeys;
             }
             if (!kShares || token < token_end) {
-                wait_full(&shared.full_k[k_ring.stage], k_ring.parity);
+                device::mbarrier_wait(device::shared_address(&shared.full_k[k_ring.stage]), k_ring.parity);
                 device::pin_registers(o);
                 start_scores(k_ring.stage);
                 bool any_broken = is_broken(k_ring.stage);
@@ -785,10 +792,10 @@ struct Consumer {
                     release(&shared.empty_k[k_ring.stage]);
                     k_ring.advance(Config::kKeyGroups);
                     softmax(token);
-                    wait_full(&shared.full_v[v_ring.stage], v_ring.parity);
+                    device::mbarrier_wait(device::shared_address(&shared.full_v[v_ring.stage]), v_ring.parity);
                     clear_hole(v_ring.stage, token);
                     if (token + kStep >= token_end) break;
-                    wait_full(&shared.full_k[k_ring.stage], k_ring.parity);
+                    device::mbarrier_wait(device::shared_address(&shared.full_k[k_ring.stage]), k_ring.parity);
                     // P V of this tile, then S of the next. The tensor cores take P from registers, so that issuing P V
                     // lasts about as long as it does: S comes last, that other work of this warpgroup may run beside
                     // it.
@@ -853,9 +860,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     if (threadIdx.x == kWarp) {
         device::prefetch_tensor_map(&k_map);
         device::prefetch_tensor_map(&v_map);
-        const uint32_t releases =
-            Config::kConsumers / kWarp / Config::kKeyGroups * (gathers(args) ? 1 : worker_ctas<Config>(args));
-        const uint32_t fills = gathers(args) ? kWarpgroup + kWarpgroup / kWarp : 1;
+        const uint32_t releases = Config::kConsumers / kWarp / Config::kKeyGroups * worker_ctas<Config>(args);
+        const uint32_t fills = gathers(args) ? kWarpgroup / kWarp : 1;
 #pragma unroll
         for (int i = 0; i < Config::kStages; ++i) {
             device::mbarrier_init(device::shared_address(&shared.full_k[i]), fills);
