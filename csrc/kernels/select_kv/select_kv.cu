@@ -390,6 +390,7 @@ __device__ __forceinline__ void write_lists(const SelectArgs& args, SelectShared
 }
 
 // kFixed: rule kFixed alone. kAlone: no clusters. What they exclude would cost registers and instructions.
+// Two blocks of 512 threads, with 64 registers a thread, but for the general rules in clusters, which would spill.
 template <int kThreadsOf, bool kHeld, bool kFixed, bool kAlone>
 __global__ void __launch_bounds__(kThreadsOf, kFixed || kAlone ? 1024 / kThreadsOf : 1)
     mage_select_kv_kernel(const __grid_constant__ SelectArgs args) {
