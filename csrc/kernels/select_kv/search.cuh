@@ -188,7 +188,6 @@ struct CoarseBin {
 template <int kThreads>
 __device__ __forceinline__ CoarseBin find_coarse(Group<kThreads>& group, int32_t round, uint32_t need) {
     static_assert(kCoarseBins == 2 * kWarp);
-    const uint32_t lane = threadIdx.x % kWarp;
     const uint2 bins = group.coarse_bins(round);
     const uint32_t own = bins.x + bins.y;
     const uint32_t upto = running_sum(own), above = upto - own;

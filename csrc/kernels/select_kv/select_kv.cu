@@ -116,22 +116,21 @@ __device__ __noinline__ int32_t layer_budget(const SelectArgs& args, Group<kThre
     return max(args.least_budget, static_cast<int32_t>(share));
 }
 
-// What is found by passes over all keys, and the group after its messages.
-template <int kThreadsOf>
-struct Searched {
-    Pick pick;
-    Group<kThreadsOf> group;
-};
-
 // The general search, where a bound did not help.
 template <int kThreadsOf, bool kHeld>
-__device__ __noinline__ Searched<kThreadsOf> search_all(SelectShared<kThreadsOf>& shared, Keys<kThreadsOf, kHeld> keys,
-                                                        Scope scope, Group<kThreadsOf> group, Range range,
-                                                        Places places, Window window) {
-    const Pick pick = search(shared, group, range, places, window, [&](auto&& visit) {
+__device__ __forceinline__ Pick search_keys(SelectShared<kThreadsOf>& shared, const Keys<kThreadsOf, kHeld>& keys,
+                                            const Scope& scope, Group<kThreadsOf>& group, const Range& range,
+                                            const Places& places, const Window& window) {
+    return search(shared, group, range, places, window, [&](auto&& visit) {
         keys.each(scope, [&](uint32_t key, int32_t unit, int32_t head, int32_t) { visit(key, unit, head); });
     });
-    return {pick, group};
+}
+
+// The same as a function that is called, so that a kernel that hardly ever needs it does not pay for its registers.
+template <int kThreadsOf, bool kHeld>
+__device__ __noinline__ Pick search_all(SelectShared<kThreadsOf>& shared, Keys<kThreadsOf, kHeld> keys, Scope scope,
+                                        Group<kThreadsOf> group, Range range, Places places, Window window) {
+    return search_keys(shared, keys, scope, group, range, places, window);
 }
 
 // rule kMass: units wanted of a row, and the window in which the last one lies, if it is known.
@@ -357,9 +356,9 @@ __device__ __forceinline__ void write_list(const SelectArgs& args, SelectShared<
 
 // Lists of all heads of rule kJoint in one CTA or group, one after the other, after the joint search.
 template <int kThreadsOf>
-__device__ __noinline__ void write_lists(const SelectArgs& args, SelectShared<kThreadsOf>& shared,
-                                         Keys<kThreadsOf, false> keys, Group<kThreadsOf> group, int64_t row,
-                                         Prefix prefix, Budget budget, Pick pick) {
+__device__ __forceinline__ void write_lists(const SelectArgs& args, SelectShared<kThreadsOf>& shared,
+                                            const Keys<kThreadsOf, false>& keys, Group<kThreadsOf>& group, int64_t row,
+                                            const Prefix& prefix, const Budget& budget, const Pick& pick) {
     for (int32_t head = 0; head < args.heads; ++head) {
         const Scope scope = {head, 1};
         const Places places(args, budget.between);
@@ -379,9 +378,7 @@ __device__ __noinline__ void write_lists(const SelectArgs& args, SelectShared<kT
                 choice.pick = {0u, 0xffffffffu};  // all
             } else if (need > 0) {
                 const Window window = first_window<4 * kThreadsOf>(args, prefix.eligible, need);
-                const auto found = search_all(shared, keys, scope, group, between, Places(args, between), window);
-                choice.pick = found.pick;
-                group = found.group;
+                choice.pick = search_keys(shared, keys, scope, group, between, Places(args, between), window);
             }
         }
         clear_rest(args, group, row + head, choice.budget.count);
@@ -393,8 +390,9 @@ __device__ __noinline__ void write_lists(const SelectArgs& args, SelectShared<kT
 }
 
 // kFixed: rule kFixed alone. kAlone: no clusters. What they exclude would cost registers and instructions.
+// Two blocks of 512 threads, with 64 registers a thread, but for the general rules in clusters, which would spill.
 template <int kThreadsOf, bool kHeld, bool kFixed, bool kAlone>
-__global__ void __launch_bounds__(kThreadsOf, 1024 / kThreadsOf)
+__global__ void __launch_bounds__(kThreadsOf, kFixed || kAlone ? 1024 / kThreadsOf : 1)
     mage_select_kv_kernel(const __grid_constant__ SelectArgs args) {
     extern __shared__ uint4 shared_memory[];
     using Shared = SelectShared<kThreadsOf>;
@@ -550,9 +548,11 @@ __global__ void __launch_bounds__(kThreadsOf, 1024 / kThreadsOf)
         const Places places(args, choice.budget.between);
         if (!is_picked) {
             if (!has_window) window = first_window<4 * kThreadsOf>(args, prefix.eligible, need);
-            const auto found = search_all(shared, keys, scope, group, choice.budget.between, places, window);
-            choice.pick = found.pick;
-            if constexpr (!kAlone) group = found.group;
+            if constexpr (kFixed && kAlone) {
+                choice.pick = search_all(shared, keys, scope, group, choice.budget.between, places, window);
+            } else {
+                choice.pick = search_keys(shared, keys, scope, group, choice.budget.between, places, window);
+            }
         }
         if (!ranks_heads || has_all_heads) break;
         // What this head has of the joint ranking is the top of its own; where that is too long, another search.
