@@ -212,13 +212,13 @@ def make_calls(shape: SparseShape, sets: list[KvSet], seed: int) -> list[Call]:
     return calls
 
 
-def our_calls(shape: SparseShape, calls: list[Call]):
+def our_calls(dense: Shape, g: int, calls: list[Call]):
     """Functions to time, and the outputs that all of them write."""
-    (heads, kv_heads, dim), device = shape.dense.heads, calls[0].indices.device
-    sizes = (shape.batch, shape.q_len, heads, kv_heads, dim, shape.dense.max_len, shape.g, calls[0].indices.shape[2])
-    outputs = [torch.empty_like(calls[0].kv_set.q), torch.empty(shape.batch, heads, shape.q_len, device=device)]
+    (heads, kv_heads, dim), device = dense.heads, calls[0].indices.device
+    sizes = (dense.batch, dense.q_len, heads, kv_heads, dim, dense.max_len, g, calls[0].indices.shape[2])
+    outputs = [torch.empty_like(calls[0].kv_set.q), torch.empty(dense.batch, heads, dense.q_len, device=device)]
     workspace = torch.empty(ops.sparse_block_attention_workspace(*sizes), dtype=torch.uint8, device=device)
-    options = {"g": shape.g, "max_seq_len": shape.dense.max_len}
+    options = {"g": g, "max_seq_len": dense.max_len}
 
     def call_of(call: Call):
         inputs = (*call.kv_set.tensors, call.indices, call.counts, call.tail_start)
@@ -227,18 +227,19 @@ def our_calls(shape: SparseShape, calls: list[Call]):
     return [call_of(call) for call in calls], outputs
 
 
-def exact_out(shape: SparseShape, call: Call) -> tuple[Tensor, Tensor]:
+def exact_out(dense: Shape, g: int, call: Call) -> tuple[Tensor, Tensor]:
     """Request 0 in float32 and by torch's bfloat16 attention: [1, Q, H, D]."""
-    heads, kv_heads, dim = shape.dense.heads
+    heads, kv_heads, dim = dense.heads
     group = heads // kv_heads
-    k, v = contiguous_kv(call.kv_set, 0, shape.dense.max_len)
+    k, v = contiguous_kv(call.kv_set, 0, dense.max_len)
     q = call.kv_set.q[0]
     out, same = torch.empty_like(q, dtype=torch.float32), torch.empty_like(q)
     backend = SDPBackend.FLASH_ATTENTION if q.is_cuda else SDPBackend.MATH
+    tail = torch.arange(int(call.tail_start[0]), dense.max_len, device=q.device)
     for h in range(kv_heads):
-        listed = call.indices[0, h, : int(call.counts[0, h])].long()[:, None] * shape.g
-        listed = (listed + torch.arange(shape.g, device=q.device)).flatten()
-        tokens = torch.cat([listed, torch.arange(CONTEXT, shape.dense.max_len, device=q.device)])
+        listed = call.indices[0, h, : int(call.counts[0, h])].long()[:, None] * g
+        listed = (listed + torch.arange(g, device=q.device)).flatten()
+        tokens = torch.cat([listed, tail])
         mine = slice(h * group, (h + 1) * group)
         rows, keys, values = q[:, mine].transpose(0, 1), k[tokens, h], v[tokens, h]  # [G, Q, D], [T, D]
         shares = (rows.float() @ keys.T.float() * dim**-0.5).softmax(-1)
@@ -345,8 +346,8 @@ def capture_peers(peers: list, shape: SparseShape, calls: list[Call], exact: Ten
 def measure(shape: SparseShape, sets: list[KvSet], peers: list, replays: int, seed: int) -> tuple[dict, dict[str, str]]:
     """Medians in microseconds by key, "ours" or (peer, variant), and the reasons of what is absent."""
     calls = make_calls(shape, sets, seed)
-    ours, outputs = our_calls(shape, calls)
-    exact, same = exact_out(shape, calls[0])
+    ours, outputs = our_calls(shape.dense, shape.g, calls)
+    exact, same = exact_out(shape.dense, shape.g, calls[0])
     ours[0]()
     assert_out_close(outputs[0][:1], exact, same)
     graphs, absent = capture_peers(peers, shape, calls, exact)
@@ -354,7 +355,7 @@ def measure(shape: SparseShape, sets: list[KvSet], peers: list, replays: int, se
     if shape.g == 1 and missing:
         coarse = SparseShape(shape.model, shape.batch, shape.budget, STAND_IN, shape.q_len, shape.uneven)
         others = make_calls(coarse, sets, seed)
-        more, reasons = capture_peers(missing, coarse, others, exact_out(coarse, others[0])[0])
+        more, reasons = capture_peers(missing, coarse, others, exact_out(coarse.dense, coarse.g, others[0])[0])
         graphs |= {(name, f"page={STAND_IN} {variant}"): graph for (name, variant), graph in more.items()}
         absent |= {f"{name} page={STAND_IN}": reason for name, reason in reasons.items()}
     return median_us({"ours": capture(ours), **graphs}, replays), absent

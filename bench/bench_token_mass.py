@@ -82,8 +82,15 @@ def attention_calls(shape: Shape, sets: list[KvSet]):
     return calls, lses
 
 
-def token_calls(shape: Shape, sets: list[KvSet], lses: list[torch.Tensor], kind: str, seed: int):
-    """token_mass of every set, and the output that all of them write."""
+def token_calls(
+    shape: Shape,
+    sets: list[KvSet],
+    lses: list[torch.Tensor],
+    kind: str,
+    seed: int,
+    masses: list[torch.Tensor] | None = None,
+):
+    """token_mass of every set, the output that all of them write, and their options; each set's output may be given."""
     heads, kv_heads, dim = shape.heads
     device = sets[0].q.device
     options, tokens = {"max_seq_len": shape.max_len}, shape.max_len
@@ -96,14 +103,14 @@ def token_calls(shape: Shape, sets: list[KvSet], lses: list[torch.Tensor], kind:
     if kind == "rows":
         options["score"] = "rows"
         sizes += (shape.rows,)
-    mass = torch.empty(sizes, device=device)
+    masses = masses or [torch.empty(sizes, device=device)] * len(sets)
     size = ops.token_mass_workspace(shape.batch, shape.q_len, heads, kv_heads, dim, shape.max_len)
     workspace = torch.empty(size, dtype=torch.uint8, device=device)
     calls = []
-    for kv_set, lse in zip(sets, lses, strict=True):
-        inputs = (kv_set.q, kv_set.k_cache, kv_set.block_table, kv_set.seq_lens, lse)
-        calls.append(lambda inputs=inputs: ops.token_mass_out(*inputs, mass, workspace, **options))
-    return calls, mass, options
+    for kv_set, lse, mass in zip(sets, lses, masses, strict=True):
+        inputs = (kv_set.q, kv_set.k_cache, kv_set.block_table, kv_set.seq_lens, lse, mass)
+        calls.append(lambda inputs=inputs: ops.token_mass_out(*inputs, workspace, **options))
+    return calls, masses[0], options
 
 
 def check(shape: Shape, kind: str, mass: torch.Tensor, options: dict, shares: torch.Tensor) -> None:

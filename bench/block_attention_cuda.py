@@ -13,6 +13,7 @@ from cuda_timing import capture, median_us
 from gpu_bench import chosen_shapes, finish, gpu_name
 from kv_sets import KvSet, Shape, contiguous_kv, make_sets, num_sets, tokens_of
 from peers import Absent, find_peers, reason_of
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mage_ext import ops
@@ -86,8 +87,8 @@ def allowed_emission_us(shape: Shape, g: int, none_us: float) -> float | None:
     return (0.08 if partials <= 24e6 else 0.20) * none_us if g == 16 else None
 
 
-def our_calls(shape: Shape, sets: list[KvSet], emission: str):
-    """A call per set, and the outputs that all of them write."""
+def our_calls(shape: Shape, sets: list[KvSet], emission: str, masses: list[Tensor] | None = None):
+    """A call per set, and the outputs that all of them write; the masses of each set may be given."""
     emit, g = EMISSIONS[emission]
     (heads, kv_heads, dim), device = shape.heads, sets[0].q.device
     sizes = (shape.batch, shape.q_len, heads, kv_heads, dim, shape.max_len)
@@ -103,9 +104,10 @@ def our_calls(shape: Shape, sets: list[KvSet], emission: str):
         else:
             call, needed = ops.block_attention_rows_out, ops.block_attention_rows_workspace(*sizes, g)
             units += (shape.rows,)
-        outputs.append(torch.empty(units, device=device))
+        outputs.append(torch.empty(units, device=device) if masses is None else masses[0])
     workspace = torch.empty(needed, dtype=torch.uint8, device=device)
-    calls = [lambda s=s: call(*s.tensors, *outputs, workspace, **options) for s in sets]
+    own = [[*outputs[:2], mass] for mass in masses] if masses else [outputs] * len(sets)
+    calls = [lambda s=s, o=o: call(*s.tensors, *o, workspace, **options) for s, o in zip(sets, own, strict=True)]
     return calls, outputs
 
 

@@ -22,6 +22,7 @@ def bench(monkeypatch):
     """The modules of bench/, by name."""
     monkeypatch.syspath_prepend(str(BENCH))
     before = set(sys.modules)
+    import bench_block_total
     import bench_merge_attention
     import bench_row_votes
     import bench_select_kv
@@ -42,6 +43,7 @@ def bench(monkeypatch):
         select=bench_select_kv,
         sparse=bench_sparse_attention,
         merge=bench_merge_attention,
+        total=bench_block_total,
     )
     for name in set(sys.modules) - before:
         if str(getattr(sys.modules[name], "__file__", "")).startswith(str(BENCH)):
@@ -389,3 +391,84 @@ def test_sparse_attention_on_the_cpu_with_the_timer_replaced(bench, monkeypatch,
     assert "targets missed: 2" in lines
     assert "  1.5B 1 K=512 any g Q=32: ratio 1.50, wanted 1.55" in lines
     assert "  7B 1 K=1024 g=64 Q=8: 7.60 us, allowed 7.5 us" in lines
+
+
+def test_rows_of_the_block_total(bench):
+    total = bench.total
+    shapes = total.all_shapes(28)
+    assert len({json.dumps(shape.case) for shape in shapes}) == len({shape.name for shape in shapes}) == len(shapes)
+    assert len(shapes) == 18 and all(shape.is_whole for shape in shapes)
+    by_key = {(shape.g, shape.dense_layers, shape.forwards): shape for shape in shapes}
+    # One multiplies for 98.2 us per exact layer, reads and writes partial sums of no weight; two layers stay exact.
+    exact, sparse = by_key[64, 0, 8].attention.floor_us(None), by_key[64, 0, 8].sparse.floor_us
+    select = by_key[64, 0, 8].selection.floor_us
+    assert exact == pytest.approx(4 * 4 * 256 * 131104 * 128 / 700e12 * 1e6)
+    assert by_key[64, 0, 8].floor_us == pytest.approx(2 * 28 * exact + select + 7 * 28 * sparse)
+    select = by_key[64, 2, 8].selection.floor_us
+    assert by_key[64, 2, 8].floor_us == pytest.approx((28 + 26 + 8 * 2) * exact + select + 7 * 26 * sparse)
+    tokens = bench.tokens.floor_us(by_key[1, 0, 8].attention, "all")
+    sparse, select = by_key[1, 0, 8].sparse.floor_us, by_key[1, 0, 8].selection.floor_us
+    assert by_key[1, 0, 8].floor_us == pytest.approx(28 * (2 * exact + tokens) + select + 7 * 28 * sparse)
+    assert [s.name for s in shapes if total.matches(s, "16:2:8")] == ["7B 1x128K g=16 dense=2 T=8"]
+    assert len([s for s in shapes if total.matches(s, "::32")]) == 6
+    with pytest.raises(ValueError, match="G:DENSE_LAYERS:T, got '1:2:3:4'"):
+        total.matches(shapes[0], "1:2:3:4")
+    # Units 1, 2, 3 of one head and 5, 6 of the other, each with K and V.
+    lists = [torch.tensor([[[[1, 2], [5, 6]]]]), torch.tensor([[[[2, 3], [5, 6]]]])]
+    assert total.listed_bytes(lists, 16) == 5 * 16 * 2 * 128 * 2
+
+
+def test_block_total_on_the_cpu_with_the_timer_replaced(bench, monkeypatch, capsys, tmp_path):
+    """Steps, lists of other queries, checks of every part, sums, targets of the better g, the file; fewer layers."""
+    total = bench.total
+    times = {"exact": 100.0, "peer": 120.0, "exact_mass": 110.0, "select": 5.0, ("FA3", "splits=0"): 1.0}
+    sparse, captured = iter([10.0, 9.0, 10.0, 10.0]), []
+    make_sets = bench.sets.make_sets
+    monkeypatch.setattr(total, "MODEL", "1.5B")
+    monkeypatch.setattr(total, "CONTEXT", 2048)
+    monkeypatch.setattr(total, "COLD_BYTES", 1)
+    monkeypatch.setitem(total.LAYERS, "1.5B", 3)
+    monkeypatch.setattr(total, "make_sets", lambda *args: make_sets(*args, device="cpu"))
+    monkeypatch.setattr(total, "capture", lambda calls: captured.append(len(calls)) or [call() for call in calls])
+    monkeypatch.setattr(bench.rows, "capture", lambda calls: [call() for call in calls])
+    monkeypatch.setattr(
+        total,
+        "median_us",
+        lambda graphs, replays: {key: next(sparse) if key == "sparse" else times[key] for key in graphs},
+    )
+    monkeypatch.setattr(total, "find_peers", lambda *args: ([FakePeer(bench)], {"SDPA": "not asked for"}))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    path = tmp_path / "block_total.json"
+    monkeypatch.setattr(sys, "argv", ["bench_block_total.py", "--rows", "64:0,16:0:32,1:2:8", "--out", str(path)])
+    total.main()
+    lines = capsys.readouterr().out.splitlines()
+    result = json.loads(lines[-1])
+    assert result == json.loads(path.read_text()) and result["name"] == "block_total"
+    rows = result["rows"]
+    cases = [(row["case"]["g"], row["case"]["dense_layers"], row["case"]["T"]) for row in rows]
+    assert cases == [(64, 0, 8), (64, 0, 16), (64, 0, 32), (16, 0, 32), (1, 2, 8)]
+    # Steps of 3 layers: 330 + 5 + 7 * 30 + 300 against 9 steps of 300 and of 360.
+    first = rows[0]
+    assert first["us"] == 845.0 and first["own_us"] == 2700.0 and first["peer_us"] == 3240.0
+    assert (first["own_ratio"], first["ratio"], first["peer"]) == (3.195, 3.834, "FA3 splits=0")
+    parts = [first[key] for key in ("exact_mass_us", "select_us", "sparse_step_us", "commit_us")]
+    assert parts == [330.0, 5.0, 30.0, 300.0]
+    assert first["masses"] == "block_attention_mass" and rows[4]["masses"] == "token_mass of all tokens"
+    assert first["case"]["layers"] == 3 and first["case"]["context"] == 2048 and "off by" in str(first["absent"])
+    # The exact steps of both; then of each pair of g and dense layers step 1, masses, four sparse steps of all layers.
+    assert captured == [3, 3] + [3, 4, 12] * 3
+    assert [line for line in lines if line.startswith("  T=")] == ["  T=8: 3.19 of exact steps of our own, wanted 3.2"]
+    assert "targets missed: 1" in lines  # 32 steps are fast enough with units of 16
+
+    monkeypatch.setattr(sys, "argv", ["bench_block_total.py", "--rows", "16:0:8", "--layers", "1"])
+    total.main()
+    lines = capsys.readouterr().out.splitlines()
+    (row,) = json.loads(lines[-1])["rows"]
+    assert row["case"]["layers"] == 1 and "wanted" not in row and "targets missed: 0" in lines
+    assert any(line.startswith("1.5B 1x2K g=16 dense=0 T=8 L=1") for line in lines)
+    monkeypatch.setattr(sys, "argv", ["bench_block_total.py", "--layers", "2"])
+    with pytest.raises(SystemExit):
+        total.main()
+    assert "--layers must be >= 3 for these rows, got 2" in capsys.readouterr().err

@@ -1,0 +1,297 @@
+"""Attention of one whole denoising block on an H100, all layers together, beside a block that is exact throughout.
+
+    python bench/bench_block_total.py --fa3 _vllm_fa3_C.abi3.so [--rows 64:0:32,16] [--layers 4]
+        [--out bench/results/h100/block_total.json]
+
+us = a step that is exact and emits masses + one select_kv over all layers that select + (T - 1) sparse steps at K
+tokens per KV head + the exact commit; each part is in its row. own_us and peer_us are T + 1 exact steps, of
+block_attention and of FA3 (with the number of splits that is best on one layer). The first dense_layers layers are
+exact in every step and do not select. Masses are made as paged_forward.py makes them: by block_attention_mass, and for
+g = 1 by a pass of token_mass over all tokens after block_attention. There are neither sinks nor recents, as in
+SelectionConfig's defaults.
+
+Every part is one graph of whole steps, timed as cuda_timing.py says and cold as a real step is, where weights pass
+between two layers: each layer has pools of its own (268 MB), masses take turns, and the graph of the sparse step holds
+at least four steps over different lists, which select_kv made of the masses of different queries; `distinct_mb` is what
+all of these lists name. All layers of a step have one q, since the projection before would leave it in L2. The last
+layer's results are checked against float32, the lists against the CPU. floor = sum of the floors of the parts.
+"""
+
+import argparse
+import dataclasses
+import gc
+import itertools
+import math
+from dataclasses import dataclass
+
+import torch
+from bench_select_kv import LAYERS, K, Q, SelectShape
+from bench_select_kv import check as check_selection
+from bench_select_kv import our_call as selection_call
+from bench_sparse_attention import Call, SparseShape, exact_out
+from bench_sparse_attention import our_calls as sparse_calls
+from bench_token_mass import attention_calls, token_calls
+from bench_token_mass import check as check_tokens
+from bench_token_mass import floor_us as token_floor_us
+from block_attention_cuda import capture_peers, check, exact_results, our_calls
+from cuda_timing import capture, median_us
+from gpu_bench import add_options, chosen_shapes, finish, gpu_name
+from kv_sets import COLD_BYTES, DTYPE, KvSet, Shape, make_sets, short, tokens_of
+from peers import find_peers
+from torch import Tensor
+
+from mage_ext import ops
+from mage_ext.testing.compare import assert_out_close
+
+MODEL = "7B"
+CONTEXT = 131072
+UNITS = (64, 16, 1)
+DENSE_LAYERS = (0, 2)
+FORWARDS = (8, 16, 32)  # T
+LEAST_SELECTIONS = 4  # of the graph of the sparse step
+SEARCH_REPLAYS = 3  # for the best number of splits
+# Wanted speed over T + 1 exact steps of our own and of the peer, by T: of the better of these g, without dense layers.
+WANTED = {8: (3.2, 3.5), 32: (6.5, 7.5)}
+WANTED_UNITS = (64, 16)
+
+
+@dataclass(frozen=True)
+class BlockShape:
+    g: int
+    dense_layers: int
+    forwards: int  # T
+    layers: int
+
+    @property
+    def attention(self) -> Shape:
+        return Shape(MODEL, (CONTEXT,), Q)
+
+    @property
+    def selection(self) -> SelectShape:
+        return SelectShape(MODEL, 1, CONTEXT, self.g, "fixed", self.layers - self.dense_layers)
+
+    @property
+    def sparse(self) -> SparseShape:
+        return SparseShape(MODEL, 1, K, self.g, Q)
+
+    @property
+    def floor_us(self) -> float:
+        attention, selecting = self.attention, self.layers - self.dense_layers
+        exact = attention.floor_us(None)
+        with_mass = exact + token_floor_us(attention, "all") if self.g == 1 else attention.floor_us(self.g)
+        dense = self.forwards * self.dense_layers * exact
+        sparse = (self.forwards - 1) * selecting * self.sparse.floor_us
+        return dense + selecting * with_mass + self.selection.floor_us + sparse + self.layers * exact
+
+    @property
+    def case(self) -> dict:
+        case = self.attention.case | {"K": K, "g": self.g, "T": self.forwards, "dense_layers": self.dense_layers}
+        return case | {"layers": self.layers, "cache": "cold"}
+
+    @property
+    def name(self) -> str:
+        layers = "" if self.is_whole else f" L={self.layers}"
+        return f"{MODEL} 1x{short(CONTEXT)} g={self.g} dense={self.dense_layers} T={self.forwards}{layers}"
+
+    @property
+    def is_whole(self) -> bool:
+        return self.layers == LAYERS[MODEL]
+
+
+def all_shapes(layers: int) -> list[BlockShape]:
+    """Every row; those that differ in T alone follow one another."""
+    return [BlockShape(*each, layers) for each in itertools.product(UNITS, DENSE_LAYERS, FORWARDS)]
+
+
+def matches(shape: BlockShape, pattern: str) -> bool:
+    """Whether G:DENSE_LAYERS:T names a shape; parts that are empty, * or not there fit all."""
+    parts = [part.strip() for part in pattern.split(":")]
+    if len(parts) > 3:
+        raise ValueError(f"--rows must be G:DENSE_LAYERS:T, got {pattern!r}")
+    own = (shape.g, shape.dense_layers, shape.forwards)
+    return all(part in ("", "*") or tokens_of(part) == value for part, value in zip(parts, own, strict=False))
+
+
+# --- the steps -------------------------------------------------------------------------------------------------------
+
+
+def with_q(layers: list[KvSet], q: Tensor) -> list[KvSet]:
+    return [dataclasses.replace(layer, q=q) for layer in layers]
+
+
+def make_layers(count: int, seed: int) -> list[KvSet]:
+    """Pools for each layer, and a q that is common to them."""
+    layers = make_sets(Shape(MODEL, (CONTEXT,), Q), count, seed)
+    return with_q(layers, layers[0].q)
+
+
+def mass_calls(shape: Shape, layers: list[KvSet], g: int, masses: list[Tensor], exact: tuple | None):
+    """An exact call of each layer, which also writes its masses; the last layer is checked if `exact` is given."""
+    if g > 1:
+        calls, outputs = our_calls(shape, layers, f"mass{g}", masses)
+        if exact:
+            check(shape, layers[-1], f"mass{g}", calls[-1], [*outputs[:2], masses[-1]], exact)
+        return calls
+    attention, lses = attention_calls(shape, layers)
+    tokens, _, options = token_calls(shape, layers, lses, "all", 0, masses)
+    calls = [lambda first=first, then=then: (first(), then()) for first, then in zip(attention, tokens, strict=True)]
+    if exact:
+        calls[-1]()
+        check_tokens(shape, "all", masses[-1], options, exact[1])
+    return calls
+
+
+def capture_exact(layers: list[KvSet], peers: list) -> tuple[dict, list, str | None, dict[str, str], tuple]:
+    """Graphs of the exact step ("exact" and "peer"), our calls, the peer's name, why others are absent, and the exact
+    results of the last layer."""
+    shape = Shape(MODEL, (CONTEXT,), Q)
+    exact = exact_results(shape, layers[-1])
+    calls, outputs = our_calls(shape, layers, "none")
+    check(shape, layers[-1], "none", calls[-1], outputs, exact)
+    graphs, name = {"exact": capture(calls)}, None
+    variants, absent = capture_peers(peers, shape, layers[-1:], exact[0])
+    if variants:
+        times = median_us(variants, SEARCH_REPLAYS)
+        best, variant = min(times, key=times.get)
+        peer = next(peer for peer in peers if peer.name == best)
+        graphs["peer"], name = capture(peer.variants(shape, layers)[variant]), f"{best} {variant}"
+    return graphs, calls, name, absent, exact
+
+
+def listed_bytes(lists: list[Tensor], g: int) -> int:
+    """Of K and V that lists [L, B, Hkv, Kmax] of several steps name, each unit once."""
+    units = torch.cat(lists, -1).sort(-1).values
+    distinct = units.shape[:-1].numel() + int((units.diff(dim=-1) > 0).sum())
+    return 2 * distinct * g * Shape(MODEL, (CONTEXT,), Q).heads[2] * DTYPE.itemsize
+
+
+def measure(shape: BlockShape, layers: list[KvSet], graphs: dict, exact_calls: list, exact: tuple, args):
+    """Microseconds of each part, and of what all lists of the sparse graph name, the bytes."""
+    attention, selection, g = shape.attention, shape.selection, shape.g
+    dense_calls, selecting = exact_calls[: shape.dense_layers], layers[shape.dense_layers :]
+    q = layers[0].q
+    random = torch.Generator(q.device).manual_seed(args.seed + 1)
+    count = max(LEAST_SELECTIONS, math.ceil(COLD_BYTES / (len(selecting) * shape.sparse.gathered_bytes)))
+    queries = [q] + [torch.empty_like(q).normal_(generator=random) for _ in range(count - 1)]
+    steps = [with_q(selecting, each) for each in queries]
+    masses = torch.empty(count, *selection.size, device=q.device)
+    for i, step in enumerate(steps):
+        calls = mass_calls(attention, step, g, list(masses[i]), None if i else exact)
+        for call in calls:
+            call()
+        if i == 0:
+            emitting = calls
+
+    prefix_lens = torch.tensor([CONTEXT], dtype=torch.int32, device=q.device)
+    options = {"g": g, "capacity": selection.capacity, "k": K}
+    selections = [ops.select_kv(mass, prefix_lens, **options) for mass in masses]
+    outputs = [torch.empty_like(tensor) for tensor in selections[0]]
+    needed = ops.select_kv_workspace(*selection.size, selection.capacity)
+    workspace = torch.empty(needed, dtype=torch.uint8, device=q.device)
+    check_selection(selection, masses[0], prefix_lens, outputs, workspace, options)
+    copies = range(count, math.ceil(COLD_BYTES / selection.input_bytes))
+    rotating = [*masses, *(masses[i % count].clone() for i in copies)]
+    selecting_calls = [selection_call(mass, prefix_lens, outputs, workspace, options) for mass in rotating]
+
+    lists = []
+    for step, (indices, counts, _, tail_start, _) in zip(steps, selections, strict=True):
+        assert (counts == K // g).all(), f"{shape.name}: a list is shorter than K"
+        lists += [Call(layer, *each, tail_start) for layer, *each in zip(step, indices, counts, strict=True)]
+    calls, outputs = sparse_calls(attention, g, lists)
+    last = len(selecting) - 1
+    calls[last]()
+    assert_out_close(outputs[0], *exact_out(attention, g, lists[last]))
+    sparse = []
+    for i in range(0, len(calls), len(selecting)):
+        sparse += [*dense_calls, *calls[i : i + len(selecting)]]
+
+    graphs = {
+        **graphs,
+        "exact_mass": capture([*dense_calls, *emitting]),
+        "select": capture(selecting_calls),
+        "sparse": capture(sparse),
+    }
+    times = median_us(graphs, args.replays)
+    times = {key: us if key == "select" else us * len(layers) for key, us in times.items()}
+    return times, listed_bytes([each[0] for each in selections], g)
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
+
+
+def make_row(shape: BlockShape, times: dict, distinct: int, peer: str | None, absent: dict[str, str]) -> dict:
+    """A row of the result file."""
+    us = times["exact_mass"] + times["select"] + (shape.forwards - 1) * times["sparse"] + times["exact"]
+    own_us, floor_us = (shape.forwards + 1) * times["exact"], shape.floor_us
+    row = {"case": shape.case, "us": round(us, 2), "floor_us": round(floor_us, 2), "fraction": round(floor_us / us, 3)}
+    row |= {"peer": None, "peer_us": None, "ratio": None}
+    if peer:
+        peer_us = (shape.forwards + 1) * times["peer"]
+        row |= {"peer": peer, "peer_us": round(peer_us, 2), "ratio": round(peer_us / us, 3)}
+    row |= {"own_us": round(own_us, 2), "own_ratio": round(own_us / us, 3)}
+    row |= {"exact_mass_us": round(times["exact_mass"], 2), "select_us": round(times["select"], 2)}
+    row |= {"sparse_step_us": round(times["sparse"], 2), "commit_us": round(times["exact"], 2)}
+    row |= {"masses": "token_mass of all tokens" if shape.g == 1 else "block_attention_mass"}
+    row |= {"distinct_mb": round(distinct / 1e6, 1)}
+    if shape.is_whole and shape.dense_layers == 0 and shape.g in WANTED_UNITS and shape.forwards in WANTED:
+        row |= dict(zip(("wanted_own", "wanted"), WANTED[shape.forwards], strict=True))
+    return row | ({"absent": absent} if absent else {})
+
+
+def print_row(shape: BlockShape, row: dict) -> None:
+    numbers = f"{row['us']:10.1f}{row['floor_us']:10.1f}{100 * row['fraction']:5.0f}"
+    parts = "".join(f"{row[key]:10.1f}" for key in ("exact_mass_us", "select_us", "sparse_step_us", "commit_us"))
+    theirs = f"{row['ratio']:8.2f}  {row['peer']}" if row["peer"] else f"{'-':>8}"
+    want = f"  wanted {row['wanted_own']}, {row['wanted']}" if "wanted" in row else ""
+    print(f"{shape.name:34}{numbers}{parts}{row['own_ratio']:8.2f}{theirs}{want}", flush=True)
+
+
+def missed_targets(rows: list[dict]) -> list[str]:
+    """Targets that the better g does not reach."""
+    missed = []
+    for forwards in WANTED:
+        members = [row for row in rows if "wanted" in row and row["case"]["T"] == forwards]
+        for ratio, wanted, than in (("own_ratio", "wanted_own", "exact steps of our own"), ("ratio", "wanted", "FA3")):
+            reached = [row[ratio] for row in members if row[ratio] is not None]
+            if reached and max(reached) < members[0][wanted]:
+                missed.append(f"T={forwards}: {max(reached):.2f} of {than}, wanted {members[0][wanted]}")
+    return missed
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add_options(parser, "G:DENSE_LAYERS:T")
+    parser.add_argument("--layers", type=int, default=LAYERS[MODEL], help="fewer than the model has, for a quick look")
+    parser.add_argument("--fa3", help="the library _vllm_fa3_C.abi3.so of a vllm wheel")
+    args = parser.parse_args()
+    shapes = chosen_shapes(args, parser, all_shapes(args.layers), matches)
+    least = 1 + max(shape.dense_layers for shape in shapes)
+    if args.layers < least:
+        parser.error(f"--layers must be >= {least} for these rows, got {args.layers}")
+    device = gpu_name(args, parser)
+    peers, absent = find_peers(["fa3"], args.fa3)
+    absent = {name: reason for name, reason in absent.items() if name == "FA3"}
+    print(f"{device}, torch {torch.__version__}, seed {args.seed}")
+    layers = make_layers(args.layers, args.seed)
+    graphs, exact_calls, peer, reasons, exact = capture_exact(layers, peers)
+    for name, reason in {**absent, **reasons}.items():
+        print(f"{name} absent: {reason}")
+    print("us of a block; fl% = floor / us; parts in us; own, FA3: speed over as many exact steps")
+    header = f"{'case':34}{'us':>10}{'floor':>10}{'fl%':>5}{'mass':>10}{'select':>10}{'sparse':>10}{'commit':>10}"
+    print(f"{header}{'own':>8}{'FA3':>8}")
+    rows = []
+    for _, group in itertools.groupby(shapes, lambda shape: (shape.g, shape.dense_layers)):
+        group = list(group)
+        times, distinct = measure(group[0], layers, graphs, exact_calls, exact, args)
+        for shape in group:
+            rows.append(make_row(shape, times, distinct, peer, reasons))
+            print_row(shape, rows[-1])
+        gc.collect()
+        torch.cuda.empty_cache()
+    missed = missed_targets(rows)
+    print(f"targets missed: {len(missed)}" + "".join(f"\n  {line}" for line in missed))
+    finish(args, "block_total", device, rows, absent=absent)
+
+
+if __name__ == "__main__":
+    main()
