@@ -27,8 +27,12 @@ namespace mage::cuda {
 template <int kStages>
 struct Ring {
     uint32_t stage = 0, parity = 0;
-    __device__ __forceinline__ void advance(uint32_t tiles = 1) {
-        for (stage += tiles; stage >= kStages; stage -= kStages) parity ^= 1;
+    __device__ __forceinline__ void advance(uint32_t tiles = 1) {  // at most kStages
+        stage += tiles;
+        if (stage >= kStages) {
+            stage -= kStages;
+            parity ^= 1;
+        }
     }
     __device__ __forceinline__ void back() {
         if (stage == 0) parity ^= 1;
@@ -882,16 +886,25 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     device::dependency_wait();
     device::dependency_release();
 
-    // Where rows do not depend on lengths, Q is asked for while the piece is looked for. The producer waits for both:
-    // with K and V ahead of it, Q would arrive behind all of them.
-    if (warp == 0) {
-        find_start<Config::kThreads / kWarp, Config::kLists>(args, worker, shared);
-    } else if (warp >= kWarpgroup / kWarp && splits_of<Config>(args) > 0) {
-        Piece segment;
-        place_worker<Config::kLists>(args, worker, &segment);
-        Consumer<Config>(args, shared).start_q(segment);
+    if constexpr (Config::kLists) {
+        // The producer waits for nobody: lists are short, so that Q, which is asked for now if its rows do not depend
+        // on lengths, is not behind much.
+        if (warp == 0) {
+            find_start<Config::kThreads / kWarp, true>(args, worker, shared);
+            __syncwarp();
+            device::named_barrier_arrive(kPieceBarrier, Config::kThreads);
+        } else {
+            if (warp >= kWarpgroup / kWarp && args.splits > 0) {
+                Piece segment;
+                place_worker<true>(args, worker, &segment);
+                Consumer<Config>(args, shared).start_q(segment);
+            }
+            device::named_barrier(kPieceBarrier, Config::kThreads);
+        }
+    } else {
+        if (warp == 0) find_start<Config::kThreads / kWarp, false>(args, worker, shared);
+        __syncthreads();
     }
-    __syncthreads();
 
     if (warp < kWarpgroup / kWarp) {
         device::registers_shrink<Config::kProducerRegisters>();

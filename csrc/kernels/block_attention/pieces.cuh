@@ -26,7 +26,7 @@ constexpr int kSpan = 64;  // elements of a swizzled row of 128 bytes
 constexpr int kRowBytes = 128;
 constexpr int kAtomBytes = 8 * kRowBytes;
 // Named barriers; of kGroupBarrier and kTurnBarrier one for each warpgroup.
-constexpr int kTailBarrier = 1, kGroupBarrier = 2, kStartBarrier = 5, kTurnBarrier = 6;
+constexpr int kTailBarrier = 1, kGroupBarrier = 2, kStartBarrier = 5, kTurnBarrier = 6, kPieceBarrier = 9;
 
 template <typename T_, int kDim_, int kWarpgroups_, int kKeys_, int kStages_, int kCtas_, bool kLists_, int kKeyGroups_>
 struct AttentionConfig {
