@@ -259,7 +259,9 @@ def _check_every_forward(model, exact, prompts, results, steps):
             wanted, near = truth[row, rows], rounded[row, rows]
             ours = torch.stack(list(f.logits.values()))
             ours[:, mask_id] = -1e30
-            bound = (near - wanted).abs().max()
+            # Of all rows of the block: the few that are chosen are too small a sample of an error.
+            block = [position - shift for position in range(f.start, f.start + len(f.before)) if position >= shift]
+            bound = (rounded[row, block] - truth[row, block]).abs().max()
             tokens = torch.tensor(list(f.chosen.values()), device=CUDA)
             gaps = wanted.amax(-1) - wanted.gather(1, tokens[:, None])[:, 0]
             assert (gaps <= 2 * bound).all(), (f.request, f.start, gaps.max().item(), bound.item())
@@ -796,45 +798,43 @@ def test_needles_are_found_as_on_the_cpu(shipped):
     assert found > 4 * total * 0.9
 
 
-def test_answers_of_mage_are_those_of_the_cpu(shipped):
-    """100 texts with four hidden facts each, K = 128 in units of 32 and of 1: each loop selects for itself, and every
-    answer has the same values as the CPU's. Where an answer differs in a token, the CPU that is given the GPU's lists
-    either writes the GPU's answer or parts from it at a tie."""
+@pytest.mark.parametrize(("g", "asked"), [(32, 1), (1, 4)])
+def test_answers_of_mage_are_those_of_the_cpu(shipped, g, asked):
+    """100 texts, K = 128: one hidden fact and units of 32 (four units, which cannot hold four facts), four facts and
+    units of 1. Each loop selects for itself, and every answer has the same values as the CPU's. Where an answer differs
+    in a token, the CPU that is given the GPU's lists either writes the GPU's answer or parts from it at a tie."""
     cpu, cuda = shipped
     maker = needles.CaseMaker(cpu)
-    sampler = SamplerConfig("sequential", tokens_per_step=4)
     exact = _exact_of(cpu.model)
-    counts = {g: [0, 0, 0.0] for g in (32, 1)}
+    # The answers fit in one block, so there is one selection.
+    config = needles.sparse_method("mage", SamplerConfig("sequential", tokens_per_step=4), 128, g).config
+    config = dataclasses.replace(config, max_new_tokens=cuda.config.block_size)
+    found, same, listed = 0, 0, 0.0
     for begin in range(0, 100, 20):
-        cases = [maker.case(seed, 640, asked=4) for seed in range(begin, begin + 20)]
+        cases = [maker.case(seed, 640, asked=asked) for seed in range(begin, begin + 20)]
         prompts = [ids for _, ids in cases]
-        states = [prefill(loaded.model, prompts, DenoiseConfig(max_new_tokens=48)) for loaded in shipped]
-        for g, (found, same, listed) in counts.items():
-            # The answers fit in one block, so there is one selection.
-            config = needles.sparse_method("mage", sampler, 128, g).config
-            config = dataclasses.replace(config, max_new_tokens=cuda.config.block_size)
-            with _selections() as chosen:
-                on_cuda = generate(cuda.model, states[1].fork(), config, tokenizer=cuda.tokenizer)
-            with _selections() as theirs:
-                on_cpu = generate(cpu.model, states[0].fork(), config, tokenizer=cpu.tokenizer)
-            assert len(chosen) == len(theirs) == 1
-            _check_selections(chosen)
-            for (case, _), result, twin in zip(cases, on_cuda, on_cpu, strict=True):
-                assert case.found(result.text) == case.found(twin.text), (g, result.text, twin.text)
-                found += sum(case.found(result.text))
-            parted = [r.request for r, twin in zip(on_cuda, on_cpu, strict=True) if r.tokens != twin.tokens]
-            if parted:
-                replayed = dataclasses.replace(config, select_override=Replay(chosen, "cpu"))
-                again, steps = _watched(cpu.model, states[0].fork(), replayed, tokenizer=cpu.tokenizer)
-                for i in parted:
-                    _check_first_difference(cuda.model, exact, prompts[i], on_cuda[i], again[i], steps)
-            shared = _share_of_lists(chosen[0].result, theirs[0].result)
-            counts[g] = [found, same + len(cases) - len(parted), listed + shared / 5]
+        states = [prefill(loaded.model, prompts, config) for loaded in shipped]
+        with _selections() as chosen:
+            on_cuda = generate(cuda.model, states[1].fork(), config, tokenizer=cuda.tokenizer)
+        with _selections() as theirs:
+            on_cpu = generate(cpu.model, states[0].fork(), config, tokenizer=cpu.tokenizer)
+        assert len(chosen) == len(theirs) == 1
+        _check_selections(chosen)
+        for (case, _), result, twin in zip(cases, on_cuda, on_cpu, strict=True):
+            assert case.found(result.text) == case.found(twin.text), (result.text, twin.text)
+            found += sum(case.found(result.text))
+        parted = [r.request for r, twin in zip(on_cuda, on_cpu, strict=True) if r.tokens != twin.tokens]
+        if parted:
+            replayed = dataclasses.replace(config, select_override=Replay(chosen, "cpu"))
+            again, steps = _watched(cpu.model, states[0].fork(), replayed, tokenizer=cpu.tokenizer)
+            for i in parted:
+                _check_first_difference(cuda.model, exact, prompts[i], on_cuda[i], again[i], steps)
+        same += len(cases) - len(parted)
+        listed += _share_of_lists(chosen[0].result, theirs[0].result) / 5
         for state in states:
             state.release()
-    for g, (found, same, listed) in counts.items():
-        print(f"g={g}: {found} of 400 facts, {same} of 100 answers token for token, {listed:.4f} of the lists alike")
-        assert found > 200  # answers that are right, not empty, are compared
+    print(f"g={g}: {found} of {100 * asked} facts, {same} of 100 answers token for token, {listed:.4f} of lists alike")
+    assert found > 90 * asked  # answers that are right, not empty, are compared
 
 
 def _share_of_lists(one, other):

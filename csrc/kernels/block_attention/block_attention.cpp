@@ -61,8 +61,8 @@ int64_t clusters_at_once(const char* op, const AttentionVariant& variant, int ct
 // Of a call with lists: what takes least by a rough count, in microseconds. Lists are taken to be full.
 ClusterPlan plan_list_clusters(const char* op, const BlockAttentionParams& p, const core::AttentionPlan& plan,
                                int64_t list_tokens) {
-    constexpr double kTile[core::kRowShapes] = {1.6, 1.7, 1.25, 1.7};
-    constexpr double kExchange[core::kRowShapes] = {1.6, 2.4, 0.0, 2.4};
+    constexpr double kTile[core::kRowShapes] = {2.1, 1.6, 1.25, 1.6};
+    constexpr double kExchange[core::kRowShapes] = {3.1, 6.4, 0.0, 6.4};
     constexpr double kSecondLaunch = 6.5;
     constexpr int64_t kExpectedTail = 32;
     ClusterPlan best;

@@ -1,6 +1,6 @@
 #include "kernels/block_attention/partial_row.cuh"
-#include "kernels/block_attention/variants.h"
 #include "kernels/block_attention/pieces.cuh"
+#include "kernels/block_attention/variants.h"
 
 // Purpose   out and lse of the segments that the attention kernel left in pieces, zeros of empty ones; masses from unit
 //           sums, whose last factor is the final lse: share[r, j] = 2^(unit[j, r] - log2 sum[r]).
