@@ -806,7 +806,7 @@ def test_answers_of_mage_are_those_of_the_cpu(shipped, g, asked):
     cpu, cuda = shipped
     maker = needles.CaseMaker(cpu)
     exact = _exact_of(cpu.model)
-    # The answers fit in one block, so there is one selection.
+    # One block, or two where a prompt ends inside the first.
     config = needles.sparse_method("mage", SamplerConfig("sequential", tokens_per_step=4), 128, g).config
     config = dataclasses.replace(config, max_new_tokens=cuda.config.block_size)
     found, same, listed = 0, 0, 0.0
@@ -818,7 +818,7 @@ def test_answers_of_mage_are_those_of_the_cpu(shipped, g, asked):
             on_cuda = generate(cuda.model, states[1].fork(), config, tokenizer=cuda.tokenizer)
         with _selections() as theirs:
             on_cpu = generate(cpu.model, states[0].fork(), config, tokenizer=cpu.tokenizer)
-        assert len(chosen) == len(theirs) == 1
+        assert len(chosen) == len(theirs) > 0
         _check_selections(chosen)
         for (case, _), result, twin in zip(cases, on_cuda, on_cpu, strict=True):
             assert case.found(result.text) == case.found(twin.text), (result.text, twin.text)
