@@ -3,12 +3,14 @@
 #include "kernels/block_attention/cluster_merge.cuh"
 #include "kernels/block_attention/pieces.cuh"
 
-// Purpose   out[r] = sum_t softmax(scale q[r] . k[t]) v[t] over the tokens of a paged KV stream, and on request the
-//           logarithm of every row's sum over every unit of g tokens; mage/block_attention.h, block_attention_mass.h.
+// Purpose   out[r] = sum_t softmax(scale q[r] . k[t]) v[t] over the tokens of a paged KV stream, all of them or those of
+//           a list and a tail, and on request the logarithm of every row's sum over every unit of g tokens;
+//           mage/block_attention.h, block_attention_mass.h, sparse_block_attention.h.
 // Schedule  persistent workers (core/attention_schedule.h): a CTA, or a pair of CTAs that share the rows of a tile and
 //           multicast K and V to one another. Of the first warpgroup, warp 0 feeds a ring of K and V tiles by TMA, and
 //           warp 1 writes the pieces of segments down for the merge; single tokens are gathered by all four warps.
-//           Each other warpgroup owns 64 rows.
+//           Each other warpgroup owns 64 rows; of small lists two share 64 and take tiles in turn (join). Workers of
+//           a cluster may share a segment of lists and merge it themselves (cluster_merge.cuh).
 //             per tile j:  mask, exponentials, sums, P = S in 16 bits
 //                          O += P V(j)              tensor cores; P is in registers, so that issuing lasts as long
 //                          S = Q K(j + 1)^T         tensor cores, asynchronous
@@ -16,10 +18,11 @@
 //           Warpgroups take turns at the products: while one multiplies, the others are at their exponentials.
 // Memory    Q tile (64 rows x D per warpgroup), kStages x (K tile, V tile) of kKeys rows, all in the 128-byte swizzle;
 //           S, P and O in registers, float32 sums.
-// Sync      full_k/full_v[stage]: the producer's expectation and the copies' bytes. empty_k/empty_v[stage]: one arrival
-//           per consumer warp of every CTA of the pair. Named barriers: all consumers (V's tail is clear); one per
-//           warpgroup (its Q is stored); consumers and producer, once (Q is asked for); one per warpgroup (its turn,
-//           two warpgroups at a time).
+// Sync      full_k/full_v[stage]: the producer's expectation and the copies' bytes, or one arrival of each warp that
+//           gathers. empty_k/empty_v[stage]: one arrival per consumer warp of the tile in every CTA of the worker. Named
+//           barriers: all consumers (V's tail is clear, results are joined); one per warpgroup (its Q is stored);
+//           consumers and producer, once (Q is asked for); one per warpgroup (its turn, two warpgroups at a time); all
+//           threads of lists, once (the piece is known).
 // Ceiling   max(bytes of K and V / HBM, 4 * rows padded to 64 * D * tokens / tensor cores); NOTES.md has the numbers.
 namespace mage::cuda {
 
@@ -757,6 +760,7 @@ struct Consumer {
     // Q has been asked for where that did not have to wait for the piece.
     __device__ __forceinline__ void run() {
         if (splits_of<Config>(args) > 0 && !shared.any) {
+            device::copies_wait();  // of Q, which is not needed
             if (splits_of<Config>(args) == 1) {
                 store_nothing();
             } else if constexpr (ClusterMerge<Config>::kServed) {
