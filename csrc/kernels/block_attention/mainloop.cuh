@@ -3,8 +3,8 @@
 #include "kernels/block_attention/cluster_merge.cuh"
 #include "kernels/block_attention/pieces.cuh"
 
-// Purpose   out[r] = sum_t softmax(scale q[r] . k[t]) v[t] over the tokens of a paged KV stream, all of them or those of
-//           a list and a tail, and on request the logarithm of every row's sum over every unit of g tokens;
+// Purpose   out[r] = sum_t softmax(scale q[r] . k[t]) v[t] over the tokens of a paged KV stream, all of them or those
+//           of a list and a tail, and on request the logarithm of every row's sum over every unit of g tokens;
 //           mage/block_attention.h, block_attention_mass.h, sparse_block_attention.h.
 // Schedule  persistent workers (core/attention_schedule.h): a CTA, or a pair of CTAs that share the rows of a tile and
 //           multicast K and V to one another. Of the first warpgroup, warp 0 feeds a ring of K and V tiles by TMA, and
@@ -19,8 +19,8 @@
 // Memory    Q tile (64 rows x D per warpgroup), kStages x (K tile, V tile) of kKeys rows, all in the 128-byte swizzle;
 //           S, P and O in registers, float32 sums.
 // Sync      full_k/full_v[stage]: the producer's expectation and the copies' bytes, or one arrival of each warp that
-//           gathers. empty_k/empty_v[stage]: one arrival per consumer warp of the tile in every CTA of the worker. Named
-//           barriers: all consumers (V's tail is clear, results are joined); one per warpgroup (its Q is stored);
+//           gathers. empty_k/empty_v[stage]: one arrival per consumer warp of the tile in every CTA of the worker.
+//           Named barriers: all consumers (V's tail is clear, results are joined); one per warpgroup (its Q is stored);
 //           consumers and producer, once (Q is asked for); one per warpgroup (its turn, two warpgroups at a time); all
 //           threads of lists, once (the piece is known).
 // Ceiling   max(bytes of K and V / HBM, 4 * rows padded to 64 * D * tokens / tensor cores); NOTES.md has the numbers.
