@@ -136,12 +136,6 @@ __device__ __forceinline__ void store_cluster_async(uint32_t address, uint2 valu
         : "memory");
 }
 
-__device__ __forceinline__ void store_cluster_async(uint32_t address, uint32_t value, uint32_t barrier) {
-    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(address),
-                 "r"(value), "r"(barrier)
-                 : "memory");
-}
-
 // Copies `bytes` (a multiple of 16) of this CTA's shared memory into that of a CTA of the cluster, and counts them on a
 // barrier there; `to` and `barrier` are addresses in the cluster.
 __device__ __forceinline__ void copy_cluster_async(uint32_t to, uint32_t from, uint32_t bytes, uint32_t barrier) {

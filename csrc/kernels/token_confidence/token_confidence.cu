@@ -212,12 +212,6 @@ struct Sums {
     }
 };
 
-__device__ __forceinline__ float warp_max(float value) {
-#pragma unroll
-    for (int step = kWarp / 2; step > 0; step /= 2) value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, step));
-    return value;
-}
-
 template <int kLanes, typename T>
 __device__ __forceinline__ T lanes_sum(T value) {
 #pragma unroll
@@ -361,7 +355,7 @@ __global__ void __launch_bounds__(kThreads, 4)
                 add(vectors, first);
             }
         }
-        own.raise(warp_max(own.top));
+        own.raise(device::warp_max(own.top));
         const float sum = lanes_sum<kWarp>(own.sum.sum - own.sum.lost);
         const float weighted = lanes_sum<kWarp>(own.weighted.sum - own.weighted.lost);
         if (lane == 0) warp_parts[piece][warp] = {sum, weighted, own.top, 0, {0, 0}};
@@ -374,7 +368,7 @@ __global__ void __launch_bounds__(kThreads, 4)
     for (uint32_t i = 0; i < own_pieces * kWarps; i += kWarp) {
         top = fmaxf(top, i + lane < own_pieces * kWarps ? warp_parts[0][i + lane].top : -INFINITY);
     }
-    top = warp_max(top);
+    top = device::warp_max(top);
     if (best == top && best_end != 0) atomicMin(&shared_token, place_of(row, best_first, best_end, top));
     Part whole = warp < own_pieces ? joined<kWarps>(warp_parts[warp][lane % kWarps]) : Part{};
     __syncthreads();
