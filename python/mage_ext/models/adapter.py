@@ -40,12 +40,14 @@ def add_adapter(model: Transformer, rank: int, scale: float = 2.0) -> dict[str, 
     """Freezes `model` and wraps every linear of its layers; returns them by name.
 
     Raises:
-        ValueError: rank is not positive, or the model is wrapped already.
+        ValueError: rank is not positive, or the model is wrapped or optimized already.
     """
     if rank < 1:
         raise ValueError(f"add_adapter: rank must be at least 1, got {rank}")
     if any(isinstance(module, AdaptedLinear) for module in model.modules()):
         raise ValueError("add_adapter: model must be plain, got one that is wrapped already")
+    if model.optimized:
+        raise ValueError("add_adapter: model must not be optimized, got one that is")
     model.requires_grad_(False)
     wrapped = {}
     for name, module in list(model.layers.named_modules()):
