@@ -20,12 +20,12 @@ class CarriedLists:
     """The current selection of a generation, across its blocks.
 
     Fields:
-        selection: None before the first. requests: the request of each of its rows.
+        selection: None before the first. requests: the request of each of its rows, None where there is none.
     """
 
     def __init__(self, config: DenoiseConfig):
         self.selection: BlockSelection | None = None
-        self.requests: list[int] = []
+        self.requests: list[int | None] = []
         self._config = config
         self._select = config.select_override or selections.select
         self._ages: dict[int, int] = {}  # request -> blocks since it selected
@@ -46,17 +46,22 @@ class CarriedLists:
             return "select"
         return "carry"
 
-    def rows(self, requests: list[int]) -> BlockSelection:
-        """The selection with one row per request of `requests`, in their order."""
+    def rows(self, requests: list[int | None]) -> BlockSelection:
+        """The selection with one row per entry of `requests`, in their order. A request that has no lists gets empty
+        ones whose tail starts at 0, which attend everything."""
         if self.requests != requests:
-            numbers = [self.requests.index(request) for request in requests]
-            self.selection = _rows(self.selection, upload(numbers, self.selection.indices.device))
+            row_of = {request: row for row, request in enumerate(self.requests) if request is not None}
+            device = self.selection.indices.device
+            rows = [row_of.get(request, -1) for request in requests]
+            self.selection = _rows(self.selection, upload([max(row, 0) for row in rows], device))
+            if -1 in rows:
+                self.selection = _without(self.selection, upload([row < 0 for row in rows], device))
             self.requests = requests
         return self.selection
 
     def take(
         self,
-        requests: list[int],
+        requests: list[int | None],
         plan: list[str],
         prefix_lens: Tensor,
         mass: Tensor,
@@ -66,7 +71,8 @@ class CarriedLists:
         empty lists whose tail starts at 0, which attend everything.
 
         Args:
-            requests: A batch indices. plan: their plans. prefix_lens: [A], int32.
+            requests: A requests, None for an empty place. plan: their plans, "exact" for an empty place.
+            prefix_lens: [A], int32.
             mass: [L, A, Hkv, n], float32. votes: for rule "layer", as `selection.select` takes them.
         Raises:
             TypeError: select_override returned no BlockSelection.
@@ -104,11 +110,13 @@ class CarriedLists:
         """Whether the commit is to emit mass for `measure`."""
         return self._config.refresh == "kept_mass" and self.selection is not None
 
-    def measure(self, requests: list[int], mass: Tensor) -> None:
+    def measure(self, requests: list[int | None], mass: Tensor) -> None:
         """Notes whose lists keep less than the bound of a commit's mass [L, A, Hkv, n]. Waits for the device."""
         kept = _kept_mass(self.rows(requests), mass).mean((0, 2)).tolist()
         bound = self._config.refresh_bound
-        self._drifted = {request for request, share in zip(requests, kept, strict=True) if share < bound}
+        self._drifted = {
+            request for request, share in zip(requests, kept, strict=True) if request is not None and share < bound
+        }
 
     def end_block(self, requests: list[int]) -> None:
         """Ages the lists of requests that go on to another block."""
@@ -117,7 +125,9 @@ class CarriedLists:
                 self._ages[request] += 1
 
 
-def _check_override(selection: BlockSelection, requests: list[int], plan: list[str], prefix_lens: list[int]) -> None:
+def _check_override(
+    selection: BlockSelection, requests: list[int | None], plan: list[str], prefix_lens: list[int]
+) -> None:
     """Reads what select_override returned; rows that carry are replaced anyway, so their tails may be anything."""
     try:
         selection.validate()
@@ -141,6 +151,19 @@ def _rows(selection: BlockSelection, rows: Tensor) -> BlockSelection:
         kept_mass=selection.kept_mass[:, rows],
         tail_start=selection.tail_start[rows],
         overflow=selection.overflow[:, rows],
+    )
+
+
+def _without(selection: BlockSelection, empty: Tensor) -> BlockSelection:
+    """`selection` with empty lists and a tail from 0 where empty [A], bool, says so."""
+    per_head = empty[:, None]
+    return dataclasses.replace(
+        selection,
+        indices=selection.indices.masked_fill(per_head[..., None], -1),
+        counts=selection.counts.masked_fill(per_head, 0),
+        kept_mass=selection.kept_mass.masked_fill(per_head, 1.0),
+        tail_start=selection.tail_start.masked_fill(empty, 0),
+        overflow=selection.overflow.masked_fill(per_head, False),
     )
 
 

@@ -8,7 +8,11 @@ attention runs `paged_forward`'s.
 
 Inside a block nothing waits for the device, except for one flag that lags a step on CUDA; an extra step it may cost
 changes nothing: a request without open positions is an empty slot that neither writes K/V nor draws. What a request
-gets does not depend on its batch mates (up to the rounding of matrix products of another height).
+gets does not depend on its batch mates (up to the rounding of matrix products of another height; not even that with
+`DenoiseConfig.strict`).
+
+Requests have places in a batch. They leave and join between blocks. On CUDA the phases of a block are graphs
+(`step_graphs`) over the tensors of the places (`block_slots`).
 
 Test: pytest tests/python/test_denoise.py
 """
@@ -16,22 +20,38 @@ Test: pytest tests/python/test_denoise.py
 import dataclasses
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mage_ext import sampling
+from mage_ext import profiling, sampling
 from mage_ext._arguments import check_type, got
 from mage_ext._upload import upload
-from mage_ext.cache import PagedCache
+from mage_ext.block_slots import BlockRow, BlockSlots
+from mage_ext.cache import OutOfPages, PagedCache
 from mage_ext.carried_lists import CarriedLists
 from mage_ext.denoise_config import DenoiseConfig
-from mage_ext.paged_forward import NOT_WRITTEN, Emission, PagedForward, Write
-from mage_ext.prefill import DenoiseState, check_prompts, check_run, check_seeds, prefill
+from mage_ext.paged_forward import (
+    NOT_WRITTEN,
+    STRICT_SPARSE_SPLIT,
+    STRICT_SPLIT,
+    Emission,
+    PagedForward,
+    Write,
+)
+from mage_ext.prefill import DenoiseState, check_prompts, check_run, check_seeds, new_state, prefill, prefill_requests
 from mage_ext.results import FinishedBlock, Progress, Result, StepInfo
+from mage_ext.selection import BlockSelection
+from mage_ext.step_graphs import StepGraphs
 
-__all__ = ["BlockStream", "DenoiseConfig", "DenoiseState", "generate", "prefill"]
+__all__ = ["BlockStream", "DenoiseConfig", "DenoiseState", "StepGraphs", "generate", "prefill"]
+
+# Logits that exist at a time; draws at a temperature take about 16 times their memory, in float32 and int64.
+_LOGIT_BYTES = 256 << 20
+_DRAWN_FACTOR = 16
 
 
 class BlockStream:
@@ -74,6 +94,8 @@ def generate(
     callback: Callable[[StepInfo], None] | None = None,
     stream: bool = False,
     cache: PagedCache | None = None,
+    max_batch: int | None = None,
+    graphs: StepGraphs | None = None,
     tokenizer: object | None = None,
     progress: bool = False,
 ) -> list[Result] | BlockStream:
@@ -85,6 +107,10 @@ def generate(
         config: None: the defaults. seeds, cache, progress: as in `prefill`; with a state, seeds replace its own.
         callback: called after every forward of a block. Reading its tensors waits for the device.
         stream: return an iterator over finished blocks that works as it is consumed.
+        max_batch: requests that run at a time. The others wait, in order, for a place and for pages, and join between
+            two blocks; refused is who finds too few pages where nobody else runs. None: all at once, and refused is who
+            finds too few pages beside the others.
+        graphs: CUDA graphs of earlier calls with the same model and cache, to go on with. None: those of this call.
         tokenizer: with `decode(ids)`, for Result.text.
     Returns:
         One Result per request, in order; with stream, a BlockStream that has them at its end.
@@ -102,6 +128,10 @@ def generate(
         raise TypeError(f"generate: tokenizer must have decode(ids) or be None, got {got(tokenizer)}")
     for name, value in (("stream", stream), ("progress", progress)):
         check_type("generate", name, value, bool, "a bool")
+    if max_batch is not None and (not isinstance(max_batch, int) or isinstance(max_batch, bool) or max_batch < 1):
+        raise ValueError(f"generate: max_batch must be an integer >= 1 or None, got {got(max_batch)}")
+    if graphs is not None:
+        check_type("generate", "graphs", graphs, StepGraphs, "a StepGraphs or None")
     layers = config.selecting_layers(model.config.num_layers)
     sub_block_size = config.sub_block_size or model.config.sub_block_size or model.config.block_size
     if model.config.block_size % sub_block_size:
@@ -116,11 +146,14 @@ def generate(
         if seeds is not None:
             state.seeds = check_seeds(seeds, len(state.prompts))
         check_prompts(model, state.prompts, config.max_new_tokens)
-        state.reserve(config.max_new_tokens)
     else:
-        state = prefill(model, prompts, config, seeds=seeds, cache=cache, progress=progress)
+        state = new_state(model, prompts, config, seeds, cache, max_batch)
+    graphs = StepGraphs() if graphs is None else graphs
+    run = _Run(state, config, layers, sub_block_size, max_batch, graphs, callback, Progress(progress))
     state.used = True
-    run = _Run(state, config, layers, sub_block_size, callback, Progress(progress))
+    if max_batch is None:
+        state.reserve(config.max_new_tokens)
+        run.prefill([request for request in state.running if not state.filled[request]])
 
     def finish() -> list[Result]:
         return [_result(state, request, tokenizer) for request in range(len(state.prompts))]
@@ -155,13 +188,9 @@ class _LaggingFlags:
     def push(self, flags: Tensor) -> None:
         """flags: [n], bool."""
         if not self._cuda:
-            self._queue.append((flags, None))
+            self._queue.append((flags.clone(), None))
             return
-        copy = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
-        copy.copy_(flags, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(flags.device))
-        self._queue.append((copy, event))
+        self._queue.append(_copy_to_host(flags))
 
     def read(self) -> list[bool] | None:
         """The flags of `lag` pushes ago; None if there are none yet."""
@@ -173,66 +202,50 @@ class _LaggingFlags:
         return flags.tolist()
 
 
-class _Block:
-    """Tensors of the block that A requests are in. Q is the block size.
+def _copy_to_host(tensor: Tensor) -> tuple[Tensor, torch.cuda.Event]:
+    """A copy in pinned memory, and the event after which it holds the values."""
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    copy.copy_(tensor, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(tensor.device))
+    return copy, event
 
-    Fields:
-        requests: [A] batch index of each row (host). starts: [A] position of the first token (host), start: the same,
-            int32. eos_ids: tokens that end a request (host).
-        tokens: [A, Q], int64, mask id where open. open: [A, Q], bool, undecided. ended: [A], bool.
-        candidates: [A, Q], bool, open positions of each request's current sub-block. live: [A], bool, has candidates.
-        sub_start: [A], int64, first position of the current sub-block. first_open: [A], bool, that position is a
-            candidate.
-        steps: [A], int64, forwards in which a request was live.
+
+class _Outcome:
+    """What the host wants to know of a finished block, on its way to the host.
+
+    Fields: names of the tensors; `wait` gives them as lists.
     """
 
-    def __init__(self, state: DenoiseState, config: DenoiseConfig, sub_block_size: int):
-        model_config = state.model.config
-        device = state.batch.cache.device
-        size = model_config.block_size
-        self.requests = state.running
-        self.starts = [state.prefix_lens[request] for request in self.requests]
-        self.sub_block_size = sub_block_size
-        known = [state.pending[request] for request in self.requests]
-        tokens = [tail + [model_config.mask_id] * (size - len(tail)) for tail in known]
-        prompt_ends = [len(state.prompts[r]) - start for r, start in zip(self.requests, self.starts, strict=True)]
-        self.tokens = upload(tokens, device)
-        index = torch.arange(size, device=device)
-        per_request = upload([[len(tail) for tail in known], prompt_ends, self.starts], device)[..., None]
-        self.open = index >= per_request[0]
-        self._may_end = index >= per_request[1]  # EOS of the prompt's tail ends nothing
-        self._is_last = index == per_request[1] + config.max_new_tokens - 1
-        self.eos_ids = () if config.ignore_eos else tuple(model_config.eos_ids)
-        self._eos = upload(self.eos_ids, device, torch.int64)
-        self.positions = per_request[2] + index  # [A, Q]
-        self.start = per_request[2, :, 0].to(torch.int32)
-        self.index = index
-        self.ended = torch.zeros(len(self.requests), dtype=torch.bool, device=device)
-        self.seeds = upload([state.seeds[request] for request in self.requests], device)
-        self.block_table = state.batch.block_table[upload(self.requests, device)]
-        self.max_seq_len = max(self.starts) + size
-        self.steps = torch.zeros(len(self.requests), dtype=torch.int64, device=device)
-        shift = model_config.token_shift
-        # Rows whose logits an undecided position consumes; fixed for the block.
-        self.mass_rows = torch.nn.functional.pad(self.open[:, 1:], (0, 1)) if shift else self.open.clone()
-        self.update()
+    def __init__(self, **tensors: Tensor):
+        self._copies = {
+            name: _copy_to_host(tensor) if tensor.is_cuda else (tensor.clone(), None)
+            for name, tensor in tensors.items()
+        }
 
-    def update(self) -> None:
-        """Recomputes what follows from tokens and open positions."""
-        is_eos = (self.tokens[..., None] == self._eos).any(-1)
-        ends = self._is_last | (self._may_end & is_eos)
-        decided_up_to = (~self.open).cumprod(-1).bool()
-        self.ended = self.ended | (decided_up_to & ends).any(-1)
-        candidates = self.open & ~self.ended[:, None]
-        first = candidates.int().argmax(-1)
-        self.sub_start = first - first % self.sub_block_size
-        self.candidates = candidates & (self.index < (self.sub_start + self.sub_block_size)[:, None])
-        self.live = candidates.any(-1)
-        self.first_open = self.live & (first == self.sub_start)
+    def wait(self) -> dict[str, list]:
+        for _, event in self._copies.values():
+            if event is not None:
+                event.synchronize()
+        return {name: copy.tolist() for name, (copy, _) in self._copies.items()}
 
-    def flags(self) -> Tensor:
-        """[2], bool: some request is live; no live request has the first position of its sub-block open."""
-        return torch.stack((self.live.any(), ~self.first_open.any()))
+
+@dataclass(frozen=True)
+class _Variant:
+    """What decides which kernels a step launches.
+
+    Fields:
+        exact, sparse: some request is attended so in the selecting layers; neither: there are none. emits: mass.
+        narrow: sub-blocks alone are sent. later: not the block's first step, under the sub-block cache.
+        capacity: of the lists, 0 without.
+    """
+
+    exact: bool = False
+    sparse: bool = False
+    emits: bool = False
+    narrow: bool = False
+    later: bool = False
+    capacity: int = 0
 
 
 class _Run:
@@ -244,6 +257,8 @@ class _Run:
         config: DenoiseConfig,
         layers: dict[int, int],
         sub_block_size: int,
+        max_batch: int | None,
+        graphs: StepGraphs,
         callback: Callable[[StepInfo], None] | None,
         progress: Progress,
     ):
@@ -251,248 +266,435 @@ class _Run:
         self.config = config
         self.layers = layers
         self.sub_block_size = sub_block_size
+        self.max_batch = max(len(state.running), 1) if max_batch is None else max_batch
+        self.graphs = graphs
         self.callback = callback
         self.progress = progress
         self.begun = time.perf_counter()
         self.lists = CarriedLists(config)
+        self.slots: BlockSlots | None = None  # of the last block
+        self.waiting = deque(state.running)
+        self.active: list[int] = []
+        self._bound_lists: BlockSelection | None = None  # what the graphs' lists hold
+        graphs.bind(state.model, state.batch.cache, config, state.longest(config.max_new_tokens))
+
+    def prefill(self, requests: list[int]) -> None:
+        """Commits the prompts of requests that have pages."""
+        with torch.no_grad(), profiling.span("prefill"):
+            prefill_requests(self.state, requests, self.config, self.graphs, self.progress)
+        self.begun = time.perf_counter()
 
     def blocks(self) -> Iterator[FinishedBlock]:
-        """Blocks as they end; all running requests work on their blocks of one number together."""
+        """Blocks as they end; all running requests work on their blocks together."""
         state = self.state
         index = 0
         try:
-            while state.running:
-                with torch.no_grad():
-                    block, finished = self._block(index)
+            while self._admit():
+                with torch.no_grad(), profiling.span("block"):
+                    slots, plan, outcome = self._block(index)
+                    finished = self._finish_block(slots, plan, outcome, index)
                 yield from finished
-                with torch.no_grad():
-                    self._commit(block, index)
                 index += 1
         finally:
             self.progress.clear()
             state.batch.release_all()
 
-    def _block(self, index: int) -> tuple[_Block, list[FinishedBlock]]:
-        """Steps until no request has an open position; the block is not committed yet."""
-        state, config = self.state, self.config
-        block = _Block(state, config, self.sub_block_size)
-        plan = [self.lists.plan(request, state.prefix_lens[request]) for request in block.requests]
-        flags = _LaggingFlags(block.tokens.device)
-        flags.push(block.flags())
-        # Every step decides a position of every live request, so the number of steps is bounded on the host.
-        size = state.model.config.block_size
-        bound = size - min(len(state.pending[request]) for request in block.requests)
-        narrow = False
-        for step in range(bound + flags.lag * (size // self.sub_block_size)):
+    def _admit(self) -> bool:
+        """Lets waiting requests in for whom there are places and pages; False when nobody runs any more."""
+        state = self.state
+        self.active = [request for request in self.active if state.finish[request] is None]
+        new: list[int] = []
+        while self.waiting and len(self.active) + len(new) < self.max_batch:
+            request = self.waiting[0]
+            if state.finish[request] is None:
+                try:
+                    state.reserve_pages(request, self.config.max_new_tokens)
+                except OutOfPages as error:
+                    if self.active or new:
+                        break  # pages come back when a request ends
+                    state.refuse(request, error)
+                else:
+                    new.append(request)
+            self.waiting.popleft()
+        unfilled = [request for request in new if not state.filled[request]]
+        if unfilled:
+            begun, before = self.begun, time.perf_counter()
+            graphs, cache = self.graphs, state.batch.cache
+            graphs.bind(state.model, cache, self.config, graphs.bound)  # the cache may have grown
+            self.prefill(unfilled)
+            self.begun = begun + time.perf_counter() - before
+        self.active += new
+        return bool(self.active)
+
+    def _places(self) -> int:
+        """Places of the next block: what runs, or a size that more batches share."""
+        if self.config.strict:
+            return self.max_batch
+        count = len(self.active)
+        if not self.graphs.enabled:
+            return count
+        return min(1 << (count - 1).bit_length(), max(self.max_batch, count))
+
+    def _begin(self, index: int) -> tuple[BlockSlots, list[str]]:
+        """The next block of every active request, in slots of their number."""
+        state, config, model_config = self.state, self.config, self.state.model.config
+        device = state.batch.cache.device
+        size, num_places = model_config.block_size, self._places()
+        eos_ids = () if config.ignore_eos else tuple(model_config.eos_ids)
+        slots = self.graphs.keep(
+            ("slots", num_places),
+            lambda: BlockSlots(model_config, num_places, self.sub_block_size, eos_ids, device),
+        )
+        places = {} if self.slots is None else {r: place for place, r in enumerate(self.slots.requests)}
+        rows: list[BlockRow | None] = []
+        for request in self.active:
+            prompt_end = max(len(state.prompts[request]) - state.prefix_lens[request], 0)
+            rows.append(
+                BlockRow(
+                    request=request,
+                    start=state.prefix_lens[request],
+                    known=state.pending[request],
+                    prompt_end=prompt_end,
+                    last=prompt_end + config.max_new_tokens - len(state.outputs[request]) - 1,
+                    seed=state.seeds[request],
+                    predicted_in=places[request] if state.predicted[request] else None,
+                )
+            )
+        plan = [self.lists.plan(row.request, row.start) for row in rows]
+        vacant = num_places - len(rows)
+        table = state.batch.block_table[upload(self.active, device)]
+        longest = max(row.start for row in rows) + size
+        if self.graphs.enabled:
+            longest = self.graphs.bound
+            width = state.batch.cache.pages_for(longest)
+            table = table[:, :width]
+            table = torch.nn.functional.pad(table, (0, width - table.shape[1], 0, vacant), value=-1)
+        elif vacant:
+            table = torch.nn.functional.pad(table, (0, 0, 0, vacant), value=-1)
+        rows += [None] * vacant
+        plan += ["exact"] * vacant
+        next_token = slots.next_token if self.slots is None else self.slots.next_token
+        slots.stage(rows, [way == "carry" for way in plan], table, longest, next_token)
+        self.graphs.run(("begin", num_places), slots.begin)
+        self.slots = slots
+        return slots, plan
+
+    def _block(self, index: int) -> tuple[BlockSlots, list[str], _Outcome]:
+        """Steps until no request has an open position, then the commit of those that go on."""
+        config = self.config
+        slots, plan = self._begin(index)
+        flags = _LaggingFlags(slots.tokens.device)
+        flags.push(slots.flags)
+        num_steps = self._max_steps(slots)
+        if config.sub_block_cache:
+            # A request may sit a forward out for each of its sub-blocks.
+            num_steps += flags.lag * (self.state.model.config.block_size // self.sub_block_size)
+        narrow, goes_on = False, True
+        for step in range(num_steps):
             seen = flags.read()
             if seen is not None:
+                goes_on = seen[2]
                 if not seen[0]:
                     break
                 narrow = config.sub_block_cache and step > 0 and seen[1]
-            self.progress.show(f"block {index}, forward {step}, {len(block.requests)} requests")
-            self._step(block, plan, index, step, narrow)
-            flags.push(block.flags())
-        return block, self._finish_block(block, plan, index)
+            self.progress.show(f"block {index}, forward {step}, {len(self.active)} requests")
+            self._step(slots, plan, index, step, narrow)
+            flags.push(slots.flags)
+        if not flags.lag:
+            goes_on = slots.flags.tolist()[2]
+        tensors = {"tokens": slots.tokens, "ended": slots.ended, "steps": slots.steps}
+        if self.lists.selection is not None and self.lists.requests == slots.requests:
+            selection = self.lists.selection
+            tensors |= {"listed": selection.counts.sum((0, 2)) * selection.g, "tails": selection.tail_start}
+            tensors["kept"] = selection.kept_mass.mean((0, 2))
+        outcome = _Outcome(**tensors)
+        if goes_on and any(row is not None and row.last >= len(slots.index) for row in slots.rows):
+            self._commit(slots, index)
+        return slots, plan, outcome
 
-    def _step(self, block: _Block, plan: list[str], index: int, step: int, narrow: bool) -> None:
-        """One forward of all live requests: rows, attention, draws, decisions."""
-        state, config, model = self.state, self.config, self.state.model
-        size, sub = model.config.block_size, block.sub_block_size
-        device = block.tokens.device
+    def _max_steps(self, slots: BlockSlots) -> int:
+        """Forwards after which every open position is decided for certain."""
+        size, sub = len(slots.index), self.sub_block_size
+        counts = [0]
+        for row in slots.rows:
+            if row is not None:
+                known = len(row.known) + (row.predicted_in is not None)
+                opens = [end - max(known, end - sub) for end in range(sub, size + 1, sub) if end > known]
+                counts.append(sum(self.config.sampler.max_forwards(num_open) for num_open in opens))
+        return max(counts)
+
+    def _step(self, slots: BlockSlots, plan: list[str], index: int, step: int, narrow: bool) -> None:
+        """One forward of all live requests, and the selection that follows the first."""
+        variant = self._variant(slots, plan, step, narrow)
+        lists = self._lists(slots, variant) if variant.sparse else None
+        kind = self._kind(plan, step)
+        with profiling.span(f"step:{kind}"):
+            decided, emission = self.graphs.run(
+                ("step", slots.num_places, variant), lambda: self._forward(slots, variant, lists)
+            )
+        mass = None
+        if emission is not None:
+            mass = emission.mass
+            with profiling.span("select"):
+                self.lists.take(slots.requests, plan, slots.start, mass, emission.votes)
+        self._tell(slots, index, step, kind, self.sub_block_size if narrow else len(slots.index), decided, mass)
+
+    def _kind(self, plan: list[str], step: int) -> str:
+        """For the callback."""
+        ways = {self._way(way, step) for way in plan[: len(self.active)]}
+        return ways.pop() if len(ways) == 1 else "mixed"
+
+    @staticmethod
+    def _way(way: str, step: int) -> str:
+        """How a request with this plan is attended in a step."""
+        return "sparse" if way == "carry" or (way == "select" and step > 0) else way
+
+    def _variant(self, slots: BlockSlots, plan: list[str], step: int, narrow: bool) -> _Variant:
+        config = self.config
+        ways = {self._way(way, step) for way in plan[: len(self.active)]}
+        parts = {"narrow": narrow, "later": config.sub_block_cache and step > 0}
+        if not self.layers or ways == {"exact"}:
+            return _Variant(**parts)
+        if "select" not in ways:
+            # Lists of requests that are exact start at tail 0: they attend everything.
+            return _Variant(sparse=True, capacity=self.lists.rows(slots.requests).capacity, **parts)
+        if "sparse" not in ways:
+            return _Variant(exact=True, emits=True, **parts)
+        capacity = self.lists.rows(slots.requests).capacity
+        return _Variant(exact=True, sparse=True, emits=True, capacity=capacity, **parts)
+
+    def _lists(self, slots: BlockSlots, variant: _Variant) -> BlockSelection:
+        """The lists of the slots' requests, in tensors that graphs may read."""
+        selection = self.lists.rows(slots.requests)
+        if not self.graphs.enabled:
+            return selection
+        names = ("indices", "counts", "kept_mass", "tail_start", "overflow")
+        key = ("lists", slots.num_places, variant.capacity)
+        kept = self.graphs.keep(
+            key,
+            lambda: dataclasses.replace(selection, **{name: getattr(selection, name).clone() for name in names}),
+        )
+        if self._bound_lists is not selection:
+            for name in names:
+                getattr(kept, name).copy_(getattr(selection, name))
+            self._bound_lists = selection
+        return kept
+
+    def _forward(
+        self, slots: BlockSlots, variant: _Variant, lists: BlockSelection | None
+    ) -> tuple[Tensor, "_Emitted | None"]:
+        """A step on the device: rows, attention, draws, decisions. Returns what was decided, [A, Q], bool, and the mass
+        of the forward."""
+        config, model = self.config, self.state.model
+        size, sub = model.config.block_size, self.sub_block_size
+        device = slots.tokens.device
 
         # 1. Which rows are sent and whose K/V they replace.
-        live, candidates = block.live, block.candidates
-        if narrow:
+        live, candidates = slots.live, slots.candidates
+        if variant.narrow:
             # The first position of every sub-block is decided: its rows alone. Where a flag that lags could not know
             # yet that a request has come to its next sub-block, it sits this forward out; its next draws have the same
             # keys.
-            live = live & ~block.first_open
+            live = live & ~slots.first_open
             candidates = candidates & live[:, None]
-            rows = block.sub_start[:, None] + torch.arange(sub, device=device)  # [A, sub]
-            tokens, positions = block.tokens.gather(1, rows), block.positions.gather(1, rows)
-            first_row = block.sub_start
-            starts = [(live, block.start + block.sub_start.int(), None)]
+            rows = slots.sub_start[:, None] + slots.index[:sub]  # [A, sub]
+            tokens, positions = slots.tokens.gather(1, rows), slots.positions.gather(1, rows)
+            first_row = slots.sub_start
+            starts = [(live, slots.start + slots.sub_start.int(), None)]
         else:
-            tokens, positions = block.tokens, block.positions
-            first_row = torch.zeros_like(block.sub_start)
-            starts = [(live, block.start, None)]
-            if config.sub_block_cache and step > 0:
+            tokens, positions = slots.tokens, slots.positions
+            first_row = torch.zeros_like(slots.sub_start)
+            starts = [(live, slots.start, None)]
+            if variant.later:
                 # Requests of both kinds: all rows of those that start a sub-block, the sub-block's rows of the others.
                 starts = [
-                    (block.first_open, block.start, None),
-                    (live & ~block.first_open, block.start + block.sub_start.int(), block.sub_start),
+                    (slots.first_open, slots.start, None),
+                    (live & ~slots.first_open, slots.start + slots.sub_start.int(), slots.sub_start),
                 ]
         writes = [Write(torch.where(who, start, NOT_WRITTEN), row, sub) for who, start, row in starts]
 
         # 2. The forward, exact or sparse per request.
-        seq_lens = torch.where(live, block.start + size, 0)
-        forward = PagedForward(state.batch.cache, block.block_table, block.max_seq_len, writes, seq_lens)
-        kind = self._attention(forward, block, plan, step)
+        seq_lens = torch.where(live, slots.start + size, 0)
+        forward = self._paged(slots, writes, seq_lens)
+        if variant.exact or variant.sparse:
+            forward.selecting, forward.selection = self.layers, lists
+        if variant.exact and variant.sparse:
+            forward.sparse_lens = torch.where(slots.carried, seq_lens, 0)
+            forward.exact_lens = torch.where(slots.carried, 0, seq_lens)
+        elif variant.exact:
+            forward.exact_lens = seq_lens
+        elif variant.sparse:
+            forward.sparse_lens = seq_lens
+        if variant.emits:
+            row_mask = slots.mass_rows if config.selection.score_rows == "open" else None
+            forward.emission = Emission(config.selection, row_mask, slots.start)
         hidden = model.hidden(tokens, positions, forward)
-        mass = None
-        if forward.emission is not None:
-            mass = forward.emission.mass()
-            self.lists.take(block.requests, plan, block.start, mass, forward.emission.stacked_votes())
 
         # 3. Draws for the positions that may be decided. Row i predicts position i, or i + 1 under token shift.
         if device.type == "cpu":
             who, where = candidates.nonzero(as_tuple=True)
         else:  # a fixed grid, since the number of candidates is known on the device only
-            where = block.sub_start[:, None] + torch.arange(sub, device=device)
-            who = torch.arange(len(block.requests), device=device)[:, None].expand_as(where).flatten()
+            where = slots.sub_start[:, None] + slots.index[:sub]
+            who = torch.arange(slots.num_places, device=device)[:, None].expand_as(where).flatten()
             where = where.flatten()
         row = (where - first_row[who] - int(model.config.token_shift)).clamp(min=0)
-        draws = sampling.draw_tokens(
-            model.logits(hidden[who, row]),
-            mask_id=model.config.mask_id,
-            temperature=config.sampler.temperature,
-            top_k=config.sampler.top_k,
-            top_p=config.sampler.top_p,
-            seeds=block.seeds[who],
-            positions=block.positions[who, where],
-            step=block.steps[who],
-        )
+        with profiling.span("draw"):
+            draws = self._draw(hidden[who, row], slots, who, where)
         grid = sampling.Draws(
-            *(torch.zeros(block.tokens.shape, dtype=x.dtype, device=device).index_put((who, where), x) for x in draws)
+            *(torch.zeros(slots.tokens.shape, dtype=x.dtype, device=device).index_put((who, where), x) for x in draws)
         )
 
         # 4. Decisions.
         decided = sampling.decide(config.sampler, grid, candidates)
-        block.steps += live
-        block.tokens = torch.where(decided, grid.token, block.tokens)
-        block.open = block.open & ~decided
-        block.update()
-        self._tell(block, index, step, kind, tokens.shape[1], decided, mass)
+        slots.decide(decided, grid.token, live)
+        emission = forward.emission
+        return decided, None if emission is None else _Emitted(emission.mass(), emission.stacked_votes())
 
-    def _attention(self, forward: PagedForward, block: _Block, plan: list[str], step: int) -> str:
-        """Fills in who is attended exactly and who sparsely in this step; returns the kind for the callback."""
-        first = step == 0
-        ways = {("sparse" if way == "carry" or (way == "select" and not first) else way) for way in plan}
-        if not self.layers or ways == {"exact"}:
-            return "exact"
-        forward.selecting = self.layers
-        if "select" not in ways:
-            # Lists of requests that are exact start at tail 0: they attend everything.
-            forward.selection, forward.sparse_lens = self.lists.rows(block.requests), forward.seq_lens
-            return "sparse" if ways == {"sparse"} else "mixed"
-        forward.exact_lens = forward.seq_lens
-        if "sparse" in ways:
-            carried = upload([way == "carry" for way in plan], forward.seq_lens.device)
-            forward.selection = self.lists.rows(block.requests)
-            forward.sparse_lens = torch.where(carried, forward.seq_lens, 0)
-            forward.exact_lens = torch.where(carried, 0, forward.seq_lens)
-        row_mask = block.mass_rows if self.config.selection.score_rows == "open" else None
-        forward.emission = Emission(self.config.selection, row_mask, block.start)
-        return "select" if ways == {"select"} else "mixed"
-
-    def _finish_block(self, block: _Block, plan: list[str], index: int) -> list[FinishedBlock]:
-        """Reads the block back once: new tokens, ends, costs."""
-        state = self.state
-        seconds = time.perf_counter() - self.begun
-        tokens, ended = block.tokens.tolist(), block.ended.tolist()
-        eos = block.eos_ids
-        self._count(block, plan)
-        finished = []
-        for row, request in enumerate(block.requests):
-            new_from = max(len(state.prompts[request]) - block.starts[row], 0)
-            new = tokens[row][new_from:]
-            if ended[row]:
-                room = self.config.max_new_tokens - len(state.outputs[request])
-                ends = [i + 1 for i, token in enumerate(new) if token in eos]
-                new = new[: min([room, *ends])]
-                state.finish[request] = "eos" if new[-1] in eos else "length"
-                state.batch.release(request)
-            state.outputs[request] += new
-            state.stats[request].seconds = seconds
-            finished.append(FinishedBlock(request, index, new, ended[row]))
-        return finished
-
-    def _count(self, block: _Block, plan: list[str]) -> None:
-        """Adds the block's forwards, kept mass and bytes of K/V to the requests' statistics."""
-        cache, config = self.state.batch.cache, self.state.model.config
-        steps = block.steps.tolist()
-        lists = self.lists
-        listed = kept = tails = None
-        if lists.selection is not None and lists.requests == block.requests:
-            listed = (lists.selection.counts.sum((0, 2)) * lists.selection.g).tolist()
-            kept = lists.selection.kept_mass.mean((0, 2)).tolist()
-            tails = lists.selection.tail_start.tolist()
-        for row, (request, way) in enumerate(zip(block.requests, plan, strict=True)):
-            stats, count = self.state.stats[request], steps[row]
-            if not count:
-                continue
-            length = block.starts[row] + config.block_size
-            whole = length * config.num_layers * config.num_kv_heads
-            sparse_steps = {"exact": 0, "select": count - 1, "carry": count}[way]
-            stats.forwards["exact"] += count if way == "exact" else 0
-            stats.forwards["select"] += way == "select"
-            stats.forwards["sparse"] += sparse_steps
-            sparse = 0
-            if sparse_steps:
-                dense = (config.num_layers - len(self.layers)) * length * config.num_kv_heads
-                sparse = dense + listed[row] + (length - tails[row]) * len(self.layers) * config.num_kv_heads
-            stats.kv_bytes_exact += count * whole * cache.token_bytes
-            stats.kv_bytes += ((count - sparse_steps) * whole + sparse_steps * sparse) * cache.token_bytes
-            if way == "select":
-                stats.kept_mass.append(kept[row])
-
-    def _commit(self, block: _Block, index: int) -> None:
-        """Writes the clean block's K/V of the requests that go on; under token shift its last logits give the next
-        first token."""
-        state, model = self.state, self.state.model
-        rows = [row for row, request in enumerate(block.requests) if state.finish[request] is None]
-        if not rows:
-            return
-        requests = [block.requests[row] for row in rows]
-        size, device = model.config.block_size, block.tokens.device
-        pick = upload(rows, device)
-        start = block.start[pick]
-        max_seq_len = max(block.starts[row] for row in rows) + size
-        forward = PagedForward(state.batch.cache, block.block_table[pick], max_seq_len, [Write(start)], start + size)
-        if self.lists.wants_commit_mass:
-            forward.selecting, forward.exact_lens = self.layers, forward.seq_lens
-            # Votes are for selecting; measuring needs mass alone.
-            forward.emission = Emission(dataclasses.replace(self.config.selection, rule="fixed"), None, start)
-        hidden = model.hidden(block.tokens[pick], block.positions[pick], forward)
-        if forward.emission is not None:
-            self.lists.measure(requests, forward.emission.mass())
-        self.lists.end_block(requests)
-        pending = [[] for _ in requests]
-        if model.config.token_shift:
-            logits = model.logits(hidden[:, -1])
-            pending = [[token] for token in sampling.draw_tokens(logits, mask_id=model.config.mask_id).token.tolist()]
-        for row, request, tokens in zip(rows, requests, pending, strict=True):
-            state.prefix_lens[request] += size
-            state.pending[request] = tokens
-            stats = state.stats[request]
-            stats.forwards["commit"] += 1
-            num_bytes = (block.starts[row] + size) * model.config.num_layers * model.config.num_kv_heads
-            stats.kv_bytes += num_bytes * state.batch.cache.token_bytes
-            stats.kv_bytes_exact += num_bytes * state.batch.cache.token_bytes
-        if self.callback is not None:
-            nothing = torch.zeros_like(block.open[pick])
-            starts = [block.starts[row] for row in rows]
-            self.callback(
-                StepInfo(index, -1, "commit", size, requests, starts, block.tokens[pick], nothing, nothing, None, None)
-            )
-
-    def _tell(
-        self, block: _Block, index: int, step: int, kind: str, rows: int, decided: Tensor, mass: Tensor | None
-    ) -> None:
-        if self.callback is not None:
-            lists = None if kind == "exact" else self.lists.selection
-            self.callback(
-                StepInfo(
-                    index,
-                    step,
-                    kind,
-                    rows,
-                    block.requests,
-                    block.starts,
-                    block.tokens,
-                    block.open,
-                    decided,
-                    lists,
-                    mass,
+    def _draw(self, hidden: Tensor, slots: BlockSlots, who: Tensor, where: Tensor) -> sampling.Draws:
+        """Draws for hidden states [N, hidden] of positions `where` [N] in the places `who` [N]."""
+        model, sampler = self.state.model, self.config.sampler
+        row_bytes = model.config.vocab_size * hidden.element_size() * (_DRAWN_FACTOR if sampler.temperature > 0 else 1)
+        at_a_time = max(_LOGIT_BYTES // row_bytes, 32)
+        parts = []
+        for begin in range(0, max(len(who), 1), at_a_time):
+            part = slice(begin, begin + at_a_time)
+            rows, columns = who[part], where[part]
+            parts.append(
+                sampling.draw_tokens(
+                    model.logits(hidden[part]),
+                    mask_id=model.config.mask_id,
+                    temperature=sampler.temperature,
+                    top_k=sampler.top_k,
+                    top_p=sampler.top_p,
+                    seeds=slots.seeds[rows],
+                    positions=slots.positions[rows, columns],
+                    step=slots.steps[rows],
                 )
             )
+        return parts[0] if len(parts) == 1 else sampling.Draws(*(torch.cat(x) for x in zip(*parts, strict=True)))
+
+    def _paged(self, slots: BlockSlots, writes: list[Write], seq_lens: Tensor) -> PagedForward:
+        forward = PagedForward(self.state.batch.cache, slots.block_table, slots.max_seq_len, writes, seq_lens)
+        if self.config.strict:
+            forward.split_tokens, forward.sparse_split_tokens = STRICT_SPLIT, STRICT_SPARSE_SPLIT
+        return forward
+
+    def _finish_block(self, slots: BlockSlots, plan: list[str], outcome: _Outcome, index: int) -> list[FinishedBlock]:
+        """Reads the block back once: new tokens, ends, costs."""
+        state, config = self.state, self.config
+        size = len(slots.index)
+        values = outcome.wait()
+        seconds = time.perf_counter() - self.begun
+        eos_ids = () if config.ignore_eos else state.model.config.eos_ids
+        finished, going_on = [], []
+        for place, row in enumerate(slots.rows):
+            if row is None:
+                continue
+            request = row.request
+            stats = state.stats[request]
+            self._count(row, plan[place], {name: value[place] for name, value in values.items()})
+            new = values["tokens"][place][row.prompt_end :]
+            ended = values["ended"][place]
+            if ended:
+                room = config.max_new_tokens - len(state.outputs[request])
+                ends = [i + 1 for i, token in enumerate(new) if token in eos_ids]
+                new = new[: min([room, *ends])]
+                state.finish[request] = "eos" if new[-1] in eos_ids else "length"
+                state.batch.release(request)
+            else:
+                going_on.append(request)
+                state.prefix_lens[request] += size
+                state.pending[request] = []
+                state.predicted[request] = state.model.config.token_shift
+                stats.forwards["commit"] += 1
+            state.outputs[request] += new
+            stats.seconds = seconds
+            finished.append(FinishedBlock(request, state.blocks[request], new, ended))
+            state.blocks[request] += 1
+        self.lists.end_block(going_on)
+        return finished
+
+    def _count(self, row: BlockRow, way: str, values: dict) -> None:
+        """Adds a block's forwards, kept mass and bytes of K/V to the request's statistics."""
+        cache, config = self.state.batch.cache, self.state.model.config
+        stats, count = self.state.stats[row.request], values["steps"]
+        length = row.start + config.block_size
+        whole = length * config.num_layers * config.num_kv_heads
+        commits = not values["ended"]
+        stats.kv_bytes += commits * whole * cache.token_bytes
+        stats.kv_bytes_exact += (count + commits) * whole * cache.token_bytes
+        if not count:
+            return
+        sparse_steps = {"exact": 0, "select": count - 1, "carry": count}[way]
+        stats.forwards["exact"] += count if way == "exact" else 0
+        stats.forwards["select"] += way == "select"
+        stats.forwards["sparse"] += sparse_steps
+        sparse = 0
+        if sparse_steps:
+            dense = (config.num_layers - len(self.layers)) * length * config.num_kv_heads
+            tail = (length - values["tails"]) * len(self.layers) * config.num_kv_heads
+            sparse = dense + values["listed"] + tail
+        stats.kv_bytes += ((count - sparse_steps) * whole + sparse_steps * sparse) * cache.token_bytes
+        if way == "select":
+            stats.kept_mass.append(values["kept"])
+
+    def _commit(self, slots: BlockSlots, index: int) -> None:
+        """Writes the clean block's K/V of the requests that go on; under token shift its last logits give the next
+        first token."""
+        measures = self.lists.wants_commit_mass
+        with profiling.span("step:commit"):
+            mass = self.graphs.run(
+                ("commit", slots.num_places, measures), lambda: self._commit_forward(slots, measures)
+            )
+        if mass is not None:
+            self.lists.measure(slots.requests, mass)
+        nothing = torch.zeros_like(slots.open) if self.callback is not None else slots.open
+        self._tell(slots, index, -1, "commit", len(slots.index), nothing, None)
+
+    def _commit_forward(self, slots: BlockSlots, measures: bool) -> Tensor | None:
+        """The commit on the device. Returns its mass [L, A, Hkv, n] if it measures."""
+        model = self.state.model
+        starts = torch.where(slots.ended, NOT_WRITTEN, slots.start)
+        seq_lens = torch.where(slots.ended, 0, slots.start + len(slots.index))
+        forward = self._paged(slots, [Write(starts)], seq_lens)
+        if measures:
+            forward.selecting, forward.exact_lens = self.layers, seq_lens
+            # Votes are for selecting; measuring needs mass alone.
+            config = dataclasses.replace(self.config.selection, rule="fixed")
+            forward.emission = Emission(config, None, slots.start)
+        hidden = model.hidden(slots.tokens, slots.positions, forward)
+        if model.config.token_shift:
+            logits = model.logits(hidden[:, -1])
+            slots.next_token.copy_(sampling.draw_tokens(logits, mask_id=model.config.mask_id).token)
+        return forward.emission.mass() if measures else None
+
+    def _tell(
+        self, slots: BlockSlots, index: int, step: int, kind: str, rows: int, decided: Tensor, mass: Tensor | None
+    ) -> None:
+        if self.callback is None:
+            return
+        lists = None if kind in ("exact", "commit") else self.lists.selection
+        starts = [0 if row is None else row.start for row in slots.rows]
+        self.callback(
+            StepInfo(
+                index,
+                step,
+                kind,
+                rows,
+                slots.requests,
+                starts,
+                slots.tokens,
+                torch.zeros_like(slots.open) if kind == "commit" else slots.open,
+                decided,
+                lists,
+                mass,
+            )
+        )
+
+
+@dataclass(frozen=True)
+class _Emitted:
+    """Mass [L, A, Hkv, n] of a forward, and its votes for rule "layer"."""
+
+    mass: Tensor
+    votes: tuple[Tensor, Tensor, Tensor] | None

@@ -33,6 +33,11 @@ class DenoiseConfig:
             none).
         sub_block_cache: once the first position of the current sub-block is decided, forwards send that sub-block alone
             and the block's other K/V stay as they were.
+        strict: a request's tokens do not depend on its batch mates at all: places are padded to max_batch, prompts are
+            prefilled one by one in whole chunks, attention is split at fixed boundaries. It holds between calls with
+            the same max_batch and costs time.
+        cuda_graphs: on CUDA, phases of a block that recur are captured once and replayed. Callbacks and overrides run
+            between them. Off, every kernel is launched anew and the ranges of layers and ops can be seen.
         prefill_chunk: tokens of each request per prefill forward; multiples of the block are taken. Larger chunks fill
             the processor better, smaller ones need less memory.
 
@@ -52,6 +57,8 @@ class DenoiseConfig:
     select_override: Callable[..., BlockSelection] | None = None
     sub_block_size: int | None = None
     sub_block_cache: bool = False
+    strict: bool = False
+    cuda_graphs: bool = True
     prefill_chunk: int = 512
 
     def __post_init__(self):
@@ -67,7 +74,7 @@ class DenoiseConfig:
         for name, kind in (("sampler", SamplerConfig), ("selection", SelectionConfig)):
             if not isinstance(getattr(self, name), kind):
                 raise TypeError(f"DenoiseConfig: {name} must be a {kind.__name__}, got {getattr(self, name)!r}")
-        for name in ("ignore_eos", "sub_block_cache"):
+        for name in ("ignore_eos", "sub_block_cache", "strict", "cuda_graphs"):
             check_type("DenoiseConfig", name, getattr(self, name), bool, "a bool")
         bound = self.refresh_bound
         if not isinstance(bound, (int, float)) or isinstance(bound, bool) or not 0 <= bound <= 1:

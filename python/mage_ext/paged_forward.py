@@ -19,6 +19,8 @@ from mage_ext.selection import BlockSelection, SelectionConfig
 NOT_WRITTEN = -(1 << 30)
 # Query rows that one attention launch takes; the CPU backend has no such bound.
 _CUDA_ROWS = 64
+# Split boundaries of strict runs, in tokens: of all attention, and of attention over lists.
+STRICT_SPLIT, STRICT_SPARSE_SPLIT = 1024, 256
 
 
 @dataclass
@@ -76,6 +78,7 @@ class PagedForward:
         selecting: selecting layer -> its index in selections; empty: every layer is dense.
         exact_lens, sparse_lens: [A], int32, or None for nobody.
         selection: lists of the sparse part. emission: collects the mass of the exact part.
+        split_tokens, sparse_split_tokens: as the ops take them; 0: what suits the batch.
     """
 
     cache: PagedCache
@@ -89,6 +92,8 @@ class PagedForward:
     sparse_lens: Tensor | None = None
     selection: BlockSelection | None = None
     emission: Emission | None = None
+    split_tokens: int = 0
+    sparse_split_tokens: int = 0
     _launches: list[tuple[slice, Tensor | None, Tensor]] = field(default_factory=list, init=False)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -115,6 +120,7 @@ class PagedForward:
                 tail_start,
                 g=self.selection.g,
                 max_seq_len=self.max_seq_len,
+                split_tokens=self.sparse_split_tokens,
             )
             outs.append(out)
         return outs[0] if len(outs) == 1 else outs[0] + outs[1]
@@ -130,7 +136,14 @@ class PagedForward:
         outs = []
         for rows, kv_lens, lens in self._launches_of(q, seq_lens):
             out, _ = ops.block_attention(
-                q[:, rows], k_cache, v_cache, self.block_table, lens, max_seq_len=self.max_seq_len, kv_lens=kv_lens
+                q[:, rows],
+                k_cache,
+                v_cache,
+                self.block_table,
+                lens,
+                max_seq_len=self.max_seq_len,
+                kv_lens=kv_lens,
+                split_tokens=self.split_tokens,
             )
             outs.append(out)
         return outs[0] if len(outs) == 1 else torch.cat(outs, 1)
@@ -159,8 +172,9 @@ class PagedForward:
         # Token granularity on CUDA is a second pass over the keys; the attention kernels emit units of 16 tokens and
         # more.
         tokens_on_cuda = config.g == 1 and q.is_cuda
+        options = {"max_seq_len": self.max_seq_len, "split_tokens": self.split_tokens}
         if tokens_on_cuda:
-            out, lse = ops.block_attention(q, *pool, max_seq_len=self.max_seq_len)
+            out, lse = ops.block_attention(q, *pool, **options)
             mass = ops.token_mass(
                 q,
                 k_cache,
@@ -174,17 +188,17 @@ class PagedForward:
                 prefix_lens=prefix_lens,
             )
         elif config.rule == "layer":
-            out, _, mass = ops.block_attention_rows(q, *pool, max_seq_len=self.max_seq_len, g=config.g)
+            out, _, mass = ops.block_attention_rows(q, *pool, g=config.g, **options)
         else:
             out, _, mass = ops.block_attention_mass(
                 q,
                 *pool,
-                max_seq_len=self.max_seq_len,
                 g=config.g,
                 score=config.score,
                 row_mask=emission.row_mask,
                 norm=config.norm,
                 prefix_lens=prefix_lens,
+                **options,
             )
         if config.rule == "layer":
             emission.votes.append(

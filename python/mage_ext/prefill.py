@@ -14,8 +14,9 @@ from mage_ext._arguments import check_list, check_type, got
 from mage_ext._upload import upload
 from mage_ext.cache import OutOfPages, PagedCache, RaggedBatch
 from mage_ext.denoise_config import DenoiseConfig
-from mage_ext.paged_forward import PagedForward, Write
+from mage_ext.paged_forward import STRICT_SPLIT, PagedForward, Write
 from mage_ext.results import Progress, RequestStats
+from mage_ext.step_graphs import StepGraphs
 
 
 class DenoiseState:
@@ -26,8 +27,9 @@ class DenoiseState:
         batch: block tables; all tokens below prefix_lens are committed there.
         prompts: ids. seeds: of the random draws.
         prefix_lens: committed tokens, a multiple of the block.
-        pending: tokens known at the start of the next block: the prompt's tail, or the one that the last logits
-            predict.
+        pending: tokens known at the start of the next block: the prompt's tail, or the one that the prefill's last
+            logits predict. predicted: the block starts with the token that the last commit predicted, on the device.
+        filled: the prompt's whole blocks are committed. blocks: finished so far.
         outputs: new tokens so far. finish: None while running, else as in Result. errors: why it was refused.
         stats: costs so far. prefill_seconds: of the whole batch.
     """
@@ -40,6 +42,9 @@ class DenoiseState:
         block_size = model.config.block_size
         self.prefix_lens = [len(prompt) // block_size * block_size for prompt in prompts]
         self.pending = [prompt[length:] for prompt, length in zip(prompts, self.prefix_lens, strict=True)]
+        self.predicted = [False] * len(prompts)
+        self.filled = [False] * len(prompts)
+        self.blocks = [0] * len(prompts)
         self.outputs: list[list[int]] = [[] for _ in prompts]
         self.finish: list[str | None] = [None] * len(prompts)
         self.errors: list[str | None] = [None] * len(prompts)
@@ -64,7 +69,7 @@ class DenoiseState:
         twin.batch = self.batch.fork(
             [0 if finish else n for n, finish in zip(self.prefix_lens, self.finish, strict=True)]
         )
-        for name in ("seeds", "prefix_lens", "finish", "errors"):
+        for name in ("seeds", "prefix_lens", "finish", "errors", "predicted", "filled", "blocks"):
             setattr(twin, name, list(getattr(self, name)))
         twin.pending = [list(tokens) for tokens in self.pending]
         twin.outputs = [list(tokens) for tokens in self.outputs]
@@ -83,16 +88,33 @@ class DenoiseState:
         if self.used:
             raise ValueError("DenoiseState: state must not have been used up or released; fork() it before generate()")
 
+    def longest(self, max_new_tokens: int) -> int:
+        """Tokens of the longest request at its end, in whole blocks."""
+        size = self.model.config.block_size
+        return max((_blocks_of(len(prompt) + max_new_tokens, size) for prompt in self.prompts), default=0)
+
     def reserve(self, max_new_tokens: int) -> None:
         """Takes the pages that every running request needs to its last block; a request that finds none is refused, it
         alone."""
         for request in self.running:
-            total = _blocks_of(len(self.prompts[request]) + max_new_tokens, self.model.config.block_size)
             try:
-                self.batch.reserve(request, total)
+                self.reserve_pages(request, max_new_tokens)
             except OutOfPages as error:
-                self.finish[request], self.errors[request] = "refused", str(error)
-                self.batch.release(request)
+                self.refuse(request, error)
+
+    def reserve_pages(self, request: int, max_new_tokens: int) -> None:
+        """Takes the pages that a request needs to its last block.
+
+        Raises:
+            OutOfPages: there are not enough; it keeps what it had.
+        """
+        total = _blocks_of(len(self.prompts[request]) + max_new_tokens, self.model.config.block_size)
+        self.batch.reserve(request, total)
+
+    def refuse(self, request: int, error: OutOfPages) -> None:
+        """Ends a request for want of pages."""
+        self.finish[request], self.errors[request] = "refused", str(error)
+        self.batch.release(request)
 
 
 def _blocks_of(num_tokens: int, block_size: int) -> int:
@@ -175,29 +197,58 @@ def prefill(
         ValueError, TypeError: naming the prompt and what is wrong with it.
     """
     config = check_run("prefill", model, config, cache)
+    state = new_state(model, prompts, config, seeds, cache, None)
+    state.reserve(config.max_new_tokens)
+    graphs = StepGraphs()
+    graphs.bind(model, state.batch.cache, config, state.longest(config.max_new_tokens))
+    line = Progress(progress)
+    with torch.no_grad():
+        prefill_requests(state, state.running, config, graphs, line)
+    line.clear()
+    return state
+
+
+def new_state(
+    model: torch.nn.Module,
+    prompts: Sequence[Sequence[int]],
+    config: DenoiseConfig,
+    seeds: Sequence[int] | None,
+    cache: PagedCache | None,
+    max_batch: int | None,
+) -> DenoiseState:
+    """A state whose requests have neither pages nor K/V yet. Without a cache it gets one that holds max_batch of the
+    longest requests (None: all). Raises as `prefill` does."""
     prompts = check_prompts(model, prompts, config.max_new_tokens)
     seeds = check_seeds(seeds, len(prompts))
-    block_size = model.config.block_size
     if cache is None:
-        page_size = 64
-        needed = [_blocks_of(len(prompt) + config.max_new_tokens, block_size) for prompt in prompts]
-        num_pages = sum(-(-tokens // page_size) for tokens in needed)
-        cache = PagedCache.for_model(model, num_pages=num_pages, page_size=page_size, growable=True)
+        page_size, size = 64, model.config.block_size
+        needed = (_blocks_of(len(prompt) + config.max_new_tokens, size) for prompt in prompts)
+        pages = sorted((-(-tokens // page_size) for tokens in needed), reverse=True)
+        cache = PagedCache.for_model(model, num_pages=sum(pages[:max_batch]), page_size=page_size, growable=True)
     _check_cache(model, cache)
-    state = DenoiseState(model, prompts, seeds, cache)
-    state.reserve(config.max_new_tokens)
+    return DenoiseState(model, prompts, seeds, cache)
+
+
+def prefill_requests(
+    state: DenoiseState, requests: list[int], config: DenoiseConfig, graphs: StepGraphs, line: Progress
+) -> None:
+    """Commits the whole blocks of the prompts of some requests of a state, which have their pages. Waits for the device
+    at the end, so that prefill_seconds are those of the work."""
+    block_size = state.model.config.block_size
     chunk = max(config.prefill_chunk // block_size, 1) * block_size
-    longest = max((state.prefix_lens[request] for request in state.running), default=0)
-    line, begun = Progress(progress), time.perf_counter()
-    with torch.no_grad():
+    begun = time.perf_counter()
+    # Whose matrix products have the same height, however many there are, gets the same bits.
+    groups = [[request] for request in requests] if config.strict else [requests]
+    for group in groups:
+        longest = max((state.prefix_lens[request] for request in group), default=0)
         for begin in range(0, longest, chunk):
             line.show(f"prefill {begin}/{longest}")
-            _prefill_chunk(state, begin, chunk)
-    line.clear()
-    if cache.device.type == "cuda":
-        torch.cuda.current_stream(cache.device).synchronize()  # the seconds are to be those of the work
-    state.prefill_seconds = time.perf_counter() - begun
-    return state
+            _prefill_chunk(state, group, begin, chunk, config, graphs)
+    for request in requests:
+        state.filled[request] = True
+    if state.batch.cache.device.type == "cuda":
+        torch.cuda.current_stream(state.batch.cache.device).synchronize()
+    state.prefill_seconds += time.perf_counter() - begun
 
 
 def _check_cache(model: torch.nn.Module, cache: PagedCache) -> None:
@@ -213,38 +264,76 @@ def _check_cache(model: torch.nn.Module, cache: PagedCache) -> None:
             raise ValueError(f"prefill: cache.{name} must be the model's {expected}, got {getattr(cache, name)}")
 
 
-def _prefill_chunk(state: DenoiseState, begin: int, chunk: int) -> None:
-    """Commits prompt tokens [begin, begin + chunk) of every running request that has them; rows past a request's end
+class _ChunkSlots:
+    """The tensors of a chunk of A requests, written in place so that a graph may read them.
+
+    Fields:
+        tokens: [A, width], int64. begin: [1], int64, position of the first. ends: [A], int32, positions after the last
+            token of each request in the chunk. block_table: [A, pages], int32.
+    """
+
+    def __init__(self, num_requests: int, width: int, num_pages: int, device: torch.device):
+        self.tokens = torch.zeros(num_requests, width, dtype=torch.int64, device=device)
+        self.begin = torch.zeros(1, dtype=torch.int64, device=device)
+        self.ends = torch.zeros(num_requests, dtype=torch.int32, device=device)
+        self.block_table = torch.full((num_requests, num_pages), -1, dtype=torch.int32, device=device)
+
+
+def _prefill_chunk(
+    state: DenoiseState, group: list[int], begin: int, chunk: int, config: DenoiseConfig, graphs: StepGraphs
+) -> None:
+    """Commits prompt tokens [begin, begin + chunk) of every request of a group that has them; rows past a request's end
     are padding."""
-    model, config = state.model, state.model.config
-    device = state.batch.cache.device
-    requests = [request for request in state.running if state.prefix_lens[request] > begin]
+    model, model_config, cache = state.model, state.model.config, state.batch.cache
+    device, size = cache.device, model_config.block_size
+    requests = [request for request in group if state.prefix_lens[request] > begin]
     ends = [min(begin + chunk, state.prefix_lens[request]) for request in requests]
-    width = max(ends) - begin
+    width = chunk if config.strict else max(ends) - begin
     rows = [state.prompts[r][begin:end] + [0] * (begin + width - end) for r, end in zip(requests, ends, strict=True)]
-    tokens = upload(rows, device)  # [A, width]
-    positions = torch.arange(begin, begin + width, device=device).expand(len(requests), -1)
-    seq_lens = upload(ends, device, torch.int32)
-    forward = PagedForward(
-        state.batch.cache,
-        state.batch.block_table[upload(requests, device)],
-        begin + width,
-        [Write(torch.full_like(seq_lens, begin))],
-        seq_lens,
-        kv_lens=((positions // config.block_size + 1) * config.block_size).to(torch.int32).contiguous(),
-    )
-    hidden = model.hidden(tokens, positions, forward)
+    # Whole chunks recur with the same shape, the last ones of prompts don't.
+    captured = graphs.enabled and width == chunk
+    max_seq_len = graphs.bound if captured else begin + width
+    table = state.batch.block_table[upload(requests, device)]
+
+    def new_slots() -> _ChunkSlots:
+        return _ChunkSlots(len(requests), width, cache.pages_for(max_seq_len), device)
+
+    key = ("prefill", len(requests))
+    slots = graphs.keep(key, new_slots) if captured else new_slots()
+    slots.tokens.copy_(upload(rows, device))
+    slots.begin.fill_(begin)
+    slots.ends.copy_(upload(ends, device, torch.int32))
+    width_of_table = min(table.shape[1], slots.block_table.shape[1])
+    slots.block_table.fill_(-1)
+    slots.block_table[:, :width_of_table] = table[:, :width_of_table]
+
+    def forward() -> torch.Tensor:
+        index = torch.arange(width, device=device)
+        positions = (slots.begin + index).expand(len(requests), -1)
+        start = slots.begin.to(torch.int32).expand(len(requests)).contiguous()
+        attend = PagedForward(
+            cache,
+            slots.block_table,
+            max_seq_len,
+            [Write(start)],
+            slots.ends,
+            kv_lens=((positions // size + 1) * size).to(torch.int32).contiguous(),
+            split_tokens=STRICT_SPLIT if config.strict else 0,
+        )
+        return model.hidden(slots.tokens, positions, attend)
+
+    hidden = graphs.run(key, forward) if captured else forward()
     for request in requests:
         state.stats[request].prefill_forwards += 1
     # Under token shift the last logits of a prompt of whole blocks predict the first token of the first block.
     last = [
         (row, request)
         for row, (request, end) in enumerate(zip(requests, ends, strict=True))
-        if config.token_shift and end == len(state.prompts[request])
+        if model_config.token_shift and end == len(state.prompts[request])
     ]
     if last:
         index = upload([row for row, _ in last], device)
-        logits = model.logits(hidden[index, (seq_lens[index] - begin - 1).long()])
-        tokens = sampling.draw_tokens(logits, mask_id=config.mask_id).token.tolist()
+        logits = model.logits(hidden[index, (slots.ends[index] - begin - 1).long()])
+        tokens = sampling.draw_tokens(logits, mask_id=model_config.mask_id).token.tolist()
         for (_, request), predicted in zip(last, tokens, strict=True):
             state.pending[request] = [predicted]

@@ -39,8 +39,8 @@ class StepInfo:
         index: number of the block, from 0. step: forward within the block, from 0; -1 for the commit.
         kind: "exact", "select" (exact, emits mass), "sparse", "commit", or "mixed" where requests differ.
         rows: query rows sent per request (a sub-block or the block).
-        requests: batch index of every row of the tensors. starts: absolute position of the block's first token, of
-            each.
+        requests: batch index of every row of the tensors, None for an empty place. starts: absolute position of the
+            block's first token, of each.
         tokens: [A, block], int64; the mask id where open. open: [A, block], bool, still undecided after this forward.
         decided: [A, block], bool, decided in this forward.
         selection: what the sparse layers attend, None in exact blocks. mass: [L, A, Hkv, n] where this forward emitted
@@ -51,7 +51,7 @@ class StepInfo:
     step: int
     kind: str
     rows: int
-    requests: list[int]
+    requests: list[int | None]
     starts: list[int]
     tokens: Tensor
     open: Tensor

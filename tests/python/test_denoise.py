@@ -532,7 +532,7 @@ def test_token_before_a_block_is_the_most_probable_one_at_any_temperature():
 @pytest.mark.parametrize("mode", ["exact", "mage"])
 @pytest.mark.parametrize("variant", ["fast_dllm_v2", "sdar"])
 def test_a_flag_that_lags_changes_nothing(variant, mode, monkeypatch):
-    """As on CUDA: one step more per block, and the same tokens, K/V and draws."""
+    """As on CUDA: a step more in blocks that end before they must, and the same tokens, K/V and draws."""
     model = _model(variant)
     config = dataclasses.replace(
         _mage(variant, SelectionConfig(k=16, g=16), max_new_tokens=40), mode=mode, sub_block_cache=variant != "sdar"
@@ -560,7 +560,9 @@ def test_a_flag_that_lags_changes_nothing(variant, mode, monkeypatch):
     lagged, lagged_cache, lagged_kinds = run()
     assert [r.tokens for r in results] == [r.tokens for r in lagged]
     assert [r.stats.forwards for r in results] == [r.stats.forwards for r in lagged]
-    assert len(lagged_kinds) > len(kinds)
+    # Blocks of 4 take all steps that they may.
+    assert len(lagged_kinds) > len(kinds) or variant == "sdar"
+    assert len(lagged_kinds) >= len(kinds)
     for layer in range(3):
         for pool, lagged_pool in zip(cache.layer(layer), lagged_cache.layer(layer), strict=True):
             torch.testing.assert_close(pool, lagged_pool, rtol=1e-4, atol=1e-5)

@@ -192,7 +192,8 @@ class Forward:
 def _watched(model, prompts, config, **arguments):
     """Of `generate`: results and the list of Forwards of each step in which something was decided."""
     steps, drawn, ways = [], [], []
-    draw_tokens, attention = sampling.draw_tokens, denoise._Run._attention
+    draw_tokens, step_of = sampling.draw_tokens, denoise._Run._step
+    config = dataclasses.replace(config, cuda_graphs=False)  # a replay calls no Python
     layers = config.selecting_layers(model.config.num_layers)
 
     def watch(logits, **options):
@@ -200,9 +201,9 @@ def _watched(model, prompts, config, **arguments):
             drawn[:] = [logits.float(), options["seeds"].tolist(), options["positions"].tolist()]
         return draw_tokens(logits, **options)
 
-    def watch_attention(self, forward, block, plan, step):
+    def watch_step(self, slots, plan, index, step, narrow):
         ways[:] = ["sparse" if way == "carry" or (way == "select" and step > 0) else way for way in plan]
-        return attention(self, forward, block, plan, step)
+        return step_of(self, slots, plan, index, step, narrow)
 
     def callback(info):
         if info.kind == "commit":
@@ -231,12 +232,12 @@ def _watched(model, prompts, config, **arguments):
         if forwards:
             steps.append(forwards)
 
-    sampling.draw_tokens, denoise._Run._attention = watch, watch_attention
+    sampling.draw_tokens, denoise._Run._step = watch, watch_step
     count = len(prompts.prompts if isinstance(prompts, DenoiseState) else prompts)
     try:
         results = generate(model, prompts, config, callback=callback, seeds=list(range(count)), **arguments)
     finally:
-        sampling.draw_tokens, denoise._Run._attention = draw_tokens, attention
+        sampling.draw_tokens, denoise._Run._step = draw_tokens, step_of
     return results, steps
 
 
@@ -495,16 +496,22 @@ def test_the_watch_sees_a_wait(no_waiting):
 
 
 def test_the_flag_lags_one_step():
-    """A step is queued before the flags of the step before it are read: one extra forward per block, no more."""
+    """A step is queued before the flags of the step before it are read: one extra forward per block, no more, and none
+    where the number of forwards is known beforehand."""
     model = _model("llama")
     prompts = _prompts(model.config, (8, 16))
-    config = DenoiseConfig(max_new_tokens=16, sampler=SamplerConfig("sequential", tokens_per_step=4))
-    seen = []
-    results = generate(model, prompts, config, callback=lambda info: seen.append((info.index, info.kind, info.step)))
-    assert seen == [(0, "exact", 0), (0, "exact", 1), (0, "exact", 2), (0, "commit", -1)] + [
-        (1, "exact", step) for step in range(3)
-    ]
-    assert [r.stats.forwards["exact"] for r in results] == [4, 4]
+    for sampler, steps, queued in (
+        (SamplerConfig("low_confidence_dynamic", threshold=0.0), 1, 2),
+        (SamplerConfig("sequential", tokens_per_step=4), 2, 2),
+    ):
+        config = DenoiseConfig(max_new_tokens=16, sampler=sampler)
+        seen = []
+        results = generate(
+            model, prompts, config, callback=lambda info, seen=seen: seen.append((info.index, info.kind, info.step))
+        )
+        block = [("exact", step) for step in range(queued)]
+        assert seen == [(0, *each) for each in block] + [(0, "commit", -1)] + [(1, *each) for each in block]
+        assert [r.stats.forwards["exact"] for r in results] == [2 * steps] * 2
 
 
 # --------------------------------------------------------------------------- mode mage
