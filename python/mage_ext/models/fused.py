@@ -39,7 +39,8 @@ def add_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, 
 
 def rotate_qk(qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, num_kv_heads: int) -> Tensor:
     """Rotated q and k [N, H + Hkv, D] of the product [N, (H + 2 Hkv) * D]."""
-    return _rotate(_heads_of_qk(qkv, num_heads, num_kv_heads), cos, sin)
+    qk = _heads_of_qk(qkv, num_heads, num_kv_heads)
+    return qk * cos + _swap_halves(qk) * sin
 
 
 def norm_rotate_qk(
@@ -52,10 +53,20 @@ def norm_rotate_qk(
     k_weight: Tensor,
     eps: float,
 ) -> Tensor:
-    """The same with RMSNorm over every head of q and k first; weights [D]."""
+    """The same with RMSNorm over every head of q and k first; weights [D].
+
+    The swapped halves are normed a second time instead of being taken from the normed head: inductor fuses that with
+    the mean into one kernel, the other way it needs two.
+    """
     qk = _heads_of_qk(qkv, num_heads, num_kv_heads)
+    inverse = torch.rsqrt(qk.float().square().mean(-1, keepdim=True) + eps)
     is_q = torch.arange(num_heads + num_kv_heads, device=qkv.device)[:, None] < num_heads
-    return _rotate(rms_norm(qk, torch.where(is_q, q_weight, k_weight), eps), cos, sin)
+    weight = torch.where(is_q, q_weight, k_weight)
+
+    def normed(x: Tensor, weight: Tensor) -> Tensor:
+        return weight * (x.float() * inverse).to(x.dtype)
+
+    return normed(qk, weight) * cos + normed(_swap_halves(qk), _swap_halves(weight)) * sin
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
@@ -69,10 +80,9 @@ def _heads_of_qk(qkv: Tensor, num_heads: int, num_kv_heads: int) -> Tensor:
     return heads[:, : num_heads + num_kv_heads]
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`transformer.rotate`, the sign in sin."""
-    swapped = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
-    return x * cos + swapped * sin
+def _swap_halves(x: Tensor) -> Tensor:
+    """The two halves of the last dim in the other order; the sign of `transformer.rotate` is in sin."""
+    return x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
 
 
 @functools.cache

@@ -115,7 +115,6 @@ def random_model(
             weight.fill_(1.0)
         else:
             # Rows of variance 1 / hidden keep what a product gives near 1; the norms do the rest.
-            weight.normal_(
-                std=config.hidden_size**-0.5 if weight.dim() == 1 else weight.shape[1] ** -0.5, generator=generator
-            )
+            fan_in = config.hidden_size if weight.dim() == 1 else weight.shape[1]
+            weight.normal_(std=fan_in**-0.5, generator=generator)
     return model.requires_grad_(False).eval()

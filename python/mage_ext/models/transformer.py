@@ -17,7 +17,7 @@ from mage_ext._arguments import check_type
 from mage_ext.models.config import ModelConfig
 
 if TYPE_CHECKING:
-    from mage_ext.models.fused import FusedForward
+    from mage_ext.models.fused import FusedForward, PackedLayer
 
 # attend(layer, q [B, Q, H, D], k [B, Q, Hkv, D], v [B, Q, Hkv, D]) -> out [B, Q, H, D]; q and k are rotated, unscaled.
 # After optimize(), q, k and v are views whose rows are further apart than their heads need.
@@ -130,6 +130,13 @@ class Transformer(nn.Module):
     def optimized(self) -> bool:
         """Whether optimize() was called."""
         return self._fused is not None
+
+    @property
+    def packed_layers(self) -> "list[PackedLayer]":
+        """The weights of an optimized model's layers as its products take them; ValueError before optimize()."""
+        if self._fused is None:
+            raise ValueError("packed_layers: model must be optimized, got one that is not")
+        return self._fused.layers
 
     def optimize(self, *, compile: bool = False) -> "Transformer":
         """Packs weights and fuses what stands between the matrix products; in place, once, for inference only.
