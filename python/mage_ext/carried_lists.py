@@ -32,8 +32,10 @@ class CarriedLists:
         self._drifted: set[int] = set()  # requests whose lists keep too little under the mass of their last commit
 
     def plan(self, request: int, prefix_len: int) -> str:
-        """How a request starts its block: "exact" throughout, "select" anew, or "carry" the lists it has."""
+        """How a request starts its block: "exact" throughout, "select" anew, "carry" the lists it has, or "method"."""
         config = self._config
+        if config.mode == "method":
+            return "method"
         if config.mode == "exact" or prefix_len <= config.exact_prefix:
             return "exact"
         age = self._ages.get(request)

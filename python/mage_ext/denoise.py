@@ -214,16 +214,18 @@ def _copy_to_host(tensor: Tensor) -> tuple[Tensor, torch.cuda.Event]:
 class _Outcome:
     """What the host wants to know of a finished block, on its way to the host.
 
-    Fields: names of the tensors; `wait` gives them as lists.
+    Fields: commit_mass: [L, A, Hkv, n], of the commit that follows, where it measures.
     """
 
     def __init__(self, **tensors: Tensor):
+        self.commit_mass: Tensor | None = None
         self._copies = {
             name: _copy_to_host(tensor) if tensor.is_cuda else (tensor.clone(), None)
             for name, tensor in tensors.items()
         }
 
     def wait(self) -> dict[str, list]:
+        """The tensors as lists, by name."""
         for _, event in self._copies.values():
             if event is not None:
                 event.synchronize()
@@ -235,13 +237,14 @@ class _Variant:
     """What decides which kernels a step launches.
 
     Fields:
-        exact, sparse: some request is attended so in the selecting layers; neither: there are none. emits: mass.
+        exact, sparse, method: some request is attended so in the selecting layers; none: these are dense. emits: mass.
         narrow: sub-blocks alone are sent. later: not the block's first step, under the sub-block cache.
         capacity: of the lists, 0 without.
     """
 
     exact: bool = False
     sparse: bool = False
+    method: bool = False
     emits: bool = False
     narrow: bool = False
     later: bool = False
@@ -409,7 +412,7 @@ class _Run:
             tensors["kept"] = selection.kept_mass.mean((0, 2))
         outcome = _Outcome(**tensors)
         if goes_on and any(row is not None and row.last >= len(slots.index) for row in slots.rows):
-            self._commit(slots, index)
+            outcome.commit_mass = self._commit(slots, index)
         return slots, plan, outcome
 
     def _max_steps(self, slots: BlockSlots) -> int:
@@ -442,12 +445,14 @@ class _Run:
     def _kind(self, plan: list[str], step: int) -> str:
         """For the callback."""
         ways = {self._way(way, step) for way in plan[: len(self.active)]}
-        return ways.pop() if len(ways) == 1 else "mixed"
+        return ways.pop().replace("method", "sparse") if len(ways) == 1 else "mixed"
 
-    @staticmethod
-    def _way(way: str, step: int) -> str:
+    def _way(self, way: str, step: int) -> str:
         """How a request with this plan is attended in a step."""
-        return "sparse" if way == "carry" or (way == "select" and step > 0) else way
+        if way != "select":
+            return "sparse" if way == "carry" else way
+        last_exact = self.config.exact_steps - 1
+        return "exact" if step < last_exact else "select" if step == last_exact else "sparse"
 
     def _variant(self, slots: BlockSlots, plan: list[str], step: int, narrow: bool) -> _Variant:
         config = self.config
@@ -455,6 +460,14 @@ class _Run:
         parts = {"narrow": narrow, "later": config.sub_block_cache and step > 0}
         if not self.layers or ways == {"exact"}:
             return _Variant(**parts)
+        if ways == {"method"}:
+            return _Variant(method=True, **parts)
+        if "select" not in ways and "sparse" not in ways:
+            return _Variant(**parts)
+        if "exact" in ways and "sparse" in ways and "select" in plan and step < config.exact_steps - 1:
+            # Before they select, requests are exact while others already go by the lists that they carry.
+            capacity = self.lists.rows(slots.requests).capacity
+            return _Variant(exact=True, sparse=True, capacity=capacity, **parts)
         if "select" not in ways:
             # Lists of requests that are exact start at tail 0: they attend everything.
             return _Variant(sparse=True, capacity=self.lists.rows(slots.requests).capacity, **parts)
@@ -516,7 +529,7 @@ class _Run:
         # 2. The forward, exact or sparse per request.
         seq_lens = torch.where(live, slots.start + size, 0)
         forward = self._paged(slots, writes, seq_lens)
-        if variant.exact or variant.sparse:
+        if variant.exact or variant.sparse or variant.method:
             forward.selecting, forward.selection = self.layers, lists
         if variant.exact and variant.sparse:
             forward.sparse_lens = torch.where(slots.carried, seq_lens, 0)
@@ -575,6 +588,7 @@ class _Run:
 
     def _paged(self, slots: BlockSlots, writes: list[Write], seq_lens: Tensor) -> PagedForward:
         forward = PagedForward(self.state.batch.cache, slots.block_table, slots.max_seq_len, writes, seq_lens)
+        forward.method, forward.prefix_lens = self.config.method, slots.start
         if self.config.strict:
             forward.split_tokens, forward.sparse_split_tokens = STRICT_SPLIT, STRICT_SPARSE_SPLIT
         return forward
@@ -611,6 +625,8 @@ class _Run:
             stats.seconds = seconds
             finished.append(FinishedBlock(request, state.blocks[request], new, ended))
             state.blocks[request] += 1
+        if outcome.commit_mass is not None:
+            self.lists.measure(slots.requests, outcome.commit_mass)
         self.lists.end_block(going_on)
         return finished
 
@@ -625,31 +641,35 @@ class _Run:
         stats.kv_bytes_exact += (count + commits) * whole * cache.token_bytes
         if not count:
             return
-        sparse_steps = {"exact": 0, "select": count - 1, "carry": count}[way]
-        stats.forwards["exact"] += count if way == "exact" else 0
-        stats.forwards["select"] += way == "select"
+        exact_steps = min(self.config.exact_steps, count) if way == "select" else 0
+        sparse_steps = 0 if way == "exact" else count - exact_steps
+        selected = way == "select" and count >= self.config.exact_steps
+        stats.forwards["exact"] += count if way == "exact" else exact_steps - selected
+        stats.forwards["select"] += selected
         stats.forwards["sparse"] += sparse_steps
         sparse = 0
         if sparse_steps:
             dense = (config.num_layers - len(self.layers)) * length * config.num_kv_heads
-            tail = (length - values["tails"]) * len(self.layers) * config.num_kv_heads
-            sparse = dense + values["listed"] + tail
+            heads = len(self.layers) * config.num_kv_heads
+            if way == "method":
+                sparse = dense + round(self.config.method.tokens_read(row.start, length) * heads)
+            else:
+                sparse = dense + values["listed"] + (length - values["tails"]) * heads
         stats.kv_bytes += ((count - sparse_steps) * whole + sparse_steps * sparse) * cache.token_bytes
-        if way == "select":
+        if selected:
             stats.kept_mass.append(values["kept"])
 
-    def _commit(self, slots: BlockSlots, index: int) -> None:
+    def _commit(self, slots: BlockSlots, index: int) -> Tensor | None:
         """Writes the clean block's K/V of the requests that go on; under token shift its last logits give the next
-        first token."""
+        first token. Returns its mass [L, A, Hkv, n] if that is wanted."""
         measures = self.lists.wants_commit_mass
         with profiling.span("step:commit"):
             mass = self.graphs.run(
                 ("commit", slots.num_places, measures), lambda: self._commit_forward(slots, measures)
             )
-        if mass is not None:
-            self.lists.measure(slots.requests, mass)
-        nothing = torch.zeros_like(slots.open) if self.callback is not None else slots.open
-        self._tell(slots, index, -1, "commit", len(slots.index), nothing, None)
+        if self.callback is not None:
+            self._tell(slots, index, -1, "commit", len(slots.index), torch.zeros_like(slots.open), None)
+        return mass
 
     def _commit_forward(self, slots: BlockSlots, measures: bool) -> Tensor | None:
         """The commit on the device. Returns its mass [L, A, Hkv, n] if it measures."""
@@ -657,6 +677,7 @@ class _Run:
         starts = torch.where(slots.ended, NOT_WRITTEN, slots.start)
         seq_lens = torch.where(slots.ended, 0, slots.start + len(slots.index))
         forward = self._paged(slots, [Write(starts)], seq_lens)
+        forward.final = True
         if measures:
             forward.selecting, forward.exact_lens = self.layers, seq_lens
             # Votes are for selecting; measuring needs mass alone.

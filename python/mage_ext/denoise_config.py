@@ -6,11 +6,12 @@ Test: pytest tests/python/test_bad_input.py
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from mage_ext._arguments import check_type
+from mage_ext._arguments import check_type, got
+from mage_ext.paged_forward import AttentionMethod
 from mage_ext.sampling import SamplerConfig
 from mage_ext.selection import BlockSelection, SelectionConfig
 
-MODES = ("exact", "mage")
+MODES = ("exact", "mage", "method")
 REFRESH_POLICIES = ("block", "blocks", "kept_mass")
 
 
@@ -19,7 +20,8 @@ class DenoiseConfig:
     """How text is generated.
 
     Fields:
-        mode: "exact", or "mage" (exact first forward of a block, then a selection of the prefix).
+        mode: "exact", "mage" (exact first forward of a block, then a selection of the prefix) or "method" (the forwards
+            of a block, but not its commit, as `method` has them).
         max_new_tokens: per request, >= 1; positions behind the last wanted one are not waited for.
         ignore_eos: EOS does not end a request.
         sampler: which positions are decided, how tokens are drawn.
@@ -33,6 +35,8 @@ class DenoiseConfig:
             none).
         sub_block_cache: once the first position of the current sub-block is decided, forwards send that sub-block alone
             and the block's other K/V stay as they were.
+        exact_steps: forwards of a block that are exact before the sparse ones, the last of them selects: 1 is MAGE.
+        method: attention of the selecting layers in mode "method", an `AttentionMethod`: for baselines.
         strict: a request's tokens do not depend on its batch mates at all: places are padded to max_batch, prompts are
             prefilled one by one in whole chunks, attention is split at fixed boundaries. It holds between calls with
             the same max_batch and costs time.
@@ -57,6 +61,8 @@ class DenoiseConfig:
     select_override: Callable[..., BlockSelection] | None = None
     sub_block_size: int | None = None
     sub_block_cache: bool = False
+    exact_steps: int = 1
+    method: AttentionMethod | None = None
     strict: bool = False
     cuda_graphs: bool = True
     prefill_chunk: int = 512
@@ -65,7 +71,7 @@ class DenoiseConfig:
         for name, value, choices in (("mode", self.mode, MODES), ("refresh", self.refresh, REFRESH_POLICIES)):
             if not isinstance(value, str) or value not in choices:
                 raise ValueError(f"DenoiseConfig: {name} must be one of {', '.join(choices)}, got {value!r}")
-        for name in ("max_new_tokens", "refresh_blocks", "prefill_chunk", "sub_block_size"):
+        for name in ("max_new_tokens", "refresh_blocks", "exact_steps", "prefill_chunk", "sub_block_size"):
             value = getattr(self, name)
             if name == "sub_block_size" and value is None:
                 continue
@@ -82,6 +88,13 @@ class DenoiseConfig:
         layers = self.dense_layers
         if not isinstance(layers, tuple) or not all(isinstance(i, int) and not isinstance(i, bool) for i in layers):
             raise TypeError(f"DenoiseConfig: dense_layers must be a tuple of layer numbers, got {layers!r}")
+        if (self.mode == "method") != (self.method is not None):
+            raise ValueError(
+                f'DenoiseConfig: method must be given with mode "method" and only there, got mode {self.mode!r} and '
+                f"{got(self.method)}"
+            )
+        if self.method is not None and not all(hasattr(self.method, x) for x in ("written", "attend", "tokens_read")):
+            raise TypeError(f"DenoiseConfig: method must be an AttentionMethod, got {got(self.method)}")
         if self.select_override is not None and not callable(self.select_override):
             raise TypeError(f"DenoiseConfig: select_override must be callable, got {self.select_override!r}")
         if self.selection.rule == "layer" and self.selection.norm == "prefix":

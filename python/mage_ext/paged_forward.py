@@ -7,6 +7,7 @@ Test: pytest tests/python/test_denoise.py
 """
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -63,6 +64,24 @@ class Emission:
         return tuple(torch.stack(parts) for parts in zip(*self.votes, strict=True)) if self.votes else None
 
 
+class AttentionMethod(Protocol):
+    """How the selecting layers of every step attend, in place of MAGE's lists: what baselines implement.
+
+    Its functions queue work like ops do: they neither wait for the device nor depend on its data for shapes, and keep
+    what they know of K in tensors by page, since requests come and go.
+    """
+
+    def written(self, forward: "PagedForward", layer: int, k_cache: Tensor) -> None:
+        """After K and V of positions that will not change any more were stored: forward.writes tells which."""
+
+    def attend(self, forward: "PagedForward", layer: int, q: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+        """Attention of a selecting layer. q: [A, Q, H, D]. Returns [A, Q, H, D]."""
+
+    def tokens_read(self, prefix_len: int, num_tokens: int) -> float:
+        """K/V tokens, or bytes worth as much, that a step reads per selecting layer and KV head, of a request of
+        num_tokens tokens whose block starts at prefix_len."""
+
+
 @dataclass
 class PagedForward:
     """attend(layer, q, k, v) of one forward of A requests.
@@ -79,6 +98,8 @@ class PagedForward:
         exact_lens, sparse_lens: [A], int32, or None for nobody.
         selection: lists of the sparse part. emission: collects the mass of the exact part.
         split_tokens, sparse_split_tokens: as the ops take them; 0: what suits the batch.
+        method: attends in the selecting layers, in place of lists. prefix_lens: [A], int32, for it.
+        final: what is written will not change any more.
     """
 
     cache: PagedCache
@@ -94,15 +115,22 @@ class PagedForward:
     emission: Emission | None = None
     split_tokens: int = 0
     sparse_split_tokens: int = 0
+    method: AttentionMethod | None = None
+    prefix_lens: Tensor | None = None
+    final: bool = False
     _launches: list[tuple[slice, Tensor | None, Tensor]] = field(default_factory=list, init=False)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         k_cache, v_cache = self.cache.layer(layer)
         for write in self.writes:
             self._write(write, k, v, k_cache, v_cache)
+        if self.method is not None and self.final:
+            self.method.written(self, layer, k_cache)
         index = self.selecting.get(layer)
         if index is None:
             return self._exact(q, k_cache, v_cache, self.seq_lens)
+        if self.method is not None:
+            return self.method.attend(self, layer, q, k_cache, v_cache)
         outs = []
         if self.exact_lens is not None:
             attend = self._exact if self.emission is None else self._emit

@@ -319,6 +319,8 @@ def _prefill_chunk(
             slots.ends,
             kv_lens=((positions // size + 1) * size).to(torch.int32).contiguous(),
             split_tokens=STRICT_SPLIT if config.strict else 0,
+            method=config.method,
+            final=True,
         )
         return model.hidden(slots.tokens, positions, attend)
 

@@ -661,7 +661,7 @@ def test_mage_gives_the_tokens_of_the_cpu_loop_up_to_the_first_tie(name, refresh
 def test_lists_of_the_cpu_loop_up_to_ties(name):
     """Of the first blocks, whose contexts are the same: a unit that one loop lists and the other does not is no further
     from the least mass listed than the masses of the two are apart."""
-    model, config = _mage(name, max_new_tokens=1)
+    model, config = _mage(name, max_new_tokens=1, cuda_graphs=False)  # whose masses are as long as the prompts need
     config = dataclasses.replace(config, selection=dataclasses.replace(config.selection, sinks=0, recents=0))
     prompts = _prompts(model.config, (70, 129, 200, 333), seed=5)
     runs = []
