@@ -1,0 +1,225 @@
+"""How fast a generation runs on this GPU: whole blocks through the one loop, over prefixes of random K/V.
+
+Speed depends on lengths and budgets, not on what the tokens say, so a prefix needs no prefill and weights may be
+random. Times are of CUDA events behind the forwards, so they hold everything between two of them: attention, products,
+sampling, and the gaps in which the host was late.
+
+Test: pytest tests/python/test_speed.py
+"""
+
+import dataclasses
+import itertools
+import math
+import statistics
+from dataclasses import dataclass
+
+import torch
+
+from mage_ext._arguments import check_type, got
+from mage_ext.cache import PagedCache
+from mage_ext.denoise import DenoiseConfig, DenoiseState, StepGraphs, generate
+from mage_ext.models.config import ModelConfig
+from mage_ext.models.transformer import Transformer
+from mage_ext.results import StepInfo
+
+# What an H100 SXM reaches: bytes per second of HBM and flops per second of bf16 products, whose rows come in 64s.
+HBM_BYTES_PER_S, FLOPS_PER_S, PRODUCT_ROWS = 3.05e12, 700e12, 64
+
+
+def random_cache(model: Transformer, *, num_tokens: int, page_size: int = 64, seed: int = 0) -> PagedCache:
+    """A cache of num_tokens tokens in all, full of standard normal K and V.
+
+    Raises:
+        ValueError, TypeError: naming the argument. OutOfPages: the device has no room.
+    """
+    check_type("random_cache", "num_tokens", num_tokens, int, "an integer")
+    cache = PagedCache.for_model(model, num_pages=max(-(-num_tokens // page_size), 1), page_size=page_size)
+    generator = torch.Generator(cache.device).manual_seed(seed)
+    for layer in range(cache.num_layers):
+        for pool in cache.layer(layer):
+            pool.normal_(generator=generator)
+    return cache
+
+
+def random_state(model: Transformer, cache: PagedCache, *, batch: int, context: int, new_tokens: int) -> DenoiseState:
+    """Requests whose prompts of `context` tokens count as committed: their K/V are what the cache's pages hold.
+
+    Args:
+        model: a Transformer. cache: pages for batch * (context + new_tokens) tokens, in whole pages per request.
+        batch: requests. context: tokens of each prompt, a multiple of the model's block. new_tokens: to be written.
+    Raises:
+        ValueError: naming the argument. OutOfPages: the cache is too small.
+    """
+    size = model.config.block_size
+    for name, value in (("batch", batch), ("context", context), ("new_tokens", new_tokens)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"random_state: {name} must be an integer >= 1, got {got(value)}")
+    if context % size:
+        raise ValueError(f"random_state: context must be a multiple of the block of {size}, got {context}")
+    prompt = [0] * context
+    state = DenoiseState(model, [prompt] * batch, list(range(batch)), cache)
+    try:
+        for request in range(batch):
+            state.reserve_pages(request, new_tokens)
+    except RuntimeError:
+        state.release()
+        raise
+    state.filled = [True] * batch
+    if model.config.token_shift:
+        state.pending = [[0] for _ in range(batch)]
+    return state
+
+
+@dataclass(frozen=True)
+class BlockTimes:
+    """Of a generation whose graphs were captured before.
+
+    Fields:
+        block_ms: from one commit to the next, median over blocks. step_ms: by kind of forward, median; the first
+            forward of a block holds what the host does between two blocks.
+        forwards: by kind, of one block, the commit with them. tokens_per_s: of the whole batch.
+        peak_bytes: device memory that was allocated at most.
+    """
+
+    block_ms: float
+    step_ms: dict[str, float]
+    forwards: dict[str, int]
+    tokens_per_s: float
+    peak_bytes: int
+
+
+class _Marks:
+    """A callback that marks the stream behind every forward."""
+
+    def __init__(self):
+        self.marks: list[tuple[int, str, torch.cuda.Event]] = []
+
+    def __call__(self, info: StepInfo) -> None:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self.marks.append((info.index, info.kind, event))
+
+
+def measure_blocks(
+    model: Transformer,
+    cache: PagedCache,
+    config: DenoiseConfig,
+    *,
+    batch: int,
+    context: int,
+    blocks: int = 4,
+    graphs: StepGraphs | None = None,
+) -> BlockTimes:
+    """Times blocks of `batch` requests behind `context` tokens of random K/V each.
+
+    Args:
+        model: on CUDA. cache: of random_cache. config: max_new_tokens is replaced; EOS does not end a request.
+        blocks: >= 3, timed after as many that capture the graphs. graphs: to reuse.
+    Raises:
+        ValueError: the model is not on CUDA, or blocks < 3. As random_state.
+    """
+    if cache.device.type != "cuda":
+        raise ValueError(f"measure_blocks: model and cache must be on cuda, got {cache.device}")
+    if not isinstance(blocks, int) or isinstance(blocks, bool) or blocks < 3:
+        raise ValueError(f"measure_blocks: blocks must be an integer >= 3, got {got(blocks)}")
+    size = model.config.block_size
+    config = dataclasses.replace(config, max_new_tokens=blocks * size, ignore_eos=True)
+    graphs = StepGraphs() if graphs is None else graphs
+    torch.cuda.reset_peak_memory_stats(cache.device)
+
+    def run() -> _Marks:
+        marks = _Marks()
+        state = random_state(model, cache, batch=batch, context=context, new_tokens=blocks * size)
+        generate(model, state, config, callback=marks, graphs=graphs)
+        return marks
+
+    run()
+    marks = run().marks
+    torch.cuda.synchronize(cache.device)
+    commits = [event for _, kind, event in marks if kind == "commit"]
+    block_ms = statistics.median(one.elapsed_time(other) for one, other in itertools.pairwise(commits))
+    times: dict[str, list[float]] = {}
+    for (_, _, before), (index, kind, event) in itertools.pairwise(marks):
+        if index > 0 or kind == "commit":
+            times.setdefault(kind, []).append(before.elapsed_time(event))
+    second = [kind for index, kind, _ in marks if index == 1]
+    return BlockTimes(
+        block_ms=block_ms,
+        step_ms={kind: statistics.median(values) for kind, values in times.items()},
+        forwards={kind: second.count(kind) for kind in dict.fromkeys(second)},
+        tokens_per_s=batch * size / block_ms * 1e3,
+        peak_bytes=torch.cuda.max_memory_allocated(cache.device),
+    )
+
+
+# --------------------------------------------------------------------------- floors
+
+
+def products_floor_us(config: ModelConfig, rows: int, logit_rows: int) -> float:
+    """Floor of the matrix products of a forward: of each, the larger of its bytes (weights, inputs and outputs of 2
+    bytes) at 3.05 TB/s and its flops (rows padded to 64) at 700 TFLOP/s.
+
+    Args:
+        rows: of the forward. logit_rows: of them whose logits are computed.
+    """
+    hidden, heads = config.hidden_size, config.num_heads * config.head_dim
+    qkv = heads + 2 * config.num_kv_heads * config.head_dim
+    layer = [(hidden, qkv), (heads, hidden), (hidden, 2 * config.intermediate_size), (config.intermediate_size, hidden)]
+    shapes = [(rows, n, m, config.num_layers) for n, m in layer] + [(logit_rows, hidden, config.vocab_size, 1)]
+    total = 0.0
+    for m, inputs, outputs, count in shapes:
+        if m:
+            padded = -(-m // PRODUCT_ROWS) * PRODUCT_ROWS
+            num_bytes = 2 * (inputs * outputs + m * (inputs + outputs))
+            total += count * max(num_bytes / HBM_BYTES_PER_S, 2 * padded * inputs * outputs / FLOPS_PER_S)
+    return total * 1e6
+
+
+def attention_floor_us(config: ModelConfig, batch: int, q_len: int, tokens: float) -> float:
+    """Floor of one layer's attention of `batch` requests over `tokens` K/V tokens per KV head each."""
+    rows = config.num_heads // config.num_kv_heads * q_len
+    padded = -(-rows // PRODUCT_ROWS) * PRODUCT_ROWS
+    heads = batch * config.num_kv_heads
+    num_bytes = 2 * config.head_dim * heads * (2 * tokens + 2 * rows)
+    flops = 4 * config.head_dim * heads * padded * tokens
+    return max(num_bytes / HBM_BYTES_PER_S, flops / FLOPS_PER_S) * 1e6
+
+
+def block_floor_ms(
+    config: ModelConfig, *, batch: int, context: int, exact: int, sparse: int, k: int = 0, dense_layers: int = 0
+) -> float:
+    """Floor of a block of `exact` exact forwards, `sparse` sparse ones over k tokens and the block itself, and one
+    commit: every forward at the floors of its products and its attention. Logits are those of a sub-block, or of the
+    block where there are none; a commit's of one row under token shift, else of none."""
+    size = config.block_size
+    logit_rows = batch * (config.sub_block_size or size)
+    products = products_floor_us(config, batch * size, logit_rows)
+    commit = products_floor_us(config, batch * size, batch if config.token_shift else 0)
+    whole = config.num_layers * attention_floor_us(config, batch, size, context + size)
+    listed = dense_layers / config.num_layers * whole
+    listed += (config.num_layers - dense_layers) * attention_floor_us(config, batch, size, min(k, context) + size)
+    return ((exact + sparse) * products + commit + (exact + 1) * whole + sparse * listed) / 1e3
+
+
+def bytes_per_token(config: ModelConfig, element_size: int = 2) -> int:
+    """Bytes of K and V that a token takes in all layers."""
+    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * element_size
+
+
+def break_even_context(times: dict[int, tuple[float, float]]) -> float:
+    """Context at which two block times cross, by straight lines between the measured ones.
+
+    Args:
+        times: context -> (block time exact, block time with selection).
+    Returns:
+        Tokens; 0 where selection is faster at every context, inf where it is slower at every one.
+    """
+    points = sorted((context, exact - mage) for context, (exact, mage) in times.items())
+    if not points:
+        raise ValueError("break_even_context: times must have a context, got none")
+    if points[0][1] >= 0:
+        return 0.0
+    for (left, below), (right, above) in itertools.pairwise(points):
+        if below < 0 <= above:
+            return left + (right - left) * -below / (above - below)
+    return math.inf
