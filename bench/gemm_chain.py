@@ -7,6 +7,7 @@ Real geometries with random weights. Times are those of cuda_timing.py; the weig
 product reads them cold. floor = max(weights, inputs and outputs / 3.05 TB/s, flops with rows padded to 64 /
 700 TFLOP/s), summed over the products. The forward is hidden() and logits() of all rows after Transformer.optimize();
 its attention hands back a buffer, so forward - products is the price of norms, rotary, activation and launches.
+TORCH_BLAS_PREFER_CUBLASLT=1 in the environment has torch ask cublasLt, whose choices differ for `down`.
 """
 
 import argparse

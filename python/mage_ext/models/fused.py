@@ -85,9 +85,13 @@ def _swap_halves(x: Tensor) -> Tensor:
     return x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
 
 
+# Arguments at the front that have a row per token.
+_ROWS_OF = {rms_norm: 1, rotary_table: 1, add_norm: 2, rotate_qk: 3, norm_rotate_qk: 3, silu_mul: 1}
+
+
 @functools.cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` through torch.compile: sizes are constants but for the rows, dim 0 of every argument in `rows_of`.
+    """`function` through torch.compile: sizes are constants but for the rows, dim 0 of the first arguments.
 
     fullgraph makes a limit of recompilations an error, not a fall back to plain operators.
     """
@@ -101,10 +105,6 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         return compiled(*arguments)
 
     return call
-
-
-# Arguments at the front that have a row per token.
-_ROWS_OF = {rms_norm: 1, rotary_table: 1, add_norm: 2, rotate_qk: 3, norm_rotate_qk: 3, silu_mul: 1}
 
 
 @dataclass(frozen=True)

@@ -147,8 +147,8 @@ class Transformer(nn.Module):
 
         Args:
             compile: residual + RMSNorm, rotary (with the norms of q and k) and SwiGLU become one kernel each by
-                torch.compile, at the first call of hidden(); else they run as plain torch operators. Call hidden() once
-                outside before a CUDA graph is captured.
+                torch.compile, at the first call of hidden() (seconds, later other rows compile nothing); else they run
+                as plain torch operators. Call hidden() once outside before a CUDA graph is captured.
         Returns:
             self.
         Raises:
