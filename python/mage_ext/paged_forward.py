@@ -71,8 +71,9 @@ class AttentionMethod(Protocol):
     what they know of K in tensors by page, since requests come and go.
     """
 
-    def written(self, forward: "PagedForward", layer: int, k_cache: Tensor) -> None:
-        """After K and V of positions that will not change any more were stored: forward.writes tells which."""
+    def written(self, forward: "PagedForward", layer: int, k: Tensor, k_cache: Tensor) -> None:
+        """After K and V of positions that will not change any more were stored: those of k [A, Q, Hkv, D] that
+        forward.writes names. What lies at or past forward.seq_lens is padding, to be overwritten."""
 
     def attend(self, forward: "PagedForward", layer: int, q: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
         """Attention of a selecting layer. q: [A, Q, H, D]. Returns [A, Q, H, D]."""
@@ -100,6 +101,7 @@ class PagedForward:
         split_tokens, sparse_split_tokens: as the ops take them; 0: what suits the batch.
         method: attends in the selecting layers, in place of lists. prefix_lens: [A], int32, for it.
         final: what is written will not change any more.
+        shared: what the method keeps for the later layers of this forward.
     """
 
     cache: PagedCache
@@ -118,6 +120,7 @@ class PagedForward:
     method: AttentionMethod | None = None
     prefix_lens: Tensor | None = None
     final: bool = False
+    shared: dict[str, object] = field(default_factory=dict, init=False)
     _launches: list[tuple[slice, Tensor | None, Tensor]] = field(default_factory=list, init=False)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -125,7 +128,7 @@ class PagedForward:
         for write in self.writes:
             self._write(write, k, v, k_cache, v_cache)
         if self.method is not None and self.final:
-            self.method.written(self, layer, k_cache)
+            self.method.written(self, layer, k, k_cache)
         index = self.selecting.get(layer)
         if index is None:
             return self._exact(q, k_cache, v_cache, self.seq_lens)
@@ -133,8 +136,10 @@ class PagedForward:
             return self.method.attend(self, layer, q, k_cache, v_cache)
         outs = []
         if self.exact_lens is not None:
-            attend = self._exact if self.emission is None else self._emit
-            outs.append(attend(q, k_cache, v_cache, self.exact_lens))
+            if self.emission is None:
+                outs.append(self._exact(q, k_cache, v_cache, self.exact_lens))
+            else:
+                outs.append(self.emit(self.emission, q, k_cache, v_cache, self.exact_lens))
         if self.sparse_lens is not None:
             indices, counts, tail_start = self.selection.layer(index)
             out, _ = ops.sparse_block_attention(
@@ -191,9 +196,9 @@ class PagedForward:
             self._launches.append((rows, kv_lens, torch.minimum(seq_lens, kv_lens[:, -1])))
         return self._launches
 
-    def _emit(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor) -> Tensor:
-        """Exact attention whose mass (and votes, for rule "layer") is collected."""
-        emission = self.emission
+    def emit(self, emission: Emission, q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor) -> Tensor:
+        """Exact attention [A, Q, H, D] whose mass (and votes, for rule "layer") `emission` collects. seq_lens: [A],
+        int32."""
         config = emission.config
         pool = (k_cache, v_cache, self.block_table, seq_lens)
         prefix_lens = emission.prefix_lens if config.norm == "prefix" else None
