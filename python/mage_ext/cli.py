@@ -3,14 +3,15 @@
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
 
-    from mage_ext.denoise import DenoiseConfig
+    from mage_ext.denoise import DenoiseConfig, DenoiseState
     from mage_ext.models.huggingface import LoadedModel
+    from mage_ext.models.transformer import Transformer
 
 
 def _info(args: argparse.Namespace) -> int:
@@ -171,6 +172,110 @@ def _eval(args: argparse.Namespace) -> int:
     return 0
 
 
+def _profile(args: argparse.Namespace) -> int:
+    import torch
+
+    from mage_ext import profiling
+    from mage_ext.denoise import DenoiseConfig, StepGraphs, generate
+    from mage_ext.sampling import SamplerConfig
+    from mage_ext.selection import SelectionConfig
+
+    for name in ("context", "batch", "blocks", "tokens_per_step"):
+        if not 1 <= getattr(args, name) <= 1 << 24:
+            raise ValueError(f"profile: {name} must be in [1, {1 << 24}], got {getattr(args, name)}")
+    if not 0 <= args.dense_layers <= 1000:
+        raise ValueError(f"profile: dense_layers must be in [0, 1000], got {args.dense_layers}")
+    if (args.out is None) != args.nvtx:
+        raise ValueError("profile: needs --out FILE, or --nvtx under nsys or ncu, one of both")
+    if args.out and not os.path.isdir(os.path.dirname(args.out) or "."):
+        raise ValueError(f"profile: out must be in a folder that exists, got {args.out!r}")
+    if args.nvtx:
+        try:
+            with profiling.enabled():
+                pass
+        except ModuleNotFoundError as error:
+            raise ValueError(f"profile: {error}") from None
+    selection = SelectionConfig(k=args.k, g=args.g)
+    sampler = SamplerConfig("low_confidence_static", tokens_per_step=args.tokens_per_step)
+    device, _ = _device_and_dtype("profile", args)
+    if device.type != "cuda":
+        raise ValueError(f"profile: device must be cuda, got {device}")
+
+    model = _speed_model("profile", args)
+    config = DenoiseConfig(
+        mode=args.mode,
+        max_new_tokens=args.blocks * model.config.block_size,
+        ignore_eos=True,
+        sampler=sampler,
+        selection=selection,
+        dense_layers=tuple(range(args.dense_layers)),
+        cuda_graphs=not args.no_graphs,
+    )
+    new_state = _speed_states(model, args, config)
+    graphs = StepGraphs()
+
+    def run() -> None:
+        generate(model, new_state(), config, graphs=graphs)
+
+    ways = f"mage, k {args.k}, g {args.g}" if args.mode == "mage" else args.mode
+    print(
+        f"{args.model}, context {args.context}, batch {args.batch}, {ways}, {args.tokens_per_step} tokens per step, "
+        f"{args.dense_layers} dense layers, {_device_name(device)}",
+        flush=True,
+    )
+    if args.nvtx:
+        for _ in range(3):
+            run()
+        torch.cuda.synchronize()
+        torch.cuda.profiler.start()
+        with profiling.enabled():
+            run()
+        torch.cuda.synchronize()
+        torch.cuda.profiler.stop()
+        return 0
+    print(profiling.profile_generation(run, args.out))
+    return 0
+
+
+def _speed_model(owner: str, args: argparse.Namespace) -> "Transformer":
+    """The model of --model, optimized: "random:NAME" is one of a real geometry with random weights."""
+    import torch
+
+    from mage_ext.models.geometry import random_model
+
+    if args.model.startswith("random:"):
+        device, dtype = _device_and_dtype(owner, args)
+        dtype = torch.bfloat16 if dtype is None else dtype
+        model = random_model(args.model.removeprefix("random:"), device=device, dtype=dtype)
+    else:
+        model = _load(owner, args).model
+    return model.optimize(compile=args.compile)
+
+
+def _speed_states(
+    model: "Transformer", args: argparse.Namespace, config: "DenoiseConfig"
+) -> "Callable[[], DenoiseState]":
+    """What gives requests behind a prefix, anew at every call: of random K/V for a random model, else of a prefill of
+    random tokens."""
+    import torch
+
+    from mage_ext.cache import PagedCache
+    from mage_ext.denoise import prefill
+    from mage_ext.evaluation import speed
+
+    page, new = 64, config.max_new_tokens
+    pages = -(-(args.context + new) // page)
+    if args.model.startswith("random:"):
+        cache = speed.random_cache(model, num_tokens=args.batch * pages * page, page_size=page)
+        return lambda: speed.random_state(model, cache, batch=args.batch, context=args.context, new_tokens=new)
+    # A fork shares the pages of the prefill but the last, which it copies.
+    spare = -(-new // page) + 1
+    cache = PagedCache.for_model(model, num_pages=args.batch * (pages + spare), page_size=page)
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randint(model.config.vocab_size, (args.batch, args.context), generator=generator).tolist()
+    return prefill(model, prompts, config, cache=cache).fork
+
+
 def _train_adapter(args: argparse.Namespace) -> int:
     from mage_ext.train.adapt import train_adapter
 
@@ -266,6 +371,27 @@ def make_parser() -> argparse.ArgumentParser:
     needle.add_argument("--adapter", metavar="FILE", help="an adapter of `mage train` in place of the shipped one")
     needle.add_argument("--out", metavar="FILE", help="evaluation file (JSON) to write")
     needle.set_defaults(run=_eval)
+
+    profile = commands.add_parser("profile", help="where the time of a denoising step goes, on CUDA")
+    add = profile.add_argument
+    add("--model", required=True, help="a Hugging Face folder, the model in the box, or random:1.5B, random:7B, ...")
+    add("--context", type=int, required=True, metavar="N", help="tokens before the first block")
+    add("--batch", type=int, default=1, metavar="B")
+    add("--mode", default="mage", choices=("exact", "mage"))
+    add("--k", type=int, default=1024, help="prefix tokens read per layer and KV head in sparse steps (default 1024)")
+    add("--g", type=int, default=32, help="tokens per selected unit: 1, 16, 32 or 64")
+    add("--tokens-per-step", type=int, default=1, metavar="N", help="decided in every forward")
+    add("--dense-layers", type=int, default=0, metavar="N", help="the first N layers stay exact (default 0)")
+    add("--blocks", type=int, default=2, metavar="N", help="in the trace (default 2)")
+    add("--out", metavar="FILE", help="chrome trace to write, .json or .json.gz")
+    add(
+        "--nvtx", action="store_true", help="no trace; NVTX ranges and the profiler's API around one run, for nsys, ncu"
+    )
+    add("--no-compile", dest="compile", action="store_false", help="plain operators between the matrix products")
+    add("--no-graphs", action="store_true", help="launch every kernel anew, so that layers and operators have ranges")
+    add("--device", default="cuda", help="cuda, a Hopper GPU")
+    add("--dtype", help="bfloat16 (default) or float16")
+    profile.set_defaults(run=_profile)
 
     train = commands.add_parser("train", help="train what is shipped")
     kinds = train.add_subparsers(metavar="what", required=True)

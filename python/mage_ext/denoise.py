@@ -151,18 +151,19 @@ def generate(
     graphs = StepGraphs() if graphs is None else graphs
     run = _Run(state, config, layers, sub_block_size, max_batch, graphs, callback, Progress(progress))
     state.used = True
-    if max_batch is None:
-        state.reserve(config.max_new_tokens)
-        run.prefill([request for request in state.running if not state.filled[request]])
 
     def finish() -> list[Result]:
         return [_result(state, request, tokenizer) for request in range(len(state.prompts))]
 
-    blocks = BlockStream(state, run.blocks(), finish)
-    if stream:
-        return blocks
-    for _ in blocks:
-        pass
+    with profiling.span("generate"):
+        if max_batch is None:
+            state.reserve(config.max_new_tokens)
+            run.prefill([request for request in state.running if not state.filled[request]])
+        blocks = BlockStream(state, run.blocks(), finish)
+        if stream:
+            return blocks
+        for _ in blocks:
+            pass
     return blocks.results
 
 
@@ -405,12 +406,13 @@ class _Run:
             flags.push(slots.flags)
         if not flags.lag:
             goes_on = slots.flags.tolist()[2]
-        tensors = {"tokens": slots.tokens, "ended": slots.ended, "steps": slots.steps}
-        if self.lists.selection is not None and self.lists.requests == slots.requests:
-            selection = self.lists.selection
-            tensors |= {"listed": selection.counts.sum((0, 2)) * selection.g, "tails": selection.tail_start}
-            tensors["kept"] = selection.kept_mass.mean((0, 2))
-        outcome = _Outcome(**tensors)
+        with profiling.span("outcome"):
+            tensors = {"tokens": slots.tokens, "ended": slots.ended, "steps": slots.steps}
+            if self.lists.selection is not None and self.lists.requests == slots.requests:
+                selection = self.lists.selection
+                tensors |= {"listed": selection.counts.sum((0, 2)) * selection.g, "tails": selection.tail_start}
+                tensors["kept"] = selection.kept_mass.mean((0, 2))
+            outcome = _Outcome(**tensors)
         if goes_on and any(row is not None and row.last >= len(slots.index) for row in slots.rows):
             outcome.commit_mass = self._commit(slots, index)
         return slots, plan, outcome
@@ -429,16 +431,17 @@ class _Run:
     def _step(self, slots: BlockSlots, plan: list[str], index: int, step: int, narrow: bool) -> None:
         """One forward of all live requests, and the selection that follows the first."""
         variant = self._variant(slots, plan, step, narrow)
-        lists = self._lists(slots, variant) if variant.sparse else None
+        with profiling.span("lists"):
+            lists = self._lists(slots, variant) if variant.sparse else None
         kind = self._kind(plan, step)
-        with profiling.span(f"step:{kind}"):
+        with profiling.span("step", kind):
             decided, emission = self.graphs.run(
                 ("step", slots.num_places, variant), lambda: self._forward(slots, variant, lists)
             )
         mass = None
         if emission is not None:
             mass = emission.mass
-            with profiling.span("select"):
+            with profiling.span("select_kv"):
                 self.lists.take(slots.requests, plan, slots.start, mass, emission.votes)
         self._tell(slots, index, step, kind, self.sub_block_size if narrow else len(slots.index), decided, mass)
 
@@ -572,9 +575,11 @@ class _Run:
         for begin in range(0, max(len(who), 1), at_a_time):
             part = slice(begin, begin + at_a_time)
             rows, columns = who[part], where[part]
+            with profiling.span("logits"):
+                logits = model.logits(hidden[part])
             parts.append(
                 sampling.draw_tokens(
-                    model.logits(hidden[part]),
+                    logits,
                     mask_id=model.config.mask_id,
                     temperature=sampler.temperature,
                     top_k=sampler.top_k,
@@ -584,6 +589,7 @@ class _Run:
                     step=slots.steps[rows],
                 )
             )
+            del logits  # before the next part has its own
         return parts[0] if len(parts) == 1 else sampling.Draws(*(torch.cat(x) for x in zip(*parts, strict=True)))
 
     def _paged(self, slots: BlockSlots, writes: list[Write], seq_lens: Tensor) -> PagedForward:
@@ -663,7 +669,7 @@ class _Run:
         """Writes the clean block's K/V of the requests that go on; under token shift its last logits give the next
         first token. Returns its mass [L, A, Hkv, n] if that is wanted."""
         measures = self.lists.wants_commit_mass
-        with profiling.span("step:commit"):
+        with profiling.span("step", "commit"):
             mass = self.graphs.run(
                 ("commit", slots.num_places, measures), lambda: self._commit_forward(slots, measures)
             )
@@ -685,8 +691,10 @@ class _Run:
             forward.emission = Emission(config, None, slots.start)
         hidden = model.hidden(slots.tokens, slots.positions, forward)
         if model.config.token_shift:
-            logits = model.logits(hidden[:, -1])
-            slots.next_token.copy_(sampling.draw_tokens(logits, mask_id=model.config.mask_id).token)
+            with profiling.span("logits"):
+                logits = model.logits(hidden[:, -1])
+            with profiling.span("draw"):
+                slots.next_token.copy_(sampling.draw_tokens(logits, mask_id=model.config.mask_id).token)
         return forward.emission.mass() if measures else None
 
     def _tell(

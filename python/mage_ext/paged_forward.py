@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mage_ext import ops
+from mage_ext import ops, profiling
 from mage_ext.cache import PagedCache
 from mage_ext.selection import BlockSelection, SelectionConfig
 
@@ -124,9 +124,14 @@ class PagedForward:
     _launches: list[tuple[slice, Tensor | None, Tensor]] = field(default_factory=list, init=False)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with profiling.span("layer", layer):
+            return self._attend(layer, q, k, v)
+
+    def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         k_cache, v_cache = self.cache.layer(layer)
-        for write in self.writes:
-            self._write(write, k, v, k_cache, v_cache)
+        with profiling.span("append_kv"):
+            for write in self.writes:
+                self._write(write, k, v, k_cache, v_cache)
         if self.method is not None and self.final:
             self.method.written(self, layer, k, k_cache)
         index = self.selecting.get(layer)
@@ -142,19 +147,20 @@ class PagedForward:
                 outs.append(self.emit(self.emission, q, k_cache, v_cache, self.exact_lens))
         if self.sparse_lens is not None:
             indices, counts, tail_start = self.selection.layer(index)
-            out, _ = ops.sparse_block_attention(
-                q,
-                k_cache,
-                v_cache,
-                self.block_table,
-                self.sparse_lens,
-                indices,
-                counts,
-                tail_start,
-                g=self.selection.g,
-                max_seq_len=self.max_seq_len,
-                split_tokens=self.sparse_split_tokens,
-            )
+            with profiling.span("sparse_block_attention"):
+                out, _ = ops.sparse_block_attention(
+                    q,
+                    k_cache,
+                    v_cache,
+                    self.block_table,
+                    self.sparse_lens,
+                    indices,
+                    counts,
+                    tail_start,
+                    g=self.selection.g,
+                    max_seq_len=self.max_seq_len,
+                    split_tokens=self.sparse_split_tokens,
+                )
             outs.append(out)
         return outs[0] if len(outs) == 1 else outs[0] + outs[1]
 
@@ -168,16 +174,17 @@ class PagedForward:
     def _exact(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor) -> Tensor:
         outs = []
         for rows, kv_lens, lens in self._launches_of(q, seq_lens):
-            out, _ = ops.block_attention(
-                q[:, rows],
-                k_cache,
-                v_cache,
-                self.block_table,
-                lens,
-                max_seq_len=self.max_seq_len,
-                kv_lens=kv_lens,
-                split_tokens=self.split_tokens,
-            )
+            with profiling.span("block_attention"):
+                out, _ = ops.block_attention(
+                    q[:, rows],
+                    k_cache,
+                    v_cache,
+                    self.block_table,
+                    lens,
+                    max_seq_len=self.max_seq_len,
+                    kv_lens=kv_lens,
+                    split_tokens=self.split_tokens,
+                )
             outs.append(out)
         return outs[0] if len(outs) == 1 else torch.cat(outs, 1)
 
@@ -207,36 +214,41 @@ class PagedForward:
         tokens_on_cuda = config.g == 1 and q.is_cuda
         options = {"max_seq_len": self.max_seq_len, "split_tokens": self.split_tokens}
         if tokens_on_cuda:
-            out, lse = ops.block_attention(q, *pool, **options)
-            mass = ops.token_mass(
-                q,
-                k_cache,
-                self.block_table,
-                seq_lens,
-                lse,
-                max_seq_len=self.max_seq_len,
-                score="rows" if config.rule == "layer" else config.score,
-                row_mask=emission.row_mask,
-                norm=config.norm,
-                prefix_lens=prefix_lens,
-            )
+            with profiling.span("block_attention"):
+                out, lse = ops.block_attention(q, *pool, **options)
+            with profiling.span("token_mass"):
+                mass = ops.token_mass(
+                    q,
+                    k_cache,
+                    self.block_table,
+                    seq_lens,
+                    lse,
+                    max_seq_len=self.max_seq_len,
+                    score="rows" if config.rule == "layer" else config.score,
+                    row_mask=emission.row_mask,
+                    norm=config.norm,
+                    prefix_lens=prefix_lens,
+                )
         elif config.rule == "layer":
-            out, _, mass = ops.block_attention_rows(q, *pool, g=config.g, **options)
+            with profiling.span("block_attention_rows"):
+                out, _, mass = ops.block_attention_rows(q, *pool, g=config.g, **options)
         else:
-            out, _, mass = ops.block_attention_mass(
-                q,
-                *pool,
-                g=config.g,
-                score=config.score,
-                row_mask=emission.row_mask,
-                norm=config.norm,
-                prefix_lens=prefix_lens,
-                **options,
-            )
+            with profiling.span("block_attention_mass"):
+                out, _, mass = ops.block_attention_mass(
+                    q,
+                    *pool,
+                    g=config.g,
+                    score=config.score,
+                    row_mask=emission.row_mask,
+                    norm=config.norm,
+                    prefix_lens=prefix_lens,
+                    **options,
+                )
         if config.rule == "layer":
-            emission.votes.append(
-                ops.row_votes(mass, emission.prefix_lens, k=config.k, g=config.g, row_mask=emission.row_mask)
-            )
+            with profiling.span("row_votes"):
+                emission.votes.append(
+                    ops.row_votes(mass, emission.prefix_lens, k=config.k, g=config.g, row_mask=emission.row_mask)
+                )
             mass = _mass_of_rows(mass, emission.row_mask, config.score)
         emission.masses.append(mass)
         return out

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from mage_ext import sampling
+from mage_ext import profiling, sampling
 from mage_ext._arguments import check_list, check_type, got
 from mage_ext._upload import upload
 from mage_ext.cache import OutOfPages, PagedCache, RaggedBatch
@@ -335,7 +335,8 @@ def _prefill_chunk(
     ]
     if last:
         index = upload([row for row, _ in last], device)
-        logits = model.logits(hidden[index, (slots.ends[index] - begin - 1).long()])
+        with profiling.span("logits"):
+            logits = model.logits(hidden[index, (slots.ends[index] - begin - 1).long()])
         tokens = sampling.draw_tokens(logits, mask_id=model_config.mask_id).token.tolist()
         for (_, request), predicted in zip(last, tokens, strict=True):
             state.pending[request] = [predicted]
