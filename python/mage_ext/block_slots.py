@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from mage_ext._upload import upload
-from mage_ext.models.config import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -24,6 +23,7 @@ class BlockRow:
         prompt_end: position in the block before which tokens are the prompt's. last: position in the block of the last
             wanted token. seed: of the draws.
         predicted_in: the place whose `next_token` is the block's first token; None: no token comes from there.
+        uncommitted_in: the place whose tokens are the block before this one, not committed yet; None: it is committed.
     """
 
     request: int
@@ -33,6 +33,7 @@ class BlockRow:
     last: int
     seed: int
     predicted_in: int | None = None
+    uncommitted_in: int | None = None
 
 
 class BlockSlots:
@@ -49,20 +50,29 @@ class BlockSlots:
         candidates: [A, Q], bool, open positions of each request's current sub-block. live: [A], bool, has candidates.
         sub_start: [A], int64, first position of the current sub-block. first_open: [A], bool, that position is a
             candidate.
+        previous_tokens: [A, Q], int64, of the block before. uncommitted: [A], bool, that block is not committed yet.
         next_token: [A], int64, what the commit predicts for the position after the block (under token shift).
         flags: [3], bool: some request is live; no live request has the first position of its sub-block open; some
             request has not ended.
     """
 
     def __init__(
-        self, config: ModelConfig, num_places: int, sub_block_size: int, eos_ids: tuple[int, ...], device: torch.device
+        self,
+        num_places: int,
+        block_size: int,
+        sub_block_size: int,
+        *,
+        mask_id: int,
+        eos_ids: tuple[int, ...],
+        token_shift: bool,
+        device: torch.device,
     ):
-        size = config.block_size
+        size = block_size
         self.sub_block_size = sub_block_size
+        self._mask_id, self._token_shift = mask_id, token_shift
         self.rows: list[BlockRow | None] = [None] * num_places
         self.max_seq_len = 0
         self.index = torch.arange(size, device=device)
-        self._config = config
         self._eos = upload(eos_ids, device, torch.int64)
 
         def new(*shape: int, dtype: torch.dtype = torch.bool) -> Tensor:
@@ -71,6 +81,7 @@ class BlockSlots:
         places = num_places
         self._staged = new(places, size + 7, dtype=torch.int64)
         self.block_table = new(places, 1, dtype=torch.int32)
+        self.previous_tokens, self.uncommitted = new(places, size, dtype=torch.int64), new(places)
         self.tokens, self.positions = new(places, size, dtype=torch.int64), new(places, size, dtype=torch.int64)
         self.open, self.candidates, self.mass_rows = (new(places, size) for _ in range(3))
         self._may_end, self._is_last = new(places, size), new(places, size)
@@ -94,33 +105,36 @@ class BlockSlots:
         carried: list[bool],
         block_table: Tensor,
         max_seq_len: int,
-        next_token: Tensor,
+        last: "BlockSlots | None",
     ) -> None:
         """Takes the places' next blocks over from the host; `begin` makes the tensors of them.
 
         Args:
             rows: one per place. carried: one per place.
             block_table: [A, pages], int32; of another width than before, the table is another tensor than before.
-            max_seq_len: host bound. next_token: of the slots of the last block, for rows that are predicted there.
+            max_seq_len: host bound. last: the slots of the last block, maybe these, to which the rows refer.
         """
-        size = self._config.block_size
+        size = len(self.index)
         device = self.tokens.device
         self.rows, self.max_seq_len = rows, max_seq_len
         staged = []
         for row, carries in zip(rows, carried, strict=True):
             if row is None:
-                staged.append([self._config.mask_id] * size + [size, 0, size, 0, 0, 0, 1])
+                staged.append([self._mask_id] * size + [size, 0, size, 0, 0, 0, 1])
                 continue
             known = [*row.known, *([0] if row.predicted_in is not None else [])]
-            tokens = known + [self._config.mask_id] * (size - len(known))
+            tokens = known + [self._mask_id] * (size - len(known))
             staged.append([*tokens, len(known), row.prompt_end, row.last, row.start, row.seed, carries, 0])
         staged = upload(staged, device)
-        sources = [(0 if row is None else row.predicted_in) for row in rows]
-        if any(row is not None and row.predicted_in is not None for row in rows):
+        takes, sources = _sources([None if row is None else row.predicted_in for row in rows])
+        if any(takes):
             # Such a block starts with the one predicted token.
-            takes = upload([row is not None and row.predicted_in is not None for row in rows], device)
-            predicted = next_token[upload([source or 0 for source in sources], device)]
-            staged[:, 0] = torch.where(takes, predicted, staged[:, 0])
+            predicted = last.next_token[upload(sources, device)]
+            staged[:, 0] = torch.where(upload(takes, device), predicted, staged[:, 0])
+        uncommitted, sources = _sources([None if row is None else row.uncommitted_in for row in rows])
+        if any(uncommitted):
+            self.previous_tokens.copy_(last.tokens[upload(sources, device)])
+        self.uncommitted.copy_(upload(uncommitted, device))
         self._staged.copy_(staged)
         if self.block_table.shape == block_table.shape:
             self.block_table.copy_(block_table)
@@ -129,7 +143,7 @@ class BlockSlots:
 
     def begin(self) -> None:
         """Fills the tensors of new blocks from what was staged."""
-        size = self._config.block_size
+        size = len(self.index)
         self.tokens.copy_(self._staged[:, :size])
         known, prompt_end, last, start, seeds, carried, vacant = self._staged[:, size:, None].unbind(1)  # [A, 1]
         self.open.copy_(self.index >= known)
@@ -139,7 +153,7 @@ class BlockSlots:
         self.start.copy_(start[:, 0])
         self.seeds.copy_(seeds[:, 0])
         self.carried.copy_(carried[:, 0])
-        if self._config.token_shift:
+        if self._token_shift:
             self.mass_rows.copy_(torch.nn.functional.pad(self.open[:, 1:], (0, 1)))
         else:
             self.mass_rows.copy_(self.open)
@@ -167,3 +181,8 @@ class BlockSlots:
         self.live.copy_(self.candidates.any(-1))
         self.first_open.copy_(self.live & (first == self.sub_start))
         self.flags.copy_(torch.stack((self.live.any(), ~self.first_open.any(), ~self.ended.all())))
+
+
+def _sources(places: list[int | None]) -> tuple[list[bool], list[int]]:
+    """Which entries name a place, and the places, 0 for the others."""
+    return [place is not None for place in places], [place or 0 for place in places]

@@ -35,6 +35,7 @@ from mage_ext.cache import OutOfPages, PagedCache
 from mage_ext.carried_lists import CarriedLists
 from mage_ext.denoise_config import DenoiseConfig
 from mage_ext.paged_forward import (
+    MAX_ROWS,
     NOT_WRITTEN,
     STRICT_SPARSE_SPLIT,
     STRICT_SPLIT,
@@ -134,6 +135,12 @@ def generate(
         check_type("generate", "graphs", graphs, StepGraphs, "a StepGraphs or None")
     layers = config.selecting_layers(model.config.num_layers)
     sub_block_size = config.sub_block_size or model.config.sub_block_size or model.config.block_size
+    if config.fuse_commit and model.config.token_shift:
+        raise ValueError("generate: fuse_commit must be off for a model with token shift, got True")
+    if config.fuse_commit and 2 * model.config.block_size > MAX_ROWS:
+        raise ValueError(
+            f"generate: fuse_commit must be off for blocks beyond {MAX_ROWS // 2} tokens, got {model.config.block_size}"
+        )
     if model.config.block_size % sub_block_size:
         raise ValueError(
             f"generate: sub_block_size must divide the model's block of {model.config.block_size}, got {sub_block_size}"
@@ -238,15 +245,16 @@ class _Variant:
     """What decides which kernels a step launches.
 
     Fields:
-        exact, sparse, method: some request is attended so in the selecting layers; none: these are dense. emits: mass.
-        narrow: sub-blocks alone are sent. later: not the block's first step, under the sub-block cache.
-        capacity: of the lists, 0 without.
+        exact, sparse, method: some request is attended so in the selecting layers; none: these are dense.
+        emits: mass. fused: the block before is sent, too, and committed. narrow: sub-blocks alone are sent.
+        later: not the block's first step, under the sub-block cache. capacity: of the lists, 0 without.
     """
 
     exact: bool = False
     sparse: bool = False
     method: bool = False
     emits: bool = False
+    fused: bool = False
     narrow: bool = False
     later: bool = False
     capacity: int = 0
@@ -347,7 +355,15 @@ class _Run:
         eos_ids = () if config.ignore_eos else tuple(model_config.eos_ids)
         slots = self.graphs.keep(
             ("slots", num_places),
-            lambda: BlockSlots(model_config, num_places, self.sub_block_size, eos_ids, device),
+            lambda: BlockSlots(
+                num_places,
+                size,
+                self.sub_block_size,
+                mask_id=model_config.mask_id,
+                eos_ids=eos_ids,
+                token_shift=model_config.token_shift,
+                device=device,
+            ),
         )
         places = {} if self.slots is None else {r: place for place, r in enumerate(self.slots.requests)}
         rows: list[BlockRow | None] = []
@@ -362,6 +378,7 @@ class _Run:
                     last=prompt_end + config.max_new_tokens - len(state.outputs[request]) - 1,
                     seed=state.seeds[request],
                     predicted_in=places[request] if state.predicted[request] else None,
+                    uncommitted_in=places[request] if state.uncommitted[request] else None,
                 )
             )
         plan = [self.lists.plan(row.request, row.start) for row in rows]
@@ -377,8 +394,7 @@ class _Run:
             table = torch.nn.functional.pad(table, (0, 0, 0, vacant), value=-1)
         rows += [None] * vacant
         plan += ["exact"] * vacant
-        next_token = slots.next_token if self.slots is None else self.slots.next_token
-        slots.stage(rows, [way == "carry" for way in plan], table, longest, next_token)
+        slots.stage(rows, [way == "carry" for way in plan], table, longest, self.slots)
         self.graphs.run(("begin", num_places), slots.begin)
         self.slots = slots
         return slots, plan
@@ -413,7 +429,11 @@ class _Run:
                 tensors |= {"listed": selection.counts.sum((0, 2)) * selection.g, "tails": selection.tail_start}
                 tensors["kept"] = selection.kept_mass.mean((0, 2))
             outcome = _Outcome(**tensors)
-        if goes_on and any(row is not None and row.last >= len(slots.index) for row in slots.rows):
+        if (
+            not config.fuse_commit
+            and goes_on
+            and any(row is not None and row.last >= len(slots.index) for row in slots.rows)
+        ):
             outcome.commit_mass = self._commit(slots, index)
         return slots, plan, outcome
 
@@ -461,6 +481,7 @@ class _Run:
         config = self.config
         ways = {self._way(way, step) for way in plan[: len(self.active)]}
         parts = {"narrow": narrow, "later": config.sub_block_cache and step > 0}
+        parts["fused"] = step == 0 and any(row is not None and row.uncommitted_in is not None for row in slots.rows)
         if not self.layers or ways == {"exact"}:
             return _Variant(**parts)
         if ways == {"method"}:
@@ -528,10 +549,28 @@ class _Run:
                     (live & ~slots.first_open, slots.start + slots.sub_start.int(), slots.sub_start),
                 ]
         writes = [Write(torch.where(who, start, NOT_WRITTEN), row, sub) for who, start, row in starts]
+        row_mask = slots.mass_rows if config.selection.score_rows == "open" else None
+        kv_lens = None
+        if variant.fused:
+            # The clean block before comes first, and sees itself and what is before it.
+            both = live & slots.uncommitted
+            writes = [
+                Write(torch.where(both, slots.start - size, NOT_WRITTEN)),
+                Write(
+                    torch.where(live & ~both, slots.start, NOT_WRITTEN), torch.full_like(slots.sub_start, size), size
+                ),
+            ]
+            tokens = torch.cat((slots.previous_tokens, tokens), 1)
+            positions = torch.cat(((positions - size).clamp(min=0), positions), 1)
+            ends = torch.stack((slots.start, slots.start + size), 1)  # [A, 2]
+            kv_lens = ends.repeat_interleave(size, 1)
+            rows_that_count = torch.ones_like(slots.mass_rows) if row_mask is None else row_mask
+            row_mask = torch.cat((torch.zeros_like(rows_that_count), rows_that_count), 1)
 
         # 2. The forward, exact or sparse per request.
         seq_lens = torch.where(live, slots.start + size, 0)
         forward = self._paged(slots, writes, seq_lens)
+        forward.kv_lens = kv_lens
         if variant.exact or variant.sparse or variant.method:
             forward.selecting, forward.selection = self.layers, lists
         if variant.exact and variant.sparse:
@@ -542,9 +581,10 @@ class _Run:
         elif variant.sparse:
             forward.sparse_lens = seq_lens
         if variant.emits:
-            row_mask = slots.mass_rows if config.selection.score_rows == "open" else None
             forward.emission = Emission(config.selection, row_mask, slots.start)
         hidden = model.hidden(tokens, positions, forward)
+        if variant.fused:
+            hidden = hidden[:, size:]
 
         # 3. Draws for the positions that may be decided. Row i predicts position i, or i + 1 under token shift.
         if device.type == "cpu":
@@ -626,7 +666,8 @@ class _Run:
                 state.prefix_lens[request] += size
                 state.pending[request] = []
                 state.predicted[request] = state.model.config.token_shift
-                stats.forwards["commit"] += 1
+                state.uncommitted[request] = config.fuse_commit
+                stats.forwards["commit"] += not config.fuse_commit
             state.outputs[request] += new
             stats.seconds = seconds
             finished.append(FinishedBlock(request, state.blocks[request], new, ended))
@@ -642,7 +683,7 @@ class _Run:
         stats, count = self.state.stats[row.request], values["steps"]
         length = row.start + config.block_size
         whole = length * config.num_layers * config.num_kv_heads
-        commits = not values["ended"]
+        commits = not values["ended"] and not self.config.fuse_commit
         stats.kv_bytes += commits * whole * cache.token_bytes
         stats.kv_bytes_exact += (count + commits) * whole * cache.token_bytes
         if not count:

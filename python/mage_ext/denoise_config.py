@@ -35,6 +35,8 @@ class DenoiseConfig:
             none).
         sub_block_cache: once the first position of the current sub-block is decided, forwards send that sub-block alone
             and the block's other K/V stay as they were.
+        fuse_commit: the commit of a block and the first forward of the next are one forward of both blocks' rows, for
+            families without token shift. It reads the context once instead of twice and changes nothing else.
         exact_steps: forwards of a block that are exact before the sparse ones, the last of them selects: 1 is MAGE.
         method: attention of the selecting layers in mode "method", an `AttentionMethod`: for baselines.
         strict: a request's tokens do not depend on its batch mates at all: places are padded to max_batch, prompts are
@@ -61,6 +63,7 @@ class DenoiseConfig:
     select_override: Callable[..., BlockSelection] | None = None
     sub_block_size: int | None = None
     sub_block_cache: bool = False
+    fuse_commit: bool = False
     exact_steps: int = 1
     method: AttentionMethod | None = None
     strict: bool = False
@@ -80,7 +83,7 @@ class DenoiseConfig:
         for name, kind in (("sampler", SamplerConfig), ("selection", SelectionConfig)):
             if not isinstance(getattr(self, name), kind):
                 raise TypeError(f"DenoiseConfig: {name} must be a {kind.__name__}, got {getattr(self, name)!r}")
-        for name in ("ignore_eos", "sub_block_cache", "strict", "cuda_graphs"):
+        for name in ("ignore_eos", "sub_block_cache", "fuse_commit", "strict", "cuda_graphs"):
             check_type("DenoiseConfig", name, getattr(self, name), bool, "a bool")
         bound = self.refresh_bound
         if not isinstance(bound, (int, float)) or isinstance(bound, bool) or not 0 <= bound <= 1:
@@ -95,6 +98,11 @@ class DenoiseConfig:
             )
         if self.method is not None and not all(hasattr(self.method, x) for x in ("written", "attend", "tokens_read")):
             raise TypeError(f"DenoiseConfig: method must be an AttentionMethod, got {got(self.method)}")
+        if self.fuse_commit and (self.mode == "method" or self.refresh != "block"):
+            raise ValueError(
+                'DenoiseConfig: fuse_commit must be off with mode "method" and refresh policies other than "block", '
+                "whose first forwards are sparse, got True"
+            )
         if self.select_override is not None and not callable(self.select_override):
             raise TypeError(f"DenoiseConfig: select_override must be callable, got {self.select_override!r}")
         if self.selection.rule == "layer" and self.selection.norm == "prefix":

@@ -19,7 +19,7 @@ from mage_ext.selection import BlockSelection, SelectionConfig
 # Start of a request whose rows are not to be written: append_kv drops negative positions.
 NOT_WRITTEN = -(1 << 30)
 # Query rows that one attention launch takes; the CPU backend has no such bound.
-_CUDA_ROWS = 64
+MAX_ROWS = 64
 # Split boundaries of strict runs, in tokens: of all attention, and of attention over lists.
 STRICT_SPLIT, STRICT_SPARSE_SPLIT = 1024, 256
 
@@ -193,7 +193,7 @@ class PagedForward:
         if self._launches:
             return self._launches
         num_rows = q.shape[1]
-        step = min(num_rows, _CUDA_ROWS) if q.is_cuda else num_rows
+        step = min(num_rows, MAX_ROWS) if q.is_cuda else num_rows
         pieces = [slice(begin, min(begin + step, num_rows)) for begin in range(0, num_rows, step)]
         if self.kv_lens is None:
             return [(rows, None, seq_lens) for rows in pieces]
@@ -212,7 +212,7 @@ class PagedForward:
         # Token granularity on CUDA is a second pass over the keys; the attention kernels emit units of 16 tokens and
         # more.
         tokens_on_cuda = config.g == 1 and q.is_cuda
-        options = {"max_seq_len": self.max_seq_len, "split_tokens": self.split_tokens}
+        options = {"max_seq_len": self.max_seq_len, "split_tokens": self.split_tokens, "kv_lens": self.kv_lens}
         if tokens_on_cuda:
             with profiling.span("block_attention"):
                 out, lse = ops.block_attention(q, *pool, **options)
@@ -225,6 +225,7 @@ class PagedForward:
                     lse,
                     max_seq_len=self.max_seq_len,
                     score="rows" if config.rule == "layer" else config.score,
+                    kv_lens=self.kv_lens,
                     row_mask=emission.row_mask,
                     norm=config.norm,
                     prefix_lens=prefix_lens,

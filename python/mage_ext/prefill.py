@@ -29,6 +29,7 @@ class DenoiseState:
         prefix_lens: committed tokens, a multiple of the block.
         pending: tokens known at the start of the next block: the prompt's tail, or the one that the prefill's last
             logits predict. predicted: the block starts with the token that the last commit predicted, on the device.
+        uncommitted: K/V of the block before the next one are not final yet; its tokens are on the device.
         filled: the prompt's whole blocks are committed. blocks: finished so far.
         outputs: new tokens so far. finish: None while running, else as in Result. errors: why it was refused.
         stats: costs so far. prefill_seconds: of the whole batch.
@@ -43,6 +44,7 @@ class DenoiseState:
         self.prefix_lens = [len(prompt) // block_size * block_size for prompt in prompts]
         self.pending = [prompt[length:] for prompt, length in zip(prompts, self.prefix_lens, strict=True)]
         self.predicted = [False] * len(prompts)
+        self.uncommitted = [False] * len(prompts)
         self.filled = [False] * len(prompts)
         self.blocks = [0] * len(prompts)
         self.outputs: list[list[int]] = [[] for _ in prompts]
@@ -69,7 +71,7 @@ class DenoiseState:
         twin.batch = self.batch.fork(
             [0 if finish else n for n, finish in zip(self.prefix_lens, self.finish, strict=True)]
         )
-        for name in ("seeds", "prefix_lens", "finish", "errors", "predicted", "filled", "blocks"):
+        for name in ("seeds", "prefix_lens", "finish", "errors", "predicted", "uncommitted", "filled", "blocks"):
             setattr(twin, name, list(getattr(self, name)))
         twin.pending = [list(tokens) for tokens in self.pending]
         twin.outputs = [list(tokens) for tokens in self.outputs]

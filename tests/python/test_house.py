@@ -156,7 +156,7 @@ PYTHON_LAYERS = [
     {"_version", "_build_info", "_library", "_arguments", "_upload", "_C"},
     {"ops", "info", "counter_random", "profiling"},
     {"reference", "cache", "selection", "sampling"},
-    {"results", "paged_forward", "denoise_config", "carried_lists", "prefill", "denoise"},
+    {"results", "paged_forward", "denoise_config", "carried_lists", "step_graphs", "block_slots", "prefill", "denoise"},
     {"models"},
     {"evaluation"},
     {"train"},

@@ -311,3 +311,45 @@ def test_max_batch_is_checked(value):
     model = _model("cpu")
     with pytest.raises(ValueError, match="max_batch must be an integer >= 1 or None, got"):
         generate(model, _prompts(model, (4,)), max_batch=value)
+
+
+# --------------------------------------------------------------------------- commit and first step in one
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("name", [None, *SELECTIONS])
+@pytest.mark.parametrize("variant", ["sdar_b16", "llama"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_fused_commit_changes_nothing(device, variant, name, strict):
+    """The tokens of a run with its own commits, up to what rounding makes of products of another height; one forward
+    less per block. Requests that join have nothing to commit."""
+    model = _model(device, variant).to(torch.float32 if device == "cpu" else torch.bfloat16)
+    config = _config(
+        SELECTIONS[name] if name else None,
+        strict=strict,
+        max_new_tokens=40,
+        sampler=SamplerConfig("sequential", tokens_per_step=3),
+    )
+    prompts = _prompts(model, (20, 90, 131, 40, 64))
+    infos = []
+    fused = dataclasses.replace(config, fuse_commit=True)
+    results = generate(model, prompts, fused, max_batch=3, callback=infos.append)
+    expected = generate(model, prompts, config, max_batch=3)
+    assert not any(info.kind == "commit" for info in infos)
+    for result, twin in zip(results, expected, strict=True):
+        assert len(result.tokens) == 40
+        assert result.stats.forwards == {**twin.stats.forwards, "commit": 0}
+        if device == "cpu":
+            assert result.tokens == twin.tokens
+            assert result.stats.kept_mass == pytest.approx(twin.stats.kept_mass, rel=1e-4)
+
+
+def test_fused_commits_are_refused_where_they_can_not_be():
+    shifted = _model("cpu")
+    with pytest.raises(ValueError, match="fuse_commit must be off for a model with token shift, got True"):
+        generate(shifted, _prompts(shifted, (4,)), _config(fuse_commit=True))
+    large = _model("cpu", "sdar", block_size=64)
+    with pytest.raises(ValueError, match="fuse_commit must be off for blocks beyond 32 tokens, got 64"):
+        generate(large, _prompts(large, (4,)), _config(fuse_commit=True))
+    with pytest.raises(ValueError, match="fuse_commit must be off with mode"):
+        _config(SELECTIONS["fixed_g32"], fuse_commit=True, refresh="blocks")
