@@ -32,6 +32,39 @@ def _check_count(name: str, value: object) -> None:
         raise ValueError(f"{name} must be an integer >= 0, got {got(value)}")
 
 
+_GIB = 2**30
+
+
+def _page_bytes(num_layers: int, num_kv_heads: int, head_dim: int, page_size: int, dtype: torch.dtype) -> int:
+    return 2 * num_layers * page_size * num_kv_heads * head_dim * dtype.itemsize
+
+
+def _free_bytes(device: torch.device) -> int | None:
+    """What can be allocated on a CUDA device, torch's own unused memory with it; None for other devices."""
+    if device.type != "cuda":
+        return None
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
+
+
+def _pages_of_fraction(fraction: object, arguments: dict, page_bytes: int) -> int:
+    """num_pages of PagedCache.for_model(memory_fraction=fraction)."""
+    if not isinstance(fraction, (int, float)) or isinstance(fraction, bool) or not 0 < fraction <= 1:
+        raise ValueError(f"PagedCache: memory_fraction must be a number in (0, 1], got {got(fraction)}")
+    if "num_pages" in arguments:
+        raise ValueError("PagedCache: memory_fraction must stand in place of num_pages, got both")
+    free = _free_bytes(check_device("PagedCache", arguments["device"]))
+    if free is None:
+        raise ValueError(f"PagedCache: memory_fraction must be given on cuda only, got device {arguments['device']}")
+    num_pages = int(free * fraction) // page_bytes
+    if num_pages < 1:
+        raise OutOfPages(
+            f"PagedCache: memory_fraction must give a page of {page_bytes / _GIB:.2f} GiB, got {fraction} of "
+            f"{free / _GIB:.2f} GiB"
+        )
+    return num_pages
+
+
 class PagedCache:
     """K and V pools of all layers and the allocator of their pages.
 
@@ -47,7 +80,7 @@ class PagedCache:
             OutOfPages.
 
     Raises:
-        ValueError, TypeError: naming the argument.
+        ValueError, TypeError: naming the argument. OutOfPages: the pools don't fit the free memory of a CUDA device.
     """
 
     def __init__(
@@ -78,6 +111,13 @@ class PagedCache:
         check_type("PagedCache", "growable", growable, bool, "a bool")
         self.page_size = page_size
         self.growable = growable
+        needed = num_pages * _page_bytes(num_layers, num_kv_heads, head_dim, page_size, dtype)
+        free = _free_bytes(device)
+        if free is not None and needed > free:
+            raise OutOfPages(
+                f"PagedCache: num_pages must fit the {free / _GIB:.2f} GiB that are free on {device}, got {num_pages} "
+                f"of {page_size} tokens, {needed / _GIB:.2f} GiB"
+            )
         self._pools = torch.empty(
             num_layers, 2, num_pages, page_size, num_kv_heads, head_dim, dtype=dtype, device=device
         )
@@ -85,14 +125,26 @@ class PagedCache:
         self._free = list(range(num_pages - 1, -1, -1))
 
     @classmethod
-    def for_model(cls, model: torch.nn.Module, **arguments) -> "PagedCache":
+    def for_model(cls, model: torch.nn.Module, *, memory_fraction: float | None = None, **arguments) -> "PagedCache":
         """A cache with the layers, KV heads, head_dim, dtype and device of a `Transformer`; the other arguments are the
-        class's. Raises TypeError if model is no such model."""
+        class's.
+
+        Args:
+            memory_fraction: in (0, 1], in place of num_pages: as many pages as fit this share of the device memory that
+                is free now, on CUDA. Masses, logits and graphs of a run need the rest: 0.8 leaves them room.
+        Raises:
+            TypeError: model is no such model. ValueError: memory_fraction. OutOfPages: the pages don't fit the device.
+        """
         if not isinstance(model, torch.nn.Module) or not all(hasattr(model, x) for x in ("embed_tokens", "config")):
             raise TypeError(f"PagedCache: model must be a Transformer, got {got(model)}")
         weight = model.embed_tokens.weight
         arguments = {"dtype": weight.dtype, "device": weight.device, **arguments}
         config = model.config
+        if memory_fraction is not None:
+            page = (config.num_layers, config.num_kv_heads, config.head_dim, arguments.get("page_size", 64))
+            arguments["num_pages"] = _pages_of_fraction(
+                memory_fraction, arguments, _page_bytes(*page, arguments["dtype"])
+            )
         return cls(config.num_layers, config.num_kv_heads, config.head_dim, **arguments)
 
     @property
@@ -122,6 +174,11 @@ class PagedCache:
     @property
     def device(self) -> torch.device:
         return self._pools.device
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a page in all layers."""
+        return _page_bytes(self.num_layers, self.num_kv_heads, self.head_dim, self.page_size, self.dtype)
 
     @property
     def token_bytes(self) -> int:

@@ -7,6 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from mage_ext.cache import PAGE_SIZES, OutOfPages, PagedCache, RaggedBatch
+from mage_ext.testing.tiny import tiny_config, tiny_model
 
 
 def _cache(num_pages=8, page_size=16, **arguments):
@@ -275,3 +276,29 @@ def test_names_what_is_of_another_type(case):
     with pytest.raises((ValueError, TypeError), match=f"^{message}"):
         call(cache)
     assert cache.num_free == 8
+
+
+# --------------------------------------------------------------------------- pools of the memory that is there
+
+
+@pytest.mark.parametrize("fraction", [0, -0.1, 1.5, True, "half", float("nan")])
+def test_memory_fraction_is_checked(fraction):
+    model = tiny_model(tiny_config("llama"))
+    with pytest.raises(ValueError, match=r"memory_fraction must be a number in \(0, 1\], got"):
+        PagedCache.for_model(model, memory_fraction=fraction)
+    with pytest.raises(ValueError, match="memory_fraction must stand in place of num_pages, got both"):
+        PagedCache.for_model(model, memory_fraction=0.5, num_pages=4)
+    with pytest.raises(ValueError, match="memory_fraction must be given on cuda only, got device cpu"):
+        PagedCache.for_model(model, memory_fraction=0.5)
+
+
+@pytest.mark.gpu
+def test_memory_fraction_fills_what_is_free():
+    model = tiny_model(tiny_config("llama"), dtype=torch.bfloat16).to("cuda")
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info()[0]
+    cache = PagedCache.for_model(model, memory_fraction=0.25)
+    assert 0.2 * free < cache.num_pages * cache.page_bytes <= 0.26 * free
+    assert cache.page_bytes == cache.token_bytes * 64 * cache.num_kv_heads * cache.num_layers
+    with pytest.raises(OutOfPages, match=r"num_pages must fit the .* GiB that are free on cuda.*, got .* GiB"):
+        PagedCache.for_model(model, num_pages=8 * cache.num_pages)

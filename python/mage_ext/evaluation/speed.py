@@ -75,7 +75,7 @@ class BlockTimes:
     """Of a generation whose graphs were captured before.
 
     Fields:
-        block_ms: from one commit to the next, median over blocks. step_ms: by kind of forward, median; the first
+        block_ms: from the end of one block, its commit with it, to that of the next, median over blocks. step_ms: by kind of forward, median; the first
             forward of a block holds what the host does between two blocks.
         forwards: by kind, of one block, the commit with them. tokens_per_s: of the whole batch.
         peak_bytes: device memory that was allocated at most.
@@ -136,8 +136,8 @@ def measure_blocks(
     run()
     marks = run().marks
     torch.cuda.synchronize(cache.device)
-    commits = [event for _, kind, event in marks if kind == "commit"]
-    block_ms = statistics.median(one.elapsed_time(other) for one, other in itertools.pairwise(commits))
+    ends = [event for (index, _, event), (after, _, _) in itertools.pairwise(marks) if index != after]
+    block_ms = statistics.median(one.elapsed_time(other) for one, other in itertools.pairwise(ends))
     times: dict[str, list[float]] = {}
     for (_, _, before), (index, kind, event) in itertools.pairwise(marks):
         if index > 0 or kind == "commit":
