@@ -75,10 +75,10 @@ class BlockTimes:
     """Of a generation whose graphs were captured before.
 
     Fields:
-        block_ms: from the end of one block, its commit with it, to that of the next, median over blocks. step_ms: by kind of forward, median; the first
-            forward of a block holds what the host does between two blocks.
-        forwards: by kind, of one block, the commit with them. tokens_per_s: of the whole batch.
-        peak_bytes: device memory that was allocated at most.
+        block_ms: from the end of one block, its commit with it, to that of the next, median over blocks.
+        step_ms: by kind of forward, median; the first forward of a block holds what the host does between two blocks.
+        forwards: by kind, of one block, the commit with them.
+        tokens_per_s: of the whole batch. peak_bytes: device memory that was allocated at most.
     """
 
     block_ms: float
