@@ -276,6 +276,77 @@ def _speed_states(
     return prefill(model, prompts, config, cache=cache).fork
 
 
+def _advise(args: argparse.Namespace) -> int:
+    from mage_ext.denoise import DenoiseConfig
+    from mage_ext.evaluation import speed
+    from mage_ext.sampling import SamplerConfig
+    from mage_ext.selection import SelectionConfig
+
+    for name in ("context", "batch", "steps"):
+        if not 1 <= getattr(args, name) <= 1 << 24:
+            raise ValueError(f"advise: {name} must be in [1, {1 << 24}], got {getattr(args, name)}")
+    if not 0 <= args.dense_layers <= 1000:
+        raise ValueError(f"advise: dense_layers must be in [0, 1000], got {args.dense_layers}")
+    selection = SelectionConfig(k=args.k, g=args.g)
+    device, _ = _device_and_dtype("advise", args)
+    if device.type != "cuda":
+        raise ValueError(f"advise: device must be cuda, got {device}")
+    model = _speed_model("advise", args)
+    size = model.config.block_size
+    context = args.context // size * size
+    contexts = sorted({max(context >> shift, 0) // size * size for shift in range(4)})
+    contexts = [each for each in contexts if each > args.k]
+    if not contexts:
+        raise ValueError(
+            f"advise: context must be longer than k = {args.k}, or MAGE reads everything, got {args.context}"
+        )
+    config = DenoiseConfig(
+        mode="mage",
+        sampler=SamplerConfig("low_confidence_static", tokens_per_step=-(-size // args.steps)),
+        selection=selection,
+        dense_layers=tuple(range(args.dense_layers)),
+    )
+    token = speed.bytes_per_token(model.config)
+    print(
+        f"{args.model} on {_device_name(device)}, batch {args.batch}, K = {args.k}, g = {args.g}, "
+        f"{args.dense_layers} dense layers, {args.steps} forwards per block of {size}\n"
+        f"K/V: {token} bytes per token, {args.batch * context * token / 2**30:.1f} GiB for this batch"
+    )
+    cache = speed.random_cache(model, num_tokens=args.batch * (context + 4 * size + 64))
+    rows = speed.advise(model, cache, config, batch=args.batch, contexts=contexts)
+    print(" context  exact ms/block  mage ms/block  speed-up  ceiling  exact step ms  sparse step ms")
+    for row in rows:
+        print(
+            f"{row.context:8d}  {row.exact_ms:14.2f}  {row.mage_ms:13.2f}  {row.speedup:7.2f}x  {row.ceiling:6.2f}x  "
+            f"{row.exact_step_ms:13.2f}  {row.sparse_step_ms:14.2f}"
+        )
+    even = speed.break_even_context({row.context: (row.exact_ms, row.mage_ms) for row in rows})
+    last = rows[-1]
+    verdict = "is faster at every one of these contexts" if even == 0 else f"pays from about {even:.0f} tokens on"
+    if even == float("inf"):
+        verdict = "is slower at every one of these contexts"
+    print(f"MAGE {verdict}; at {last.context} tokens it makes blocks {last.speedup:.2f} times as fast.")
+    print("Speed only: whether the answers hold at this K is another question (mage eval).")
+    return 0
+
+
+def _bench(args: argparse.Namespace) -> int:
+    import runpy
+    from pathlib import Path
+
+    folder = Path(__file__).resolve().parents[2] / "bench"
+    script = folder / f"bench_{args.name}.py"
+    if not script.is_file():
+        names = sorted(path.stem.removeprefix("bench_") for path in folder.glob("bench_*.py"))
+        if not names:
+            raise FileNotFoundError("bench: needs a checkout installed with pip install -e, whose bench/ it runs")
+        raise ValueError(f"bench: name must be one of {', '.join(names)}, got {args.name!r}")
+    sys.path.insert(0, str(folder))
+    sys.argv = [str(script), *args.arguments]
+    runpy.run_path(str(script), run_name="__main__")
+    return 0
+
+
 def _train_adapter(args: argparse.Namespace) -> int:
     from mage_ext.train.adapt import train_adapter
 
@@ -393,6 +464,25 @@ def make_parser() -> argparse.ArgumentParser:
     add("--dtype", help="bfloat16 (default) or float16")
     profile.set_defaults(run=_profile)
 
+    advise = commands.add_parser("advise", help="what MAGE will bring for a model, context and batch on this GPU")
+    add = advise.add_argument
+    add("--model", required=True, help="a Hugging Face folder, the model in the box, or random:1.5B, random:7B, ...")
+    add("--context", type=int, required=True, metavar="N", help="tokens per request; shorter ones are measured, too")
+    add("--batch", type=int, default=1, metavar="B")
+    add("--steps", type=int, default=8, metavar="T", help="forwards per block (default 8)")
+    add("--k", type=int, default=1024, help="prefix tokens read per layer and KV head in sparse steps (default 1024)")
+    add("--g", type=int, default=64, help="tokens per selected unit: 1, 16, 32 or 64 (default 64)")
+    add("--dense-layers", type=int, default=0, metavar="N", help="the first N layers stay exact (default 0)")
+    add("--no-compile", dest="compile", action="store_false", help="plain operators between the matrix products")
+    add("--device", default="cuda", help="cuda, a Hopper GPU")
+    add("--dtype", help="bfloat16 (default) or float16")
+    advise.set_defaults(run=_advise)
+
+    bench = commands.add_parser("bench", help="run a bench of the checkout: mage bench generate --rows 7B:1:32K")
+    bench.add_argument("name", help="generate, block_attention, sparse_attention, ...")
+    bench.add_argument("arguments", nargs=argparse.REMAINDER, help="of the bench; --help lists them")
+    bench.set_defaults(run=_bench)
+
     train = commands.add_parser("train", help="train what is shipped")
     kinds = train.add_subparsers(metavar="what", required=True)
     adapter = kinds.add_parser("adapter", help="adapt the base model to block diffusion; status 1 if a gate was missed")
@@ -415,6 +505,12 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _out_of_pages() -> type[Exception]:
+    """The error of a cache that is too small; no module is loaded for it, since who raises it has loaded it."""
+    cache = sys.modules.get("mage_ext.cache")
+    return OSError if cache is None else cache.OutOfPages
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line; returns the exit status. A user's mistake is one line on stderr and status 2."""
     args = make_parser().parse_args(argv)
@@ -423,7 +519,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of a pipe has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, TypeError, OSError, OverflowError, NotImplementedError) as error:
+    except (ValueError, TypeError, OSError, OverflowError, NotImplementedError, _out_of_pages()) as error:
         if os.environ.get("MAGE_TRACEBACK"):
             raise
         text = str(error)

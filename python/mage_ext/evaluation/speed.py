@@ -223,3 +223,73 @@ def break_even_context(times: dict[int, tuple[float, float]]) -> float:
         if below < 0 <= above:
             return left + (right - left) * -below / (above - below)
     return math.inf
+
+
+# --------------------------------------------------------------------------- advice
+
+
+@dataclass(frozen=True)
+class Advice:
+    """Measured at one context.
+
+    Fields:
+        context: tokens per request. exact_ms, mage_ms: of a block. exact_step_ms, sparse_step_ms: of a forward.
+        ceiling: what the ratio of the two would be at the floors of all products and reads.
+    """
+
+    context: int
+    exact_ms: float
+    mage_ms: float
+    exact_step_ms: float
+    sparse_step_ms: float
+    ceiling: float
+
+    @property
+    def speedup(self) -> float:
+        return self.exact_ms / self.mage_ms
+
+
+def advise(
+    model: Transformer, cache: PagedCache, config: DenoiseConfig, *, batch: int, contexts: list[int]
+) -> list[Advice]:
+    """Block times with and without selection, measured on this GPU over random K/V.
+
+    Args:
+        model: on CUDA. cache: of random_cache, with room for the longest context. config: of mode "mage".
+        batch: requests. contexts: tokens of each, multiples of the block, longer than the budget.
+    Raises:
+        ValueError: naming the argument, as measure_blocks.
+    """
+    if config.mode != "mage":
+        raise ValueError(f'advise: config.mode must be "mage", got {config.mode!r}')
+    for context in contexts:
+        if context <= config.exact_prefix:
+            raise ValueError(
+                f"advise: contexts must be longer than the {config.exact_prefix} tokens of the budget, got {context}"
+            )
+    found = []
+    for context in contexts:
+        times = {
+            mode: measure_blocks(
+                model, cache, dataclasses.replace(config, mode=mode), batch=batch, context=context, blocks=3
+            )
+            for mode in ("exact", "mage")
+        }
+        exact, mage = times["exact"], times["mage"]
+        floors = [
+            block_floor_ms(
+                model.config,
+                batch=batch,
+                context=context,
+                exact=each.forwards.get("exact", 0) + each.forwards.get("select", 0),
+                sparse=each.forwards.get("sparse", 0),
+                k=config.selection.k,
+                dense_layers=len(config.dense_layers),
+            )
+            for each in (exact, mage)
+        ]
+        sparse_ms = mage.step_ms.get("sparse", math.nan)
+        found.append(
+            Advice(context, exact.block_ms, mage.block_ms, exact.step_ms["exact"], sparse_ms, floors[0] / floors[1])
+        )
+    return found
