@@ -40,7 +40,9 @@ class Quest:
     of the bounds, which is the bound of the mean of min(q, 0) and max(q, 0) and so needs one product instead of one per
     row; on CUDA that mean is rounded to the cache's dtype. All rows count, decided or not.
 
-    A forward reads min and max of every whole unit of the prefix: 2 D numbers, as much as K and V of one token.
+    A forward reads min and max of every whole unit of the prefix: 2 D numbers, as much as K and V of one token. The
+    scores are torch's products on gathered bounds, which move these bytes three times and the products of all rows
+    twice; a kernel of its own would move them once.
     Its bounds are in tensors by page [num_layers, pages, page / g, Hkv, 2, D] of the cache's dtype, 1 / g of the
     cache's bytes. The loop refreshes them as it commits; `prepare` makes those of a cache that was filled otherwise.
 
@@ -382,7 +384,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 def _as_mass(scores: Tensor) -> Tensor:
     """Float32 numbers >= 0 in the order of `scores`, for select_kv: it ranks by float bits, so scores may not be
-    negative.
+    negative. They may be of any size, since biases of q and k can move all of them far from 0.
 
     The bits of a float32, those below the sign inverted where it is set, ascend as integers do. Halved and shifted, the
     range of finite numbers becomes that of the finite numbers >= 0: neighbours may become equal. Others are clamped.
