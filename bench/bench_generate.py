@@ -8,9 +8,12 @@ Weights are random and so are the prefix's K and V: right for speed, the text me
 torch.compile. A block is T - 1 forwards under token shift, whose first position is known, else T, and its commit; T is
 forced by a static sampler. Times are from one commit to the next, so everything between two blocks is in them.
 
-Methods: exact; FA3: exact with FlashAttention-3 in place of our kernel, in the same graphs, with the number of splits
-that is fastest there; FlashInfer: composed, our exact block with the time of our attention replaced by FlashInfer's,
-both measured over the layers of the same cache in this run; mage, and baselines of mage_ext.evaluation.baselines.
+Methods: exact; FA3: exact with FlashAttention-3 in place of our kernel, in the same graphs (its own number of splits,
+in the rows of SHOWN the fastest one); mage. In the rows of SHOWN also: FlashInfer, composed: our exact block with the
+time of our attention replaced by FlashInfer's, both measured over the layers of the same cache; mage fused: the commit
+in one forward with the next block's first (families without shift); mage carried: lists of a block serve the next
+three, too; quest, tidal and sparsed at the same K and g; autoregressive: a forward per token, for as many tokens as a
+block has; published: Fast-dLLM v2's own loop in eager torch (1 x 16K).
 floor = every forward at the floor of its products (weights, inputs, outputs / 3.05 TB/s or flops / 700 TFLOP/s) plus
 that of its attention. The ceiling of a ratio is the ratio of floors; the share says how much of it was reached.
 """
@@ -26,12 +29,22 @@ from collections.abc import Callable, Iterator
 import torch
 from cuda_timing import capture, median_us
 from gpu_bench import finish, gpu_name
-from peers import Absent, Fa3, reason_of
+from peers import FLASHINFER_TOKENS, Absent, Fa3, reason_of
 
 from mage_ext import ops
-from mage_ext.cache import PagedCache
+from mage_ext.cache import PagedCache, RaggedBatch
 from mage_ext.denoise import DenoiseConfig, StepGraphs
-from mage_ext.evaluation.speed import BlockTimes, block_floor_ms, bytes_per_token, measure_blocks, random_cache
+from mage_ext.evaluation import baselines, dense_loops
+from mage_ext.evaluation.speed import (
+    BlockTimes,
+    attention_floor_us,
+    block_floor_ms,
+    bytes_per_token,
+    measure_blocks,
+    products_floor_us,
+    random_cache,
+)
+from mage_ext.models.config import ModelConfig
 from mage_ext.models.geometry import GEOMETRIES, random_model
 from mage_ext.models.transformer import Transformer
 from mage_ext.sampling import SamplerConfig
@@ -42,7 +55,9 @@ BATCHES = (1, 4, 8, 16)
 BLOCKS = 3
 SPARE_BYTES = 9 * 2**30  # for masses, logits, graphs and peers beside weights and cache
 FA3_SPLITS = (0, 1, 2, 4, 8, 16)
-METHODS = ("exact", "fa3", "flashinfer", "mage")
+# Where every method runs: MODEL:BATCH:CONTEXT.
+SHOWN = ("1.5B:1:16K", "1.5B:8:128K", "7B:1:32K", "7B:4:64K", "8B:4:64K")
+METHODS = ("fa3", "flashinfer", "baselines")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,9 +123,13 @@ def exact_attention(attend: Callable) -> Iterator[None]:
 
 
 def attention_ms(model: Transformer, cache: PagedCache, place: Place, flashinfer: bool) -> float:
-    """Milliseconds of the exact attention of one forward, over all layers of the cache: ours or FlashInfer's."""
+    """Milliseconds of the exact attention of one forward, over all layers of the cache: ours or FlashInfer's, whose
+    release 0.6.4 reads invalid addresses in large batches and gets them in equal parts."""
     config, device = model.config, cache.device
-    batch, size = place.batch, config.block_size
+    size, parts = config.block_size, 1
+    while flashinfer and place.batch // parts * place.context >= FLASHINFER_TOKENS and parts < place.batch:
+        parts *= 2
+    batch = place.batch // parts
     length = place.context + size
     pages = cache.pages_for(length)
     table = torch.arange(batch * pages, dtype=torch.int32, device=device).view(batch, pages)
@@ -142,7 +161,14 @@ def attention_ms(model: Transformer, cache: PagedCache, place: Place, flashinfer
             lambda i=i: ops.block_attention(q, *cache.layer(i), table, lens, max_seq_len=length)
             for i in range(config.num_layers)
         ]
-    return median_us({"calls": capture(calls)}, 5)["calls"] * config.num_layers / 1e3
+    return median_us({"calls": capture(calls)}, 5)["calls"] * config.num_layers * parts / 1e3
+
+
+def autoregressive_floor_ms(config: ModelConfig, place: Place) -> float:
+    """Of as many tokens as a block has, one forward each."""
+    products = products_floor_us(config, place.batch, place.batch)
+    attention = config.num_layers * attention_floor_us(config, place.batch, 1, place.context + config.block_size)
+    return config.block_size * (products + attention) / 1e3
 
 
 class Bench:
@@ -187,7 +213,7 @@ class Bench:
     ) -> None:
         """Adds a row; of a composed method there are no times of its own."""
         config, args = self.model.config, self.args
-        sparse = method not in ("exact", "FA3", "FlashInfer")
+        sparse = method not in ("exact", "FA3", "FlashInfer", "autoregressive", "published")
         count = self.forwards(steps)
         floor = lambda exact: block_floor_ms(  # noqa: E731
             config,
@@ -199,6 +225,8 @@ class Bench:
             dense_layers=dense,
         )
         mine = floor(1 if sparse else count)
+        if method == "autoregressive":
+            mine = autoregressive_floor_ms(config, place)
         case = {"model": place.model, "batch": place.batch, "context": place.context, "T": steps, "method": method}
         case |= {"K": args.k, "g": args.g, "dense_layers": dense} if sparse else {}
         row = {"case": case, "us": block_ms * 1e3, "floor_us": mine * 1e3, "fraction": mine / block_ms}
@@ -221,36 +249,15 @@ class Bench:
             flush=True,
         )
 
-    def run(self, place: Place, fa3: Fa3 | None, flashinfer: bool) -> None:
+    def run(self, place: Place, fa3: Fa3 | None, methods: list[str]) -> None:
+        """All rows of a place."""
         args, block = self.args, self.model.config.block_size
+        shown = any(place.matches(pattern) for pattern in SHOWN)
         graphs = StepGraphs()
         exact = {steps: self.measure(place, config_of("exact", steps, block), graphs) for steps in args.steps}
-        theirs: dict[int, float] = {}
-        if fa3 is not None:
-            best = None
-            for splits in FA3_SPLITS:
-                with exact_attention(fa3_attention(fa3, splits)):
-                    times = self.measure(place, config_of("exact", args.steps[-1], block), StepGraphs())
-                if best is None or times.block_ms < best[1].block_ms:
-                    best = splits, times
-            for steps in args.steps:
-                times = best[1]
-                if steps != args.steps[-1]:
-                    with exact_attention(fa3_attention(fa3, best[0])):
-                        times = self.measure(place, config_of("exact", steps, block), StepGraphs())
-                theirs[steps] = times.block_ms
-                self.row(place, "FA3", steps, times, times.block_ms, 0, "exact", exact[steps].block_ms, splits=best[0])
-        if flashinfer:
-            try:
-                difference = attention_ms(self.model, self.cache, place, True)
-                difference -= attention_ms(self.model, self.cache, place, False)
-                for steps in args.steps:
-                    composed = exact[steps].block_ms + (self.forwards(steps) + 1) * difference
-                    self.row(
-                        place, "FlashInfer", steps, None, composed, 0, "exact", exact[steps].block_ms, composed=True
-                    )
-            except Exception as error:
-                print(f"FlashInfer: {reason_of(error)}")
+        theirs = {} if fa3 is None else self.fa3(place, fa3, exact, FA3_SPLITS if shown else FA3_SPLITS[:1])
+        if shown and "flashinfer" in methods:
+            self.flashinfer(place, exact)
         for steps in args.steps:
             times = exact[steps]
             self.row(place, "exact", steps, times, times.block_ms, 0, "FA3", theirs.get(steps))
@@ -258,6 +265,95 @@ class Bench:
                 times = self.measure(place, config_of("mage", steps, block, args.k, args.g, dense), graphs)
                 extra = {"fa3_ratio": theirs[steps] / times.block_ms} if steps in theirs else {}
                 self.row(place, "mage", steps, times, times.block_ms, dense, "exact", exact[steps].block_ms, **extra)
+        if shown and "baselines" in methods:
+            self.baselines(place, exact, graphs)
+
+    def fa3(self, place: Place, fa3: Fa3, exact: dict[int, BlockTimes], choices: tuple[int, ...]) -> dict[int, float]:
+        """Block times of the loop with FA3's attention, by T."""
+        block, theirs = self.model.config.block_size, {}
+
+        def measure(steps: int, splits: int) -> BlockTimes:
+            with exact_attention(fa3_attention(fa3, splits)):
+                return self.measure(place, config_of("exact", steps, block), StepGraphs())
+
+        few = min(self.args.steps)
+        tried = {splits: measure(few, splits) for splits in choices}
+        best = min(tried, key=lambda splits: tried[splits].block_ms)
+        for steps in dict.fromkeys((max(self.args.steps), few)):
+            times = tried[best] if steps == few else measure(steps, best)
+            theirs[steps] = times.block_ms
+            self.row(place, "FA3", steps, times, times.block_ms, 0, "exact", exact[steps].block_ms, splits=best)
+        return theirs
+
+    def flashinfer(self, place: Place, exact: dict[int, BlockTimes]) -> None:
+        """Composed rows of FlashInfer."""
+        try:
+            difference = attention_ms(self.model, self.cache, place, True)
+        except Exception as error:
+            print(f"FlashInfer: {reason_of(error)}")
+            return
+        difference -= attention_ms(self.model, self.cache, place, False)
+        for steps in dict.fromkeys((max(self.args.steps), min(self.args.steps))):
+            mine = exact[steps].block_ms
+            composed = mine + (self.forwards(steps) + 1) * difference
+            self.row(place, "FlashInfer", steps, None, composed, 0, "exact", mine, composed=True)
+
+    def baselines(self, place: Place, exact: dict[int, BlockTimes], graphs: StepGraphs) -> None:
+        """Rows of the other sparse methods, of what may be added to MAGE, and of the dense loops."""
+        args, model, block = self.args, self.model, self.model.config.block_size
+        few = min(args.steps)
+        base = config_of("mage", few, block, args.k, args.g)
+        chosen = baselines.methods(model, self.cache, base, forwards=self.forwards(few))
+        chosen["quest"].method.prepare()
+        wanted = {name: chosen[name] for name in ("quest", "tidal", "sparsed")}
+        wanted["mage carried"] = dataclasses.replace(base, refresh="blocks", refresh_blocks=4)
+        if not model.config.token_shift:
+            wanted["mage fused"] = dataclasses.replace(base, fuse_commit=True)
+        for name, config in wanted.items():
+            try:
+                times = self.measure(place, config, StepGraphs() if config.method is not None else graphs)
+            except Exception as error:
+                print(f"{name}: {reason_of(error)}")
+                continue
+            self.row(place, name, few, times, times.block_ms, 0, "exact", exact[few].block_ms)
+        mine = exact[few].block_ms
+        self.row(place, "autoregressive", few, None, self.autoregressive_ms(place), 0, "exact", mine)
+        if place.batch == 1 and place.context <= 16384 and model.config.token_shift:
+            for steps in dict.fromkeys((max(args.steps), few)):
+                self.row(
+                    place, "published", steps, None, self.published_ms(place, steps), 0, "exact", exact[steps].block_ms
+                )
+
+    def autoregressive_ms(self, place: Place) -> float:
+        """Milliseconds of a block's number of tokens, one forward each."""
+        size, count = self.model.config.block_size, 2 * self.model.config.block_size
+        batch, graphs = RaggedBatch(self.cache, place.batch), StepGraphs()
+        try:
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            arguments = (self.model, batch, [place.context] * place.batch, [0] * place.batch)
+            dense_loops.autoregressive(*arguments, 4, graphs=graphs)
+            dense_loops.autoregressive(*arguments, count, graphs=graphs)
+            start.record()
+            dense_loops.autoregressive(*arguments, count, graphs=graphs)
+            end.record()
+            end.synchronize()
+            return start.elapsed_time(end) / count * size
+        finally:
+            batch.release_all()
+
+    def published_ms(self, place: Place, steps: int) -> float:
+        """Milliseconds of a block of the published loop, by the host's clock: it waits for the device in every step."""
+        size = self.model.config.block_size
+        config = dataclasses.replace(config_of("exact", steps, size), max_new_tokens=2 * size, ignore_eos=True)
+        best = float("inf")
+        for _ in range(3):
+            context = dense_loops.ContiguousCache.random(self.model, place.context)
+            torch.cuda.synchronize()
+            begun = time.perf_counter()
+            dense_loops.published_loop(self.model, context, [0], config)
+            torch.cuda.synchronize()
+            best = min(best, (time.perf_counter() - begun) / 2 * 1e3)
+        return best
 
 
 def main() -> None:
@@ -292,7 +388,7 @@ def main() -> None:
     for name in dict.fromkeys(place.model for place in places):
         bench = Bench(args, name, [place for place in places if place.model == name])
         for place in bench.places:
-            bench.run(place, fa3, "flashinfer" in methods)
+            bench.run(place, fa3, methods)
         rows += bench.rows
         left_out += [f"{p.model} {p.batch} x {p.context_name}" for p in bench.left_out]
         del bench
