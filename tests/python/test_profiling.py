@@ -395,7 +395,8 @@ def test_phases_of_a_generation(mode, graphs, tmp_path):
     for row in table.rows:
         _check_row(row, graphs)
     total = sum(row.ms * row.count for row in table.rows)
-    assert table.block.ms * 3 == pytest.approx(total) and 0.3 * table.profiled_ms < total < table.profiled_ms
+    assert table.block.ms * 3 + table.row("outside blocks").ms == pytest.approx(total)
+    assert total < table.profiled_ms and 0 < table.plain_ms
     names = {event["name"] for event in json.loads(path.read_text())["traceEvents"] if event["ph"] == "X"}
     assert {"mage.block", "mage.step:commit"} < names and ("mage.layer:2" in names) == (not graphs)
     with profiling.span("off"):  # as it was before
