@@ -304,7 +304,6 @@ class Bench:
         few = min(args.steps)
         base = config_of("mage", few, block, args.k, args.g)
         chosen = baselines.methods(model, self.cache, base, forwards=self.forwards(few))
-        chosen["quest"].method.prepare()
         wanted = {name: chosen[name] for name in ("quest", "tidal", "sparsed")}
         wanted["mage carried"] = dataclasses.replace(base, refresh="blocks", refresh_blocks=4)
         if not model.config.token_shift:

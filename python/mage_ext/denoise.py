@@ -288,10 +288,17 @@ class _Run:
         self.waiting = deque(state.running)
         self.active: list[int] = []
         self._bound_lists: BlockSelection | None = None  # what the graphs' lists hold
-        graphs.bind(state.model, state.batch.cache, config, state.longest(config.max_new_tokens))
+        self._bind()
+
+    def _bind(self) -> None:
+        """Graphs and tensors of the cache's pools as they are now."""
+        state = self.state
+        longest = state.longest(self.config.max_new_tokens)
+        self.graphs.bind(state.model, state.batch.cache, self.config, longest)
 
     def prefill(self, requests: list[int]) -> None:
         """Commits the prompts of requests that have pages."""
+        self._bind()
         with torch.no_grad(), profiling.span("prefill"):
             prefill_requests(self.state, requests, self.config, self.graphs, self.progress)
         self.begun = time.perf_counter()
@@ -329,10 +336,10 @@ class _Run:
                     new.append(request)
             self.waiting.popleft()
         unfilled = [request for request in new if not state.filled[request]]
+        if new:
+            self._bind()  # the cache may have grown
         if unfilled:
             begun, before = self.begun, time.perf_counter()
-            graphs, cache = self.graphs, state.batch.cache
-            graphs.bind(state.model, cache, self.config, graphs.bound)  # the cache may have grown
             self.prefill(unfilled)
             self.begun = begun + time.perf_counter() - before
         self.active += new

@@ -96,7 +96,9 @@ class DenoiseConfig:
                 f'DenoiseConfig: method must be given with mode "method" and only there, got mode {self.mode!r} and '
                 f"{got(self.method)}"
             )
-        if self.method is not None and not all(hasattr(self.method, x) for x in ("written", "attend", "tokens_read")):
+        if self.method is not None and not all(
+            hasattr(self.method, x) for x in ("prepare", "written", "attend", "tokens_read")
+        ):
             raise TypeError(f"DenoiseConfig: method must be an AttentionMethod, got {got(self.method)}")
         if self.fuse_commit and (self.mode == "method" or self.refresh != "block"):
             raise ValueError(

@@ -71,6 +71,9 @@ class AttentionMethod(Protocol):
     what they know of K in tensors by page, since requests come and go.
     """
 
+    def prepare(self) -> None:
+        """Before a generation over K and V that are in the cache already."""
+
     def written(self, forward: "PagedForward", layer: int, k: Tensor, k_cache: Tensor) -> None:
         """After K and V of positions that will not change any more were stored: those of k [A, Q, Hkv, D] that
         forward.writes names. What lies at or past forward.seq_lens is padding, to be overwritten."""

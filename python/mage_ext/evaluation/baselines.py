@@ -222,6 +222,9 @@ class Tidal:
                 f"got {self.anchors}"
             )
 
+    def prepare(self) -> None:
+        """Nothing: a forward knows all it needs."""
+
     def written(self, forward: PagedForward, layer: int, k: Tensor, k_cache: Tensor) -> None:
         """See AttentionMethod. Nothing is kept of K."""
 
