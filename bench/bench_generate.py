@@ -304,17 +304,19 @@ class Bench:
         few = min(args.steps)
         base = config_of("mage", few, block, args.k, args.g)
         chosen = baselines.methods(model, self.cache, base, forwards=self.forwards(few))
-        wanted = {name: chosen[name] for name in ("quest", "tidal", "sparsed")}
-        wanted["mage carried"] = dataclasses.replace(base, refresh="blocks", refresh_blocks=4)
-        if not model.config.token_shift:
-            wanted["mage fused"] = dataclasses.replace(base, fuse_commit=True)
-        for name, config in wanted.items():
+        wanted = [(name, few, chosen[name]) for name in ("quest", "tidal", "sparsed")]
+        for steps in dict.fromkeys((max(args.steps), few)):
+            mage = config_of("mage", steps, block, args.k, args.g)
+            wanted.append(("mage carried", steps, dataclasses.replace(mage, refresh="blocks", refresh_blocks=4)))
+            if not model.config.token_shift:
+                wanted.append(("mage fused", steps, dataclasses.replace(mage, fuse_commit=True)))
+        for name, steps, config in wanted:
             try:
                 times = self.measure(place, config, StepGraphs() if config.method is not None else graphs)
             except Exception as error:
                 print(f"{name}: {reason_of(error)}")
                 continue
-            self.row(place, name, few, times, times.block_ms, 0, "exact", exact[few].block_ms)
+            self.row(place, name, steps, times, times.block_ms, 0, "exact", exact[steps].block_ms)
         mine = exact[few].block_ms
         self.row(place, "autoregressive", few, None, self.autoregressive_ms(place), 0, "exact", mine)
         if place.batch == 1 and place.context <= 16384 and model.config.token_shift:
