@@ -12,9 +12,9 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
-from mage_ext.evaluation.speed import break_even_context  # noqa: E402
+from mage_ext.evaluation.speed import break_even_context
 
 COLORS = {"exact": "#4c4c4c", "FA3": "#c44e52", "mage": "#1f77b4"}
 MODEL_COLORS = {"1.5B": "#1f77b4", "7B": "#2ca02c", "8B": "#9467bd"}

@@ -39,7 +39,16 @@ def _raises(match, call, error=ValueError):
 # --------------------------------------------------------------------------- configuration
 
 _CONFIGS = {
-    "mode": (dict(mode="fast"), "mode must be one of exact, mage, got 'fast'"),
+    "method": (
+        dict(mode="method"),
+        "method must be given with mode \"method\" and only there, got mode 'method' and None",
+    ),
+    "method_kind": (dict(mode="method", method=3), "method must be an AttentionMethod, got 3"),
+    "exact_steps": (dict(exact_steps=0), "exact_steps must be an integer >= 1, got 0"),
+    "strict": (dict(strict=1), "strict must be a bool, got 1"),
+    "cuda_graphs": (dict(cuda_graphs="on"), "cuda_graphs must be a bool, got 'on'"),
+    "fuse_commit": (dict(fuse_commit=None), "fuse_commit must be a bool, got None"),
+    "mode": (dict(mode="fast"), "mode must be one of exact, mage, method, got 'fast'"),
     "max_new_tokens": (dict(max_new_tokens=0), "max_new_tokens must be an integer >= 1, got 0"),
     "max_new_tokens_float": (dict(max_new_tokens=2.0), "max_new_tokens must be an integer >= 1, got 2.0"),
     "refresh": (dict(refresh="never"), "refresh must be one of block, blocks, kept_mass, got 'never'"),
