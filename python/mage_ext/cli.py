@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     import torch
 
     from mage_ext.denoise import DenoiseConfig, DenoiseState
+    from mage_ext.evaluation.needles import Runner
     from mage_ext.models.huggingface import LoadedModel
     from mage_ext.models.transformer import Transformer
 
@@ -147,6 +148,39 @@ def _chat(args: argparse.Namespace) -> int:
 
 
 def _eval(args: argparse.Namespace) -> int:
+    from mage_ext.evaluation import needles
+
+    runner, write = _eval_start(args)
+    rows = []
+    for row in needles.suite(runner, args.n, args.tasks, args.methods):
+        rows.append(row)
+        print(needles.row_line(row), flush=True)
+        write("eval/needles", rows)
+    runner.close()
+    return 0
+
+
+def _eval_methods(args: argparse.Namespace) -> int:
+    from mage_ext.evaluation import method_comparison
+
+    try:
+        wanted = method_comparison.settings(args.k, args.g, args.dense_layers)
+    except ValueError as error:
+        raise ValueError(str(error).replace("settings: ks", "eval: k").replace("settings: gs", "eval: g")) from None
+    if not 512 <= args.tokens <= 8000:
+        raise ValueError(f"eval: tokens must be in [512, 8000] (the model has 8192 positions), got {args.tokens}")
+    runner, write = _eval_start(args)
+    rows = []
+    for task_rows in method_comparison.suite(runner, args.n, wanted, args.tasks, args.methods, args.tokens):
+        rows += task_rows
+        write("eval/methods", rows)
+    runner.close()
+    print("\n".join(method_comparison.table(rows)))
+    return 0
+
+
+def _eval_start(args: argparse.Namespace) -> "tuple[Runner, Callable[[str, list], None]]":
+    """What runs a suite, and what writes its rows (name of the suite, rows) to --out, if that is given."""
     from mage_ext.evaluation import needles, tasks
     from mage_ext.info import commit
     from mage_ext.models import builtin
@@ -160,16 +194,13 @@ def _eval(args: argparse.Namespace) -> int:
     if texts is not None and len(texts) > 9:
         texts = tasks.held_out_texts(texts)[1]  # of a collection, those that training left out
     device, dtype = _device_and_dtype("eval", args)
-    tell = lambda line: print(line, file=sys.stderr)  # noqa: E731
-    runner = needles.Runner(args.jobs, texts, args.adapter, args.batch, tell, device, dtype)
-    rows = []
-    for row in needles.suite(runner, args.n, args.tasks, args.methods):
-        rows.append(row)
-        print(needles.row_line(row), flush=True)
+
+    def write(name: str, rows: list) -> None:
         if args.out:
-            needles.write_rows(args.out, "eval/needles", builtin.NAME, _device_name(device), commit(), rows)
-    runner.close()
-    return 0
+            needles.write_rows(args.out, name, builtin.NAME, _device_name(device), commit(), rows)
+
+    tell = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
+    return needles.Runner(args.jobs, texts, args.adapter, args.batch, tell, device, dtype), write
 
 
 def _profile(args: argparse.Namespace) -> int:
@@ -424,10 +455,6 @@ def make_parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("eval", help="measure which facts each method finds")
     suites = evaluate.add_subparsers(metavar="suite", required=True)
     needle = suites.add_parser("needles", help="gates of the shipped model, and MAGE against exact, recency and random")
-    needle.add_argument(
-        "--text", nargs="+", metavar="FILE", help="prose; of more than 9 texts the held-out tenth is used"
-    )
-    needle.add_argument("--n", type=int, default=200, help="cases per task (default 200)")
     needle.add_argument("--tasks", nargs="+", default=["four_keys", "needle"], choices=["four_keys", "needle"])
     needle.add_argument(
         "--methods",
@@ -436,12 +463,26 @@ def make_parser() -> argparse.ArgumentParser:
         choices=["exact", "mage", "recency", "random"],
         help="exact always runs; the others are held against it",
     )
-    _add_device_arguments(needle)
-    needle.add_argument("--jobs", type=int, default=1, help="processes that share the cores")
-    needle.add_argument("--batch", type=int, default=1, help="cases per batch")
-    needle.add_argument("--adapter", metavar="FILE", help="an adapter of `mage train` in place of the shipped one")
-    needle.add_argument("--out", metavar="FILE", help="evaluation file (JSON) to write")
     needle.set_defaults(run=_eval)
+    compared = suites.add_parser("methods", help="all methods at equal K, and how far MAGE's lists hold in a block")
+    names = ["exact", "mage", "quest", "tidal", "sparsed", "recency", "random"]
+    add = compared.add_argument
+    add("--tasks", nargs="+", default=["needle", "four_keys"], choices=["needle", "four_keys", "four_of_eight"])
+    add("--methods", nargs="+", default=names, choices=names, help="exact always runs; the others are held against it")
+    add("--k", nargs="+", type=int, default=[16, 32, 64, 128, 256], help="prefix tokens per layer and KV head")
+    add("--g", nargs="+", type=int, default=[1, 16, 32], help="tokens per unit; a K that is no multiple is left out")
+    add("--dense-layers", nargs="+", type=int, default=[0, 2], metavar="N", help="the first N layers stay exact")
+    add("--tokens", type=int, default=2048, help="length of the prompt (default 2048)")
+    compared.set_defaults(run=_eval_methods)
+    for suite in (needle, compared):
+        add = suite.add_argument
+        add("--text", nargs="+", metavar="FILE", help="prose; of more than 9 texts the held-out tenth is used")
+        add("--n", type=int, default=200, help="cases per task (default 200)")
+        _add_device_arguments(suite)
+        add("--jobs", type=int, default=1, help="processes that share the cores")
+        add("--batch", type=int, default=1, help="cases per batch")
+        add("--adapter", metavar="FILE", help="an adapter of `mage train` in place of the shipped one")
+        add("--out", metavar="FILE", help="evaluation file (JSON) to write")
 
     profile = commands.add_parser("profile", help="where the time of a denoising step goes, on CUDA")
     add = profile.add_argument

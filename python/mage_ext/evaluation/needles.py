@@ -11,11 +11,11 @@ import json
 import math
 import multiprocessing
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -27,6 +27,8 @@ from mage_ext.models.huggingface import LoadedModel
 from mage_ext.results import Result
 from mage_ext.sampling import SamplerConfig
 from mage_ext.selection import SelectionConfig
+
+T = TypeVar("T")
 
 METHODS = ("exact", "mage", "recency", "random")
 _MAX_NEW_TOKENS = 48  # four values of 7 digits, separators and the end token need 32
@@ -242,12 +244,17 @@ class Runner:
         if self._pool is not None:
             self._pool.shutdown()
 
+    def parts(self, work: Callable[[range], T], n: int) -> Iterable[T]:
+        """What `work` returns of the seeds 0 .. n - 1, batch by batch, in order. It runs where `worker()` is; with more
+        than one job it and what it returns must pickle."""
+        parts = [range(begin, min(begin + self.batch, n)) for begin in range(0, n, self.batch)]
+        return (self._pool.map if self._pool is not None else map)(work, parts)
+
     def compare(self, methods: Sequence[Method], n: int, num_tokens: int, asked: int, distractors: int) -> list[Score]:
         """Every method on the cases with the seeds 0 .. n - 1; one Score per method, cases in order of their seeds."""
-        parts = [range(begin, min(begin + self.batch, n)) for begin in range(0, n, self.batch)]
         work = functools.partial(_work, methods=methods, num_tokens=num_tokens, asked=asked, distractors=distractors)
         scores = [Score(method) for method in methods]
-        for part in (self._pool.map if self._pool is not None else map)(work, parts):
+        for part in self.parts(work, n):
             for score, piece in zip(scores, part, strict=True):
                 score.found += piece.found
                 score.results += piece.results
@@ -272,15 +279,27 @@ def _start_worker(
     _worker.update(loaded=loaded, maker=CaseMaker(loaded, texts))
 
 
+def worker() -> tuple[LoadedModel, CaseMaker]:
+    """The model of this process and its cases, inside of a Runner's work."""
+    return _worker["loaded"], _worker["maker"]
+
+
 def _work(seeds: range, *, methods: Sequence[Method], num_tokens: int, asked: int, distractors: int) -> list[Score]:
-    cases = [_worker["maker"].case(seed, num_tokens, asked, distractors) for seed in seeds]
-    return compare(_worker["loaded"], cases, methods)
+    loaded, maker = worker()
+    cases = [maker.case(seed, num_tokens, asked, distractors) for seed in seeds]
+    return compare(loaded, cases, methods)
 
 
 def write_rows(
     path: str | Path, name: str, model: str, device: str, commit: str, rows: Sequence[dict[str, Any]]
 ) -> None:
-    """Writes an evaluation file: JSON, as bench/results/ keeps them."""
+    """Writes an evaluation file: JSON, as bench/results/ keeps them.
+
+    Raises:
+        ValueError: path is in a folder "h100" and device names no H100.
+    """
+    if "h100" in Path(path).parts and "H100" not in device:
+        raise ValueError(f"write_rows: path must be outside of folders named h100 on {device}, got {str(path)!r}")
     n = max((row["n"] for row in rows), default=0)
     whole = {"name": name, "model": model, "device": device, "commit": commit, "n": n, "rows": list(rows)}
     path = Path(path)

@@ -1,0 +1,430 @@
+"""All methods at equal K on one loop: what each finds, and how far a block's first forward foretells the later ones.
+
+The methods are those of `baselines.methods`. Every method of a case continues from one shared prefill, over the same
+prompts, with the same sampler, K, g and dense layers. Nothing is forced into a list, except that the two floors,
+recency and random, always keep the first 4 tokens (at g > 1 the first unit), which they charge to K like all else.
+
+Test: pytest tests/python/test_method_comparison.py
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mage_ext import selection
+from mage_ext.cache import PagedCache
+from mage_ext.denoise import DenoiseConfig, DenoiseState, generate, prefill
+from mage_ext.evaluation import baselines, needles
+from mage_ext.models.huggingface import LoadedModel
+from mage_ext.models.transformer import Transformer
+from mage_ext.results import StepInfo
+from mage_ext.sampling import SamplerConfig
+from mage_ext.selection import BlockSelection, SelectionConfig
+
+METHODS = ("exact", "mage", "quest", "tidal", "sparsed", "recency", "random")
+TASKS = {"needle": (1, 0), "four_keys": (4, 0), "four_of_eight": (4, 4)}  # asked facts, distractors
+STATIC = SamplerConfig(name="low_confidence_static", tokens_per_step=4)
+_FLOORS, _FLOOR_SINKS = ("recency", "random"), 4
+_LISTED_ONCE = ("mage", "sparsed", *_FLOORS)  # methods whose statistics have the mass that their lists keep
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Budget K in tokens per layer and KV head, tokens g per unit, and how many of the first layers stay exact."""
+
+    K: int
+    g: int
+    dense_layers: int
+
+    def __str__(self) -> str:
+        return f"K={self.K} g={self.g} dense={self.dense_layers}"
+
+
+def settings(ks: Sequence[int], gs: Sequence[int], dense_layers: Sequence[int]) -> list[Setting]:
+    """Every combination in which K is a multiple of g.
+
+    Args:
+        ks: budgets in tokens, >= 1. gs: tokens per unit, of 1, 16, 32, 64. dense_layers: numbers of dense layers, >= 0.
+    Raises:
+        ValueError: naming the argument; also where no K is a multiple of any g.
+    """
+    for name, values, least in (("ks", ks, 1), ("gs", gs, 1), ("dense_layers", dense_layers, 0)):
+        if not values or len(set(values)) != len(values):
+            raise ValueError(f"settings: {name} must be different numbers, at least one, got {list(values)}")
+        for value in values:
+            if value < least or (name == "gs" and value not in selection.GRANULARITIES):
+                expected = f"of {selection.GRANULARITIES}" if name == "gs" else f"at least {least}"
+                raise ValueError(f"settings: {name} must be {expected}, got {value}")
+    found = [Setting(k, g, dense) for dense in dense_layers for g in gs for k in ks if k % g == 0]
+    if not found:
+        raise ValueError(f"settings: ks must hold a multiple of one of gs = {list(gs)}, got {list(ks)}")
+    return found
+
+
+def configs(
+    model: Transformer, cache: PagedCache, setting: Setting, base: DenoiseConfig, names: Sequence[str] = METHODS
+) -> dict[str, DenoiseConfig]:
+    """The configuration of each named method at one setting.
+
+    Args:
+        model, cache: as `baselines.methods` takes them. setting: budget, units and dense layers.
+        base: sampler and length; its mode, selection and dense layers are replaced. names: of METHODS.
+    Raises:
+        ValueError: an unknown name, a page that is no multiple of g, or a dense layer that the model lacks.
+    """
+    for name in names:
+        if name not in METHODS:
+            raise ValueError(f"configs: names must be of {', '.join(METHODS)}, got {name!r}")
+    chosen = SelectionConfig(k=setting.K, g=setting.g)
+    config = dataclasses.replace(base, selection=chosen, dense_layers=tuple(range(setting.dense_layers)))
+    found = baselines.methods(model, cache, config)
+    for name in _FLOORS:
+        found[name] = dataclasses.replace(found[name], selection=dataclasses.replace(chosen, sinks=_FLOOR_SINKS))
+    return {name: found[name] for name in names}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Recall of the first forward's lists
+
+
+def exact_masses(model: Transformer, state: DenoiseState, config: DenoiseConfig, g: int) -> list[Tensor]:
+    """Attention mass of every forward of the next block, all of them exact in all layers.
+
+    A forward emits mass when it is the last exact one before a selection. So the block is denoised once with one exact
+    forward, once with two, and so on: each run is exact up to and including the forward whose mass it gives, hence all
+    of them follow the same block.
+
+    Args:
+        model: of the state. state: before the block; it is forked, not used up. Every prefix must be longer than g.
+        config: sampler and max_new_tokens. g: tokens per unit.
+    Returns:
+        One tensor [layers, B, Hkv, n], float32, per forward, the commit left out: the share that each unit has of the
+        attention to the whole context, mean over the rows that MAGE scores (those whose logits a position consumes that
+        is open when the block starts; the same rows in all forwards). All 0 in requests whose block was done before.
+    """
+    masses: list[Tensor] = []
+
+    def keep(info: StepInfo) -> None:
+        if info.mass is not None:
+            masses.append(info.mass.clone())
+
+    block = model.config.block_size
+    for forward in range(1, config.sampler.max_forwards(block) + 1):
+        run = dataclasses.replace(
+            config,
+            mode="mage",
+            method=None,
+            select_override=None,
+            refresh="block",
+            selection=SelectionConfig(k=g, g=g),
+            dense_layers=(),
+            exact_steps=forward,
+            cuda_graphs=False,  # with graphs the places of a batch are more than its requests
+        )
+        before = len(masses)
+        blocks = generate(model, state.fork(), run, callback=keep, stream=True)
+        next(blocks)
+        del blocks  # returns its pages: only the first block is wanted
+        if len(masses) == before or not bool((masses[-1] > 0).any()):
+            del masses[before:]
+            break
+    return masses
+
+
+@dataclass
+class Recall:
+    """What the lists of a block's first forward share with those of later forwards; sums over KV heads and blocks.
+
+    Fields (float64, on the CPU):
+        shared: [forwards, layers], share of the units in a later forward's own list that the first list holds.
+        kept: [forwards, layers], share of the later forward's mass that the first list keeps, with everything that is
+            attended without being listed. own: the same of the later forward's own list.
+        cases: [forwards], blocks that came to this forward, times KV heads. Row 0 is the second forward.
+    """
+
+    shared: Tensor
+    kept: Tensor
+    own: Tensor
+    cases: Tensor
+
+    def __add__(self, other: "Recall") -> "Recall":
+        length = max(len(self.cases), len(other.cases))
+        parts = []
+        for name in ("shared", "kept", "own", "cases"):
+            padded = []
+            for value in (getattr(self, name), getattr(other, name)):
+                missing = value.new_zeros(length - len(value), *value.shape[1:])
+                padded.append(torch.cat((value, missing)))
+            parts.append(padded[0] + padded[1])
+        return Recall(*parts)
+
+    def row(self, dense_layers: int) -> dict[str, Any]:
+        """Numbers of an evaluation file, over the layers from dense_layers on: "recall" is the mean over later
+        forwards, layers, KV heads and blocks; "recall_by_forward" begins with the second forward; "recall_worst_layer"
+        is the least mean of a layer; "kept_mass_later" and "kept_mass_own" are of the first and of the own list."""
+        if not self.cases.sum():
+            return {"recall": None}
+        shared = self.shared[:, dense_layers:]
+        by_layer = shared.sum(0) / self.cases.sum()
+        return {
+            "recall": by_layer.mean().item(),
+            "recall_by_forward": (shared.mean(1) / self.cases.clamp(min=1)).tolist(),
+            "recall_worst_layer": by_layer.min().item(),
+            "kept_mass_later": (self.kept[:, dense_layers:].mean(1).sum() / self.cases.sum()).item(),
+            "kept_mass_own": (self.own[:, dense_layers:].mean(1).sum() / self.cases.sum()).item(),
+        }
+
+
+def recall(masses: Sequence[Tensor], prefix_lens: Tensor, config: SelectionConfig) -> Recall:
+    """How much of each later forward's own list the list of the first forward holds.
+
+    Args:
+        masses: of `exact_masses`, with config.g. prefix_lens: [B], int32. config: K, g and rule of both lists.
+    """
+    lists = [selection.select(mass, prefix_lens, config) for mass in masses]
+    num_units = masses[0].shape[-1]
+    first = _listed(lists[0], num_units)
+    unit = torch.arange(num_units, device=first.device) * config.g
+    tail = unit >= lists[0].tail_start.view(1, -1, 1, 1)
+    sums: list[list[Tensor]] = [[], [], [], []]
+    for mass, later in zip(masses[1:], lists[1:], strict=True):
+        own = _listed(later, num_units)
+        is_live = (mass.sum((0, 2, 3)) > 0).view(1, -1, 1)
+        shares = [(first & own).sum(-1) / own.sum(-1).clamp(min=1)]
+        whole = mass.sum(-1).clamp(min=torch.finfo(mass.dtype).tiny)
+        shares += [torch.where(listed | tail, mass, 0.0).sum(-1) / whole for listed in (first, own)]
+        for total, share in zip(sums, shares, strict=False):
+            total.append(torch.where(is_live, share.double(), 0.0).sum((1, 2)).cpu())  # [layers]
+        sums[3].append(is_live.sum().double().cpu() * mass.shape[2])
+    empty = torch.zeros(0, masses[0].shape[0], dtype=torch.float64)
+    parts = [torch.stack(total) if total else empty for total in sums[:3]]
+    return Recall(*parts, torch.stack(sums[3]) if sums[3] else empty[:, 0])
+
+
+def _listed(lists: BlockSelection, num_units: int) -> Tensor:
+    """[L, B, Hkv, num_units], bool: which units are listed."""
+    indices = torch.where(lists.indices >= 0, lists.indices, num_units).long()
+    found = torch.zeros(*indices.shape[:3], num_units + 1, dtype=torch.bool, device=indices.device)
+    return found.scatter_(-1, indices, True)[..., :-1]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The comparison
+
+
+@dataclass
+class Comparison:
+    """Outcomes over the same cases: exact's, every other method's by (setting, name), recalls by (K, g), the prefixes'
+    lengths in tokens, and T, the forwards of a whole open block without its commit."""
+
+    exact: needles.Score
+    scores: dict[tuple[Setting, str], needles.Score]
+    recalls: dict[tuple[int, int], Recall]
+    prefixes: list[int]
+    T: int
+
+    def extend(self, other: "Comparison") -> None:
+        """Adds further cases."""
+        for key, score in (("exact", self.exact), *self.scores.items()):
+            more = other.exact if key == "exact" else other.scores[key]
+            score.found += more.found
+            score.results += more.results
+        for key, more in other.recalls.items():
+            self.recalls[key] += more
+        self.prefixes += other.prefixes
+
+    def rows(self, task: str, tokens: int) -> list[dict[str, Any]]:
+        """The rows of an evaluation file.
+
+        Beside those of `Score.row`: "T"; "prefix_tokens", the mean prefix before the first block; "mage_only" and
+        "method_only", cases that MAGE alone or this method alone answered at the same setting, and "p_mage", McNemar's
+        exact two-sided p of that; in MAGE's rows what `Recall.row` has. "kept_mass" is None where a method's lists
+        change with every forward.
+        """
+        prefix = sum(self.prefixes) / max(len(self.prefixes), 1)
+        more = {"T": self.T, "tokens": tokens, "distractors": TASKS[task][1], "prefix_tokens": prefix}
+        rows = [self.exact.row(task, None, **more)]
+        for (setting, name), score in self.scores.items():
+            row = score.row(task, self.exact, **more)
+            if name not in _LISTED_ONCE:
+                row["kept_mass"] = None
+            mage = self.scores.get((setting, "mage"))
+            if name == "mage":
+                known = self.recalls.get((setting.K, setting.g))
+                row |= known.row(setting.dense_layers) if known is not None else {}
+            elif mage is not None:
+                pairs = [(all(a), all(b)) for a, b in zip(mage.found, score.found, strict=True)]
+                row["mage_only"], row["method_only"] = pairs.count((True, False)), pairs.count((False, True))
+                row["p_mage"] = mcnemar(row["mage_only"], row["method_only"])
+            rows.append(row)
+        return rows
+
+
+def mcnemar(only_one: int, only_other: int) -> float:
+    """McNemar's exact two-sided p from the two counts of cases on which a pair differs; 1 where there are none."""
+    trials = only_one + only_other
+    tail = sum(math.comb(trials, i) for i in range(min(only_one, only_other) + 1))
+    return min(1.0, 2 * tail / 2**trials)
+
+
+def holm(values: Sequence[float], level: float = 0.05) -> list[bool]:
+    """Which p values hold at `level` for the whole family (Holm 1979)."""
+    order = sorted(range(len(values)), key=values.__getitem__)
+    held = [False] * len(values)
+    for rank, i in enumerate(order):
+        if values[i] > level / (len(values) - rank):
+            break
+        held[i] = True
+    return held
+
+
+def compare(
+    loaded: LoadedModel,
+    cases: Sequence[tuple[Any, list[int]]],
+    wanted: Sequence[Setting],
+    names: Sequence[str] = METHODS,
+    sampler: SamplerConfig = STATIC,
+    tell: Callable[[str], None] | None = None,
+) -> Comparison:
+    """Every method at every setting on a batch of cases; prefill is done once and forked.
+
+    Args:
+        loaded: model and tokenizer. cases: of `needles.CaseMaker`, all in one batch; their prefixes must be longer than
+            every K, or the blocks would be exact. wanted: of `settings`. names: of METHODS; exact always runs, and
+            recall is measured with "mage". tell: takes a line per setting.
+    Raises:
+        ValueError: naming the argument.
+    """
+    # A block or two per configuration: capturing graphs would cost more than replaying them saves.
+    base = dataclasses.replace(needles.exact_method(sampler).config, cuda_graphs=False)
+    state = prefill(loaded.model, [ids for _, ids in cases], base)
+    longest = max(setting.K for setting in wanted)
+    if longest >= min(state.prefix_lens):
+        state.release()
+        raise ValueError(
+            f"compare: wanted must have K below every prefix, the shortest of which has {min(state.prefix_lens)} "
+            f"tokens, got {longest}"
+        )
+    cache = state.batch.cache
+
+    def run(name: str, setting: Setting | None, config: DenoiseConfig) -> needles.Score:
+        results = generate(loaded.model, state.fork(), config, tokenizer=loaded.tokenizer)
+        found = [case.found(result.text) for (case, _), result in zip(cases, results, strict=True)]
+        # Not config itself: it may hold Quest's tensors.
+        told = (setting.K, setting.g, setting.dense_layers) if setting is not None else ()
+        return needles.Score(needles.Method(name, base, *told), found, results)
+
+    recalls: dict[tuple[int, int], Recall] = {}
+    if "mage" in names:
+        prefix_lens = torch.tensor(state.prefix_lens, dtype=torch.int32, device=cache.device)
+        for g in dict.fromkeys(setting.g for setting in wanted):
+            masses = exact_masses(loaded.model, state, base, g)
+            for k in dict.fromkeys(setting.K for setting in wanted if setting.g == g):
+                recalls[k, g] = recall(masses, prefix_lens, SelectionConfig(k=k, g=g))
+            del masses
+    exact = run("exact", None, base)
+    scores = {}
+    for setting in wanted:
+        found = configs(loaded.model, cache, setting, base, [name for name in names if name != "exact"])
+        for name in list(found):
+            scores[setting, name] = run(name, setting, found.pop(name))
+        if tell is not None:
+            counts = ", ".join(f"{name} {score.whole}" for (at, name), score in scores.items() if at == setting)
+            tell(f"{setting}: of {len(cases)} exact {exact.whole}, {counts}")
+    prefixes = list(state.prefix_lens)
+    state.release()
+    return Comparison(exact, scores, recalls, prefixes, sampler.max_forwards(loaded.config.block_size))
+
+
+def suite(
+    runner: needles.Runner,
+    n: int,
+    wanted: Sequence[Setting],
+    tasks_wanted: Sequence[str] = ("needle", "four_keys"),
+    methods_wanted: Sequence[str] = METHODS,
+    tokens: int = 2048,
+) -> Iterator[list[dict[str, Any]]]:
+    """The rows of one task after another.
+
+    Args:
+        runner: of the model. n: cases per task, seeds 0 .. n - 1. wanted: of `settings`. tasks_wanted: of TASKS.
+        methods_wanted: of METHODS, beside "exact", which the others are held against. tokens: per prompt, about.
+    Raises:
+        ValueError: naming the argument.
+    """
+    for name, values, choices in (
+        ("tasks_wanted", tasks_wanted, tuple(TASKS)),
+        ("methods_wanted", methods_wanted, METHODS),
+    ):
+        for value in values:
+            if value not in choices:
+                raise ValueError(f"suite: {name} must be of {', '.join(choices)}, got {value!r}")
+    for task in tasks_wanted:
+        work = functools.partial(_work, task=task, wanted=wanted, names=methods_wanted, tokens=tokens)
+        if runner.jobs == 1:
+            work = functools.partial(work, tell=runner.progress)
+        whole = None
+        for part in runner.parts(work, n):
+            if whole is None:
+                whole = part
+            else:
+                whole.extend(part)
+            if runner.progress is not None:
+                runner.progress(f"{task}: {whole.exact.cases}/{n} cases, exact {whole.exact.whole}")
+        yield whole.rows(task, tokens)
+
+
+def _work(
+    seeds: range,
+    *,
+    task: str,
+    wanted: Sequence[Setting],
+    names: Sequence[str],
+    tokens: int,
+    tell: Callable[[str], None] | None = None,
+) -> Comparison:
+    loaded, maker = needles.worker()
+    asked, distractors = TASKS[task]
+    cases = [maker.case(seed, tokens, asked, distractors) for seed in seeds]
+    return compare(loaded, cases, wanted, names, tell=tell)
+
+
+def table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Scores in percent by task, dense layers, g and K, as lines of text.
+
+    A mark stands behind the score of a method that differs from MAGE's at the same setting: "-" below, "+" above, by
+    McNemar's exact test at 5 % for all comparisons of these rows together (Holm).
+    """
+    tested = [row for row in rows if row.get("p_mage") is not None]
+    held = holm([row["p_mage"] for row in tested])
+    marks = {
+        id(row): ("-" if row["mage_only"] > row["method_only"] else "+") if differs else " "
+        for row, differs in zip(tested, held, strict=True)
+    }
+    names = [name for name in METHODS if name != "exact" and any(row["method"] == name for row in rows)]
+    lines: list[str] = []
+    groups = dict.fromkeys((row["task"], row["dense_layers"], row["g"]) for row in rows if row["K"])
+    for task, dense, g in groups:
+        exact = next(row for row in rows if row["task"] == task and not row["K"])
+        lines.append(
+            f"{task}, g = {g}, {dense} dense layers: exact {100 * exact['score']:.1f} % "
+            f"[{100 * exact['ci_low']:.1f}, {100 * exact['ci_high']:.1f}], n = {exact['n']}, "
+            f"prefix {exact['prefix_tokens']:.0f}"
+        )
+        lines.append("     K  K/prefix" + "".join(f"{name:>9}" for name in names) + "    recall")
+        inside = [row for row in rows if (row["task"], row["dense_layers"], row["g"]) == (task, dense, g)]
+        for k in sorted({row["K"] for row in inside}):
+            at = {row["method"]: row for row in inside if row["K"] == k}
+            line = f"{k:6d}  {100 * k / exact['prefix_tokens']:6.1f} %"
+            for name in names:
+                row = at.get(name)
+                line += f"{100 * row['score']:8.1f}{marks.get(id(row), ' ')}" if row is not None else " " * 9
+            share = at["mage"].get("recall") if "mage" in at else None
+            lines.append(line + (f"{100 * share:8.1f} %" if share is not None else ""))
+    return lines

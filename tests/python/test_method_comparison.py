@@ -1,0 +1,288 @@
+"""Methods at equal K, and the recall of a block's first lists. Run: pytest tests/python/test_method_comparison.py"""
+
+import dataclasses
+import functools
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from mage_ext import cli
+from mage_ext.denoise import DenoiseConfig, generate, prefill
+from mage_ext.evaluation import method_comparison as comparison
+from mage_ext.evaluation import needles
+from mage_ext.evaluation.method_comparison import METHODS, Setting
+from mage_ext.paged_forward import Emission
+from mage_ext.sampling import SamplerConfig
+from mage_ext.selection import SelectionConfig
+from mage_ext.testing.tiny import tiny_config, tiny_model
+
+SAMPLER = SamplerConfig("low_confidence_static", tokens_per_step=2)
+
+
+@functools.cache
+def _model(variant="sdar"):
+    return tiny_model(tiny_config(variant), seed=1)
+
+
+def _prompts(model, lengths, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(1, model.config.mask_id, (n,), generator=generator).tolist() for n in lengths]
+
+
+class _Case:
+    """A case whose answer is the text that the model writes for an even seed."""
+
+    def __init__(self, seed):
+        self.seed = seed
+
+    def found(self, text):
+        return [self.seed % 2 == 0, bool(text)]
+
+
+def _loaded(variant="sdar"):
+    model = _model(variant)
+    tokenizer = SimpleNamespace(decode=lambda ids: " ".join(map(str, ids)))
+    return SimpleNamespace(model=model, config=model.config, tokenizer=tokenizer)
+
+
+def _cases(model, lengths=(52, 90, 71)):
+    return [(_Case(i), ids) for i, ids in enumerate(_prompts(model, lengths))]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Recall
+
+
+def test_recall_against_a_hand_worked_example():
+    # One layer, two requests, one KV head; units of one token, the fifth is the block's. K = 2 of a prefix of 4.
+    first = torch.tensor([[[[0.4, 0.3, 0.1, 0.1, 0.1]], [[0.1, 0.1, 0.3, 0.4, 0.1]]]])  # lists {0, 1} and {2, 3}
+    second = torch.tensor([[[[0.4, 0.1, 0.3, 0.1, 0.1]], [[0.5, 0.2, 0.1, 0.1, 0.1]]]])  # {0, 2}: 1 / 2; {0, 1}: 0
+    third = torch.tensor([[[[0.4, 0.3, 0.1, 0.1, 0.1]], [[0.0, 0.0, 0.0, 0.0, 0.0]]]])  # {0, 1}: 1; done before
+    lens = torch.tensor([4, 4], dtype=torch.int32)
+    found = comparison.recall([first, second, third], lens, SelectionConfig(k=2, g=1))
+    assert found.cases.tolist() == [2, 1]
+    assert found.shared.tolist() == [[0.5], [1.0]]
+    # Listed units and the block's: the first list keeps .4 + .1 + .1 and .1 + .1 + .1 of the second forward's mass, the
+    # own ones .4 + .3 + .1 and .5 + .2 + .1.
+    torch.testing.assert_close(found.kept, torch.tensor([[0.9], [0.8]], dtype=torch.float64), atol=1e-6, rtol=0)
+    torch.testing.assert_close(found.own, torch.tensor([[1.6], [0.8]], dtype=torch.float64), atol=1e-6, rtol=0)
+    row = found.row(0)
+    assert row["recall"] == pytest.approx(1.5 / 3) and row["recall_by_forward"] == [0.25, 1.0]
+    assert row["kept_mass_later"] == pytest.approx(1.7 / 3) and row["kept_mass_own"] == pytest.approx(2.4 / 3)
+
+
+def test_recall_leaves_dense_layers_out_and_names_the_worst_layer():
+    # Three layers whose later lists share 0, 1 / 2 and all with the first ones.
+    first = torch.tensor([0.4, 0.3, 0.2, 0.05, 0.05]).expand(3, 1, 1, 5)
+    later = torch.tensor([[0.0, 0.1, 0.4, 0.4, 0.1], [0.4, 0.1, 0.3, 0.1, 0.1], [0.4, 0.3, 0.1, 0.1, 0.1]])
+    lens = torch.tensor([4], dtype=torch.int32)
+    found = comparison.recall([first, later.view(3, 1, 1, 5)], lens, SelectionConfig(k=2, g=1))
+    assert found.row(0)["recall"] == pytest.approx(0.5) and found.row(0)["recall_worst_layer"] == 0
+    assert found.row(1)["recall"] == pytest.approx(0.75) and found.row(1)["recall_worst_layer"] == 0.5
+
+
+def test_recalls_add_up_though_blocks_differ_in_forwards():
+    def of(*shares):
+        shared = torch.tensor([[share] for share in shares], dtype=torch.float64)
+        return comparison.Recall(shared, shared, shared, torch.ones(len(shares), dtype=torch.float64))
+
+    both = of(1.0, 0.5) + of(0.0)
+    assert both.cases.tolist() == [2, 1] and both.row(0)["recall"] == pytest.approx(0.5)
+    assert both.row(0)["recall_by_forward"] == [0.5, 0.5]
+    assert of().row(0) == {"recall": None}
+
+
+class _Recorder:
+    """Attends exactly and notes the mass of every forward of a block, over all rows."""
+
+    def __init__(self, g, num_layers):
+        self.config, self.num_layers, self.masses = SelectionConfig(k=g, g=g), num_layers, []
+
+    def prepare(self):
+        pass
+
+    def written(self, forward, layer, k, k_cache):
+        pass
+
+    def attend(self, forward, layer, q, k_cache, v_cache):
+        emission = Emission(self.config, None, forward.prefix_lens)
+        out = forward.emit(emission, q, k_cache, v_cache, forward.seq_lens)
+        if layer == 0:
+            self.masses.append([])
+        self.masses[-1].append(emission.masses[0])
+        return out
+
+    def tokens_read(self, prefix_len, num_tokens):
+        return num_tokens
+
+
+@pytest.mark.parametrize("g", [1, 16])
+def test_exact_masses_are_those_of_one_exact_block(g):
+    model = _model()  # no token shift: with prompts of whole blocks all rows are open at the start, so all count
+    config = DenoiseConfig(max_new_tokens=model.config.block_size, sampler=SAMPLER)
+    state = prefill(model, _prompts(model, (40, 92, 64)), config)
+    masses = comparison.exact_masses(model, state, config, g)
+    recorder = _Recorder(g, model.config.num_layers)
+    run = dataclasses.replace(config, mode="method", method=recorder, dense_layers=())
+    generate(model, state.fork(), run)
+    assert len(masses) == len(recorder.masses) == 2  # blocks of 4 positions, 2 per forward
+    for mass, layers in zip(masses, recorder.masses, strict=True):
+        torch.testing.assert_close(mass, torch.stack(layers))
+        torch.testing.assert_close(mass.sum(-1), torch.ones(mass.shape[:3]), atol=1e-5, rtol=0)
+    free = state.batch.cache.num_free
+    state.release()
+    assert state.batch.cache.num_free > free and state.batch.cache.num_free == state.batch.cache.num_pages
+
+
+def test_requests_whose_block_is_done_have_no_mass():
+    model = _model("llama_shift")  # blocks of 16
+    config = DenoiseConfig(max_new_tokens=20, sampler=SAMPLER)
+    state = prefill(model, _prompts(model, (48, 60)), config)  # 15 open positions, and 4 behind the prompt's tail
+    masses = comparison.exact_masses(model, state, config, 1)
+    live = [[bool((mass[:, b] > 0).any()) for b in range(2)] for mass in masses]
+    assert live == [[True, True]] * 2 + [[True, False]] * 6
+    first = []
+    mage = dataclasses.replace(config, mode="mage", selection=SelectionConfig(k=16, g=1), dense_layers=())
+    generate(model, state.fork(), mage, callback=lambda info: first.append(info.mass))
+    assert torch.equal(first[0], masses[0])  # what MAGE selects by
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The comparison
+
+
+@pytest.mark.parametrize("variant", ["sdar", "llama_shift"])
+def test_every_method_runs_at_every_setting(variant):
+    loaded = _loaded(variant)
+    wanted = comparison.settings([16, 32], [1, 16], [0, 1])
+    assert len(wanted) == 8
+    lines = []
+    cases = _cases(loaded.model)
+    found = comparison.compare(loaded, cases, wanted, sampler=SAMPLER, tell=lines.append)
+    assert len(lines) == 8 and lines[0].startswith("K=16 g=1 dense=0: of 3 exact 2, mage 2, quest 2")
+    assert set(found.scores) == {(setting, name) for setting in wanted for name in METHODS[1:]}
+    rows = found.rows("needle", 64)
+    assert len(rows) == 1 + 8 * 6
+    block = loaded.config.block_size
+    assert rows[0]["prefix_tokens"] == pytest.approx(sum(len(ids) // block * block for _, ids in cases) / 3)
+    assert {row["T"] for row in rows} == {block // 2} and {row["n"] for row in rows} == {3}
+    for row in rows[1:]:
+        assert row["ci_low"] < row["score"] == row["exact"] == pytest.approx(2 / 3) and row["found_of_exact"] == 1
+        if row["method"] == "mage":
+            assert 0 <= row["recall_worst_layer"] <= row["recall"] <= 1
+            assert row["kept_mass_later"] <= row["kept_mass_own"] + 1e-6 <= 1 + 2e-6
+        else:
+            assert (row["mage_only"], row["method_only"], row["p_mage"]) == (0, 0, 1.0)
+        if row["method"] in ("quest", "tidal"):
+            assert row["kept_mass"] is None
+        else:
+            assert 0 < row["kept_mass"] <= 1 + 1e-6
+    assert json.loads(json.dumps(rows)) == rows
+
+
+def test_methods_differ_as_their_names_say():
+    loaded = _loaded()
+    state = prefill(loaded.model, _prompts(loaded.model, (40,)))
+    base = DenoiseConfig(sampler=SAMPLER)
+    found = comparison.configs(loaded.model, state.batch.cache, Setting(16, 1, 2), base)
+    assert tuple(found) == METHODS
+    assert all(config.dense_layers == (0, 1) and config.selection.k == 16 for config in found.values())
+    assert [name for name, config in found.items() if config.mode == "method"] == ["quest", "tidal"]
+    assert [name for name, config in found.items() if config.selection.sinks] == ["recency", "random"]
+    with pytest.raises(ValueError, match=r"names must be of exact, mage, .*, got 'oracle'"):
+        comparison.configs(loaded.model, state.batch.cache, Setting(16, 1, 2), base, ["oracle"])
+
+
+def test_budgets_that_hold_a_whole_prefix_are_refused():
+    loaded = _loaded()
+    with pytest.raises(ValueError, match="wanted must have K below every prefix, the shortest of which has 52 tokens"):
+        comparison.compare(loaded, _cases(loaded.model), [Setting(52, 1, 0)])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (([], [1], [0]), "ks must be different numbers, at least one"),
+        (([16, 16], [1], [0]), "ks must be different numbers"),
+        (([0], [1], [0]), "ks must be at least 1, got 0"),
+        (([16], [3], [0]), r"gs must be of \(1, 16, 32, 64\), got 3"),
+        (([16], [1], [-1]), "dense_layers must be at least 0, got -1"),
+        (([16], [32], [0]), r"ks must hold a multiple of one of gs = \[32\], got \[16\]"),
+    ],
+)
+def test_settings_name_the_argument(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        comparison.settings(*arguments)
+
+
+def test_a_suite_joins_its_batches(monkeypatch):
+    loaded = _loaded()
+    cases = _cases(loaded.model)
+    maker = SimpleNamespace(case=lambda seed, tokens, asked, distractors: cases[seed])
+    monkeypatch.setattr(needles, "_worker", {"loaded": loaded, "maker": maker})
+    runner = object.__new__(needles.Runner)
+    lines = []
+    runner.jobs, runner.batch, runner.progress, runner._pool = 1, 2, lines.append, None
+    wanted = [Setting(16, 1, 0)]
+    tasks = list(comparison.suite(runner, 3, wanted, ["needle", "four_of_eight"], ["mage", "random"]))
+    assert [[row["method"] for row in rows] for rows in tasks] == [["exact", "mage", "random"]] * 2
+    assert {row["n"] for rows in tasks for row in rows} == {3} and tasks[1][0]["distractors"] == 4
+    assert any(line.startswith("needle: 3/3 cases, exact 2") for line in lines)
+    whole = comparison.compare(loaded, cases, wanted, ["mage"]).rows("needle", 2048)[1]
+    assert tasks[0][1]["recall"] == pytest.approx(whole["recall"])
+    with pytest.raises(ValueError, match="tasks_wanted must be of needle, four_keys, four_of_eight, got 'lines'"):
+        list(comparison.suite(runner, 1, wanted, ["lines"]))
+    with pytest.raises(ValueError, match=r"methods_wanted must be of exact, .*, got 'oracle'"):
+        list(comparison.suite(runner, 1, wanted, ["needle"], ["oracle"]))
+
+
+def test_mcnemar_and_holm_against_hand_worked_values():
+    assert comparison.mcnemar(0, 0) == comparison.mcnemar(3, 3) == 1.0
+    assert comparison.mcnemar(1, 7) == comparison.mcnemar(7, 1) == pytest.approx(2 * (1 + 8) / 2**8)
+    assert comparison.mcnemar(0, 6) == pytest.approx(2 / 64)
+    # 0.01 <= 0.05 / 4, 0.015 <= 0.05 / 3, 0.03 > 0.05 / 2: then none of the larger ones
+    assert comparison.holm([0.03, 0.01, 0.04, 0.015]) == [False, True, False, True]
+    assert comparison.holm([]) == []
+
+
+def test_table_marks_what_differs_from_mage():
+    def row(method, k, score, **more):
+        base = {"task": "needle", "method": method, "K": k, "g": 1, "dense_layers": 0 if k else -1, "score": score}
+        return base | {"ci_low": 0.9, "ci_high": 1.0, "n": 100, "prefix_tokens": 1000.0} | more
+
+    rows = [
+        row("exact", 0, 1.0),
+        row("mage", 16, 0.9, recall=0.85),
+        row("quest", 16, 0.5, mage_only=40, method_only=0, p_mage=comparison.mcnemar(40, 0)),
+        row("random", 16, 0.89, mage_only=1, method_only=0, p_mage=1.0),
+    ]
+    head, names, line = comparison.table(rows)
+    assert head == "needle, g = 1, 0 dense layers: exact 100.0 % [90.0, 100.0], n = 100, prefix 1000"
+    assert names.split() == ["K", "K/prefix", "mage", "quest", "random", "recall"]
+    assert line.split() == ["16", "1.6", "%", "90.0", "50.0-", "89.0", "85.0", "%"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--k", "7", "--g", "16"], "eval: k must hold a multiple of one of gs = [16], got [7]"),
+        (["--k", "0"], "eval: k must be at least 1, got 0"),
+        (["--g", "3"], "eval: g must be of (1, 16, 32, 64), got 3"),
+        (["--dense-layers", "-1"], "dense_layers must be at least 0, got -1"),
+        (["--tokens", "100"], "tokens must be in [512, 8000]"),
+        (["--n", "0"], "n must be at least 1, got 0"),
+        (["--out", "no/such/folder/x.json"], "out must be in a folder that exists"),
+    ],
+)
+def test_mistakes_on_the_command_line_name_the_argument(arguments, message, capsys):
+    assert cli.main(["eval", "methods", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("mage: error: ") and error.count("\n") == 1 and message in error
+
+
+def test_files_of_an_h100_are_written_on_one(tmp_path):
+    with pytest.raises(ValueError, match="path must be outside of folders named h100 on cpu"):
+        needles.write_rows(tmp_path / "h100" / "methods.json", "eval/methods", "model", "cpu", "abc", [])
+    assert not (tmp_path / "h100").exists()
