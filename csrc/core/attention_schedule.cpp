@@ -10,7 +10,8 @@ namespace mage::core {
 
 namespace {
 
-constexpr int64_t kMinKeys = 128;    // tokens that a worker should have: below, its result costs more
+constexpr int64_t kMinKeys = 128;   // tokens that a worker should have: below, its result costs more
+constexpr int kLeastListShape = 1;  // the kernel of 64 rows of lists is that of short ones, which has a plan of its own
 constexpr int64_t kPieceKeys = 384;  // as many tokens as take as long as starting and ending a piece
 
 }  // namespace
@@ -39,10 +40,10 @@ int choose_row_shape(int64_t rows) {
 namespace {
 
 AttentionPlan plan(const BlockAttentionParams& p, int64_t requests, int64_t heads_per_request, int64_t max_length,
-                   int64_t sms) {
+                   int64_t sms, int least_shape) {
     AttentionPlan plan;
     plan.rows = p.num_queries * (p.num_heads / p.num_kv_heads);
-    plan.shape_index = choose_row_shape(plan.rows);
+    plan.shape_index = std::max(choose_row_shape(plan.rows), least_shape);
     plan.shape = row_shape(plan.shape_index);
     plan.row_tiles = (plan.rows + plan.shape.rows - 1) / plan.shape.rows;
     Schedule& s = plan.schedule;
@@ -69,11 +70,12 @@ void set_tile(Schedule* schedule, int64_t keys) {
 }
 
 AttentionPlan plan_attention(const BlockAttentionParams& p, int64_t sms) {
-    return plan(p, p.num_requests, p.num_kv_heads, p.max_seq_len, sms);
+    return plan(p, p.num_requests, p.num_kv_heads, p.max_seq_len, sms, 0);
 }
 
 AttentionPlan plan_list_attention(const BlockAttentionParams& p, int64_t list_tokens, int64_t sms) {
-    return plan(p, p.num_requests * p.num_kv_heads, 1, max_list_positions(list_tokens, p.max_seq_len), sms);
+    return plan(p, p.num_requests * p.num_kv_heads, 1, max_list_positions(list_tokens, p.max_seq_len), sms,
+                kLeastListShape);
 }
 
 }  // namespace mage::core

@@ -16,10 +16,12 @@ struct PoolBytes {
 struct AttentionArgs {
     core::Schedule schedule;
     int32_t guess_workers;  // of a segment, if all requests are as long as they may be; 0: the guess is not worth it
-    int32_t splits;         // workers of a cluster that share a segment and merge it themselves; 1: a segment has one
-                            // worker, and nothing is merged; 0: workers and pieces are as the schedule says
-    int32_t ctas;           // of a worker, where the kernel leaves that open
-    const void* q;          // [B, Q, H, D]
+    // Of lists: parts of a segment that a cluster has and merges itself; 1: a segment has one worker; 0: workers and
+    // pieces are as the schedule says, and a merge follows.
+    int32_t splits;
+    uint32_t splits_reciprocal;  // ceil(2^32 / splits), unless that is 1
+    int32_t ctas;                // that share the rows of a segment: 1, 2 or 4 where lists are short
+    const void* q;               // [B, Q, H, D]
     int64_t stride_q_request, stride_q_query, stride_q_head;
     const int32_t* block_table;
     int64_t stride_table;

@@ -26,6 +26,7 @@ constexpr int64_t kUnitsOfBlock = 64;       // that are worth a block of the mer
 constexpr int64_t kManyBlocks = 32;         // of a stream that finish masses
 constexpr int64_t kBlocksAtOnce = 2 * 132;  // of the merge
 constexpr int kMaxCluster = 16;             // CTAs
+constexpr int32_t kShortBoxShift = 4;       // of boxes of short lists
 
 const AttentionVariant& variant_of(DType dtype, int64_t head_dim, int row_shape, bool lists) {
     if (dtype == DType::kBFloat16) {
@@ -46,11 +47,12 @@ void check_supported(const char* op, const BlockAttentionParams& p, const UnitOu
                rows);
 }
 
-// How the segments of a call with lists are served by clusters that need no second launch.
-struct ClusterPlan {
-    int shape_index = 0;
-    int ctas = 1;    // of a worker
-    int splits = 0;  // workers of a segment; 0: no clusters
+// How a call with lists is served where no second launch is needed.
+struct ListPlan {
+    int shape_index = 0;  // 0: short lists
+    int ctas = 1;         // that share the rows of a segment
+    int splits = 0;       // of a segment; 0: the schedule's workers, and a merge
+    int64_t row_tiles = 1;
 };
 
 int64_t clusters_at_once(const char* op, const AttentionVariant& variant, int ctas) {
@@ -58,39 +60,55 @@ int64_t clusters_at_once(const char* op, const AttentionVariant& variant, int ct
                                  variant.shared_bytes);
 }
 
-// Of a call with lists: what takes least by a rough count, in microseconds. Lists are taken to be full.
-ClusterPlan plan_list_clusters(const char* op, const BlockAttentionParams& p, const core::AttentionPlan& plan,
-                               int64_t list_tokens) {
-    constexpr double kTile[core::kRowShapes] = {2.1, 1.6, 1.25, 1.6};
-    constexpr double kExchange[core::kRowShapes] = {3.1, 6.4, 0.0, 6.4};
-    constexpr double kSecondLaunch = 6.5;
-    constexpr int64_t kExpectedTail = 32;
-    ClusterPlan best;
-    const int64_t segments = int64_t{plan.schedule.num_requests} * plan.schedule.segments_per_request;
-    if (plan.schedule.fixed || plan.row_tiles != 1) return best;
-    const auto tiles_of = [&](const AttentionVariant& variant) {
-        return (list_tokens + kExpectedTail + variant.keys - 1) / variant.keys;
-    };
-    // Of a worker with so many tiles.
-    const auto time_of = [&](int shape, const AttentionVariant& variant, int64_t tiles) {
-        return kTile[shape] * static_cast<double>((tiles + variant.tiles - 1) / variant.tiles);
-    };
-    const AttentionVariant& balanced = variant_of(p.dtype, p.head_dim, plan.shape_index, true);
+// What takes least by a rough count, in microseconds. Lists are taken to be full.
+ListPlan plan_lists(const char* op, const BlockAttentionParams& p, const core::AttentionPlan& plan,
+                    int64_t list_tokens) {
+    constexpr double kTile[core::kRowShapes] = {0.0, 1.6, 1.25, 1.6};
+    constexpr double kStart = 5.0, kSecondLaunch = 6.5;
+    // Of short lists: a wave, a tile, a box of one, what splits of a number take to merge, and bytes of L2 in a
+    // microsecond. Clusters that are no power of two start late.
+    constexpr double kShortStart = 4.3, kShortTile = 0.55, kShortBox = 0.085, kBytes = 4.5e6;
+    constexpr struct {
+        int splits;
+        double time;
+    } kMerges[] = {{1, 0.0}, {2, 1.2}, {3, 1.9}, {4, 1.4}, {5, 1.9}, {6, 2.6}, {7, 3.0}, {8, 1.6}, {16, 2.4}};
+    constexpr int64_t kExpectedTail = 32, kBox = 16;
+    constexpr int64_t kMaxY = 65535;
+    ListPlan best;
+    if (plan.schedule.fixed) return best;
+    const int64_t tokens = list_tokens + kExpectedTail;
+    const int64_t streams = p.num_requests * p.num_kv_heads;
+    const AttentionVariant& general = variant_of(p.dtype, p.head_dim, plan.shape_index, true);
+    const auto time_of = [&](int64_t tiles) { return kStart + kTile[plan.shape_index] * static_cast<double>(tiles); };
+    const int64_t segments = streams * plan.row_tiles, tiles = (tokens + general.keys - 1) / general.keys;
     const int64_t workers = plan.schedule.max_workers;
-    double least =
-        time_of(plan.shape_index, balanced, (tiles_of(balanced) * segments + workers - 1) / workers) + kSecondLaunch;
-    for (const int shape : {0, plan.shape_index}) {
-        const AttentionVariant& variant = variant_of(p.dtype, p.head_dim, shape, true);
-        const int ctas =
-            variant.ctas == 0 ? static_cast<int>((plan.rows + variant.rows - 1) / variant.rows) : variant.ctas;
-        const int64_t tiles = tiles_of(variant);
-        for (int splits = 1; splits * ctas <= kMaxCluster && (splits == 1 || (variant.merges && splits <= tiles));
-             ++splits) {
+    double least = time_of((tiles * segments + workers - 1) / workers) + kSecondLaunch;
+    const auto consider = [&](double time, const ListPlan& candidate) {
+        if (time >= least) return;
+        least = time;
+        best = candidate;
+    };
+    if (segments <= clusters_at_once(op, general, general.ctas))
+        consider(time_of(tiles), {plan.shape_index, general.ctas, 1, plan.row_tiles});
+    const AttentionVariant& few = variant_of(p.dtype, p.head_dim, 0, true);
+    const int64_t groups = (plan.rows + few.rows - 1) / few.rows;
+    for (int ctas = 1; ctas <= 4 && ctas < 2 * groups; ctas *= 2) {
+        const int64_t row_tiles = (groups + ctas - 1) / ctas;
+        if (p.num_kv_heads * row_tiles > kMaxY) continue;
+        for (const auto& [splits, merge_time] : kMerges) {
+            if (splits * ctas > kMaxCluster) break;
+            const int64_t at_once = clusters_at_once(op, few, splits * ctas);
+            if (at_once == 0) continue;
+            const int64_t waves = (streams * row_tiles + at_once - 1) / at_once;
+            const int64_t boxes = ((tokens + kBox - 1) / kBox + splits - 1) / splits;
+            const int64_t of_tiles = (boxes * kBox + few.keys - 1) / few.keys;
+            const double products = kShortTile * static_cast<double>(of_tiles) + kShortBox * static_cast<double>(boxes);
+            // CTAs of a row that do not share K and V read them again.
+            const double bytes = static_cast<double>(std::min(at_once, streams * row_tiles) * splits * boxes) *
+                                 static_cast<double>(kBox * 4 * p.head_dim);
             const double time =
-                time_of(shape, variant, (tiles + splits - 1) / splits) + (splits > 1 ? kExchange[shape] : 0.0);
-            if (time >= least || segments > clusters_at_once(op, variant, splits * ctas)) continue;
-            least = time;
-            best = {shape, ctas, splits};
+                merge_time + static_cast<double>(waves) * (kShortStart + std::max(products, bytes / kBytes));
+            consider(time, {0, ctas, splits, row_tiles});
         }
     }
     return best;
@@ -135,10 +153,11 @@ void launch_block_attention(const char* op, const BlockAttentionParams& p, const
     MAGE_CHECK(plan.rows * group < (int64_t{1} << 32), op,
                ": q must have fewer than 2^32 rows per KV head times heads per KV head on CUDA, got ", plan.rows, " x ",
                group);
-    const ClusterPlan clusters = lists == nullptr ? ClusterPlan() : plan_list_clusters(op, p, plan, list_tokens);
-    const AttentionVariant& variant = variant_of(
-        p.dtype, p.head_dim, clusters.splits > 0 ? clusters.shape_index : plan.shape_index, lists != nullptr);
-    MAGE_CHECK(clusters.splits > 0 || variant.rows * std::max(variant.ctas, 1) == plan.shape.rows, op,
+    const ListPlan list_plan = lists == nullptr ? ListPlan() : plan_lists(op, p, plan, list_tokens);
+    const bool is_short = list_plan.splits > 0 && list_plan.shape_index == 0;
+    const AttentionVariant& variant =
+        variant_of(p.dtype, p.head_dim, is_short ? 0 : plan.shape_index, lists != nullptr);
+    MAGE_CHECK(is_short || variant.rows * std::max(variant.ctas, 1) == plan.shape.rows, op,
                ": internal: the kernel of ", variant.rows, " rows must serve the shape of ", plan.shape.rows);
     core::set_tile(&plan.schedule, variant.keys);
     const int64_t most_units = core::max_units(plan.schedule, most_positions);
@@ -153,10 +172,12 @@ void launch_block_attention(const char* op, const BlockAttentionParams& p, const
         outputs.granularity == 0 ? 0 : (p.max_seq_len + outputs.granularity - 1) / outputs.granularity;
     AttentionArgs args = {};
     args.schedule = plan.schedule;
-    args.splits = clusters.splits;
-    args.ctas = clusters.splits > 0 ? clusters.ctas : plan.shape.ctas;
-    if (clusters.splits > 0) {
-        args.guess_workers = clusters.splits;
+    args.splits = list_plan.splits;
+    args.splits_reciprocal =
+        args.splits < 2 ? 0 : static_cast<uint32_t>(((uint64_t{1} << 32) + args.splits - 1) / args.splits);
+    args.ctas = is_short ? list_plan.ctas : plan.shape.ctas;
+    if (list_plan.splits > 0) {
+        args.guess_workers = 1;
     } else if (lists == nullptr) {
         const auto units = static_cast<int32_t>(most_units / std::max(segments, int64_t{1}));
         const int32_t most = core::aligned_units(plan.schedule, static_cast<int32_t>(most_units), [&](int32_t t) {
@@ -185,13 +206,14 @@ void launch_block_attention(const char* op, const BlockAttentionParams& p, const
     args.page_shift = core::log2_of(p.pages.page_size);
     args.box_shift = std::min(args.page_shift, core::log2_of(kMaxBoxTokens));
     if (lists != nullptr) args.box_shift = std::min(args.box_shift, args.list_shift);
+    if (is_short) args.box_shift = std::min(args.box_shift, kShortBoxShift);
     args.num_queries = static_cast<int32_t>(p.num_queries);
     args.num_heads = static_cast<int32_t>(p.num_heads);
     args.num_kv_heads = static_cast<int32_t>(p.num_kv_heads);
     args.group = static_cast<int32_t>(group);
     args.group_reciprocal = static_cast<uint32_t>(((uint64_t{1} << 32) + args.group - 1) / args.group);
     args.rows = static_cast<int32_t>(plan.rows);
-    args.row_tiles = static_cast<int32_t>(plan.row_tiles);
+    args.row_tiles = static_cast<int32_t>(is_short ? list_plan.row_tiles : plan.row_tiles);
     args.tile_rows = static_cast<int32_t>(plan.shape.rows);
     args.head_dim = static_cast<int32_t>(p.head_dim);
     args.is_half = p.dtype == DType::kFloat16;
@@ -268,8 +290,12 @@ void launch_block_attention(const char* op, const BlockAttentionParams& p, const
     attention.shared_bytes = static_cast<uint32_t>(variant.shared_bytes);
     attention.cluster = static_cast<uint32_t>(args.ctas);
     attention.overlap = true;
-    if (args.splits > 0) {
+    if (is_short) {
         attention.cluster *= static_cast<uint32_t>(args.splits);
+        attention.grid[0] = attention.cluster;
+        attention.grid[1] = static_cast<uint32_t>(p.num_kv_heads * list_plan.row_tiles);
+        attention.grid[2] = static_cast<uint32_t>(p.num_requests);
+    } else if (args.splits > 0) {
         attention.grid[0] = static_cast<uint32_t>(segments) * attention.cluster;
     }
     core::launch(op, variant.attention, attention, stream, args, k_map, v_map);

@@ -1,6 +1,6 @@
 #pragma once
 
-#include "kernels/block_attention/cluster_merge.cuh"
+#include "kernels/block_attention/partial_row.cuh"
 #include "kernels/block_attention/pieces.cuh"
 
 // Purpose   out[r] = sum_t softmax(scale q[r] . k[t]) v[t] over the tokens of a paged KV stream, all of them or those
@@ -9,8 +9,8 @@
 // Schedule  persistent workers (core/attention_schedule.h): a CTA, or a pair of CTAs that share the rows of a tile and
 //           multicast K and V to one another. Of the first warpgroup, warp 0 feeds a ring of K and V tiles by TMA, and
 //           warp 1 writes the pieces of segments down for the merge; single tokens are gathered by all four warps.
-//           Each other warpgroup owns 64 rows; of small lists two share 64 and take tiles in turn (join). Workers of
-//           a cluster may share a segment of lists and merge it themselves (cluster_merge.cuh).
+//           Each other warpgroup owns 64 rows. A segment of lists may be a worker's own (is_whole); short lists have a
+//           kernel of their own (short_lists.cuh).
 //             per tile j:  mask, exponentials, sums, P = S in 16 bits
 //                          O += P V(j)              tensor cores; P is in registers, so that issuing lasts as long
 //                          S = Q K(j + 1)^T         tensor cores, asynchronous
@@ -20,7 +20,7 @@
 //           S, P and O in registers, float32 sums.
 // Sync      full_k/full_v[stage]: the producer's expectation and the copies' bytes, or one arrival of each warp that
 //           gathers. empty_k/empty_v[stage]: one arrival per consumer warp of the tile in every CTA of the worker.
-//           Named barriers: all consumers (V's tail is clear, results are joined); one per warpgroup (its Q is stored);
+//           Named barriers: all consumers (V's tail is clear); one per warpgroup (its Q is stored);
 //           consumers and producer, once (Q is asked for); one per warpgroup (its turn, two warpgroups at a time); all
 //           threads of lists, once (the piece is known).
 // Ceiling   max(bytes of K and V / HBM, 4 * rows padded to 64 * D * tokens / tensor cores); NOTES.md has the numbers.
@@ -30,81 +30,11 @@ namespace mage::cuda {
 template <int kStages>
 struct Ring {
     uint32_t stage = 0, parity = 0;
-    __device__ __forceinline__ void advance(uint32_t tiles = 1) {  // at most kStages
-        stage += tiles;
-        if (stage >= kStages) {
+    __device__ __forceinline__ void advance() {
+        if (++stage >= kStages) {
             stage -= kStages;
             parity ^= 1;
         }
-    }
-    __device__ __forceinline__ void back() {
-        if (stage == 0) parity ^= 1;
-        stage = stage == 0 ? kStages - 1 : stage - 1;
-    }
-};
-
-// A box of a listed unit: the unit and the one before it in the list.
-struct Entry {
-    int32_t unit = -1, previous = -1;
-};
-
-// Where a box is: its first token and the page of that; kBroken: it is not to be read.
-struct Place {
-    int32_t token = 0, page = 0;
-};
-constexpr int32_t kBroken = -1;
-
-// Where the positions of a piece are in the cache.
-template <bool kLists>
-struct Places {
-    const AttentionArgs& args;
-    const Piece& piece;
-    const int32_t token_end;
-    const int32_t *table, *list;
-
-    __device__ __forceinline__ Places(const AttentionArgs& a, const Piece& p)
-        : args(a),
-          piece(p),
-          token_end(p.token_end),
-          table(a.block_table + p.request * a.stride_table),
-          list(kLists ? list_of(a, p.request, p.kv_head) : nullptr) {}
-
-    __device__ __forceinline__ Entry entry_at(int32_t position) const {
-        Entry entry;
-        if constexpr (kLists) {
-            const int32_t at = position >> args.list_shift;
-            if (position < piece.list_end) entry = {list[at], at > 0 ? list[at - 1] : -1};
-        }
-        return entry;
-    }
-
-    // Past the piece it is nowhere, which is not broken.
-    __device__ __forceinline__ Place place_of(int32_t position, const Entry& entry) const {
-        Place place = {position, nowhere()};
-        bool is_listed = true;
-        if constexpr (kLists) {
-            if (position >= piece.list_end) {
-                place.token = piece.tail_begin + position - piece.list_end;
-            } else {
-                is_listed =
-                    entry.unit > entry.previous && entry.unit >= 0 && entry.unit <= piece.tail_begin >> args.list_shift;
-                place.token = is_listed ? (entry.unit << args.list_shift) + (position & (1 << args.list_shift) - 1) : 0;
-                is_listed = is_listed && place.token < piece.tail_begin;
-            }
-        }
-        if (position >= token_end) return place;
-        place.page = is_listed ? __ldg(table + (place.token >> args.page_shift)) : kBroken;
-        return place;
-    }
-
-    // The page past the pool.
-    __device__ __forceinline__ int32_t nowhere() const { return static_cast<int32_t>(max(args.num_pages, int64_t{1})); }
-
-    // Whether a place is to be masked; it then reads as zeros.
-    __device__ __forceinline__ bool mark(int32_t position, Place* place) const {
-        const bool is_broken = position < token_end && (place->page < 0 || place->page >= args.num_pages);
-        if (is_broken) place->page = nowhere();
-        return is_broken;
     }
 };
 
@@ -116,10 +46,11 @@ __device__ __forceinline__ void produce(const AttentionArgs& args, const CUtenso
                                         AttentionShared<Config>& shared) {
     constexpr int kKeys = Config::kKeys;
     const int32_t lane = threadIdx.x % kWarp;
-    const int32_t ctas = worker_ctas<Config>(args), rank = worker_rank<Config>(args);
+    constexpr int ctas = Config::kCtas;
+    const int32_t rank = worker_rank<Config>();
     const int32_t boxes = kKeys >> args.box_shift;
     const uint64_t policy = args.row_tiles == 1 ? device::kEvictFirst : device::kEvictNormal;
-    const auto receivers = static_cast<uint16_t>(((1 << ctas) - 1) << (device::cluster_rank() - rank));
+    constexpr auto receivers = static_cast<uint16_t>((1 << ctas) - 1);
     const int32_t own_box = lane % boxes, own_span = lane / boxes;
     const bool own = own_span < Config::kSpans && (Config::kCtas == 1 || lane % ctas == rank);
 
@@ -150,7 +81,7 @@ __device__ __forceinline__ void produce(const AttentionArgs& args, const CUtenso
                                                 piece.kv_head, place.page};
                 const uint32_t to = device::shared_address(tile) + own_span * (kKeys * kRowBytes) +
                                     own_box * (uint32_t{kRowBytes} << args.box_shift);
-                if (ctas == 1) {
+                if constexpr (ctas == 1) {
                     device::copy_box(map, to, device::shared_address(full), start, policy);
                 } else {
                     device::copy_box_multicast(map, to, device::shared_address(full), start, receivers, policy);
@@ -198,15 +129,6 @@ __device__ __forceinline__ void write_pieces(const AttentionArgs& args, Attentio
     } while (next_piece_of_warp<Config>(args, shared, &shared.piece[threadIdx.x / kWarp]));
 }
 
-// Arrives when all groups of copies of the warp but kPending are there, and visible to wgmma.
-template <int kPending>
-__device__ __forceinline__ void arrive(uint32_t barrier) {
-    device::copies_wait_but<kPending>();
-    device::fence_async_shared();
-    __syncwarp();
-    if (threadIdx.x % kWarp == 0) device::mbarrier_arrive(barrier);
-}
-
 // Single tokens are gathered by four warps, 16 bytes at a time: each warp finds the places of a quarter of a tile, a
 // lane to a token, and copies them. Every CTA gathers all of its tile by itself. Warp 1 writes pieces down too.
 template <typename Config>
@@ -215,7 +137,7 @@ __device__ __forceinline__ void gather(const AttentionArgs& args, AttentionShare
     constexpr int kChunks = Config::kDim / 8, kAtOnce = kWarp / kChunks;  // of 16 bytes in a row; rows at once
     const int32_t lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
     const int32_t chunk = lane % kChunks;
-    const bool writes = warp == 1 && splits_of<Config>(args) == 0 && worker_rank<Config>(args) == 0;
+    const bool writes = warp == 1 && !is_whole<Config>(args) && worker_rank<Config>() == 0;
     // The barrier of the half tile before: it is told when the next has been asked for, and all of its copies are
     // there.
     uint32_t behind = 0;
@@ -276,8 +198,7 @@ struct Consumer {
     using T = typename Config::T;
     static constexpr int kDim = Config::kDim;
     static constexpr int kKeys = Config::kKeys;
-    static constexpr int kBlocks = kKeys / 16;                // of 16 keys: a step of P V, and the finest unit
-    static constexpr int kStep = kKeys * Config::kKeyGroups;  // from a tile of this warpgroup to the next
+    static constexpr int kBlocks = kKeys / 16;  // of 16 keys: a step of P V, and the finest unit
 
     const AttentionArgs& args;
     AttentionShared<Config>& shared;
@@ -308,29 +229,25 @@ struct Consumer {
           thread(threadIdx.x - kWarpgroup),
           warpgroup(__shfl_sync(~0u, thread / kWarpgroup, 0)),  // known to be the same in a warp
           lane(threadIdx.x % kWarp),
-          rank(worker_rank<Config>(a)),
+          rank(worker_rank<Config>()),
           piece(sh.piece[threadIdx.x / kWarp]),
           shared_tile(device::tile_address(device::shared_address(&sh))) {}
 
-    // Of 64 rows each. Where warpgroups share rows, a tile belongs to one of them.
-    static constexpr bool kShares = Config::kKeyGroups > 1;
-    __device__ __forceinline__ int32_t row_group() const { return kShares ? 0 : warpgroup; }
     __device__ __forceinline__ int32_t row_in_cta() const {
-        return thread % (kWarpgroup * Config::kRowGroups) / kWarp * 16 + lane / 4;
+        return thread % Config::kConsumers / kWarp * 16 + lane / 4;
     }
     __device__ __forceinline__ int32_t row_of(int i) const { return first_row + 8 * i; }
 
     // Q rows of this warpgroup, swizzled, asynchronous; rows past R are zeros. A thread keeps its chunk of 16 bytes and
     // goes on by a multiple of 8 rows, so that the swizzle stays the same.
     static constexpr int kChunks = kDim / 8;
-    static constexpr int kLoaders = kWarpgroup * Config::kKeyGroups;  // threads of 64 rows
-    static constexpr int kRowStep = kLoaders / kChunks;
+    static constexpr int kRowStep = kWarpgroup / kChunks;
     static constexpr int kRounds = 64 / kRowStep;
 
     __device__ __forceinline__ uint32_t own_chunk(int32_t thread) const {
-        const int32_t chunk = thread % kChunks, group_row = thread % kLoaders / kChunks;
+        const int32_t chunk = thread % kChunks, group_row = thread % kWarpgroup / kChunks;
         return device::shared_address(shared.q) + chunk / 8 * (Config::kCtaRows * kRowBytes) +
-               (thread / kLoaders * 64 + group_row) * kRowBytes + ((chunk % 8) ^ (group_row % 8)) * 16;
+               (thread / kWarpgroup * 64 + group_row) * kRowBytes + ((chunk % 8) ^ (group_row % 8)) * 16;
     }
 
     __device__ __forceinline__ void start_q(const Piece& of) const {
@@ -338,8 +255,8 @@ struct Consumer {
         const int32_t thread = device::thread_index() - kWarpgroup;
         const T* base = static_cast<const T*>(args.q) + of.request * args.stride_q_request +
                         int64_t{of.kv_head} * args.group * args.stride_q_head + thread % kChunks * 8;
-        int32_t r = of.row_tile * tile_rows<Config>(args) + rank * Config::kCtaRows + thread / kLoaders * 64 +
-                    thread % kLoaders / kChunks;
+        int32_t r = of.row_tile * tile_rows<Config>() + rank * Config::kCtaRows + thread / kWarpgroup * 64 +
+                    thread % kWarpgroup / kChunks;
         uint32_t to = own_chunk(thread);
 #pragma unroll 1
         for (int i = 0; i < kRounds; ++i, r += kRowStep, to += kRowStep * kRowBytes) {
@@ -362,17 +279,13 @@ struct Consumer {
             }
         }
         device::fence_async_shared();
-        if constexpr (kShares) {
-            device::named_barrier(kTailBarrier, Config::kConsumers);
-        } else {
-            device::named_barrier(kGroupBarrier + thread / kWarpgroup, kWarpgroup);
-        }
+        device::named_barrier(kGroupBarrier + thread / kWarpgroup, kWarpgroup);
     }
 
     __device__ __forceinline__ void start_piece() {
         token_end = piece.token_end;
         prefix = piece.prefix;
-        first_row = piece.row_tile * tile_rows<Config>(args) + rank * Config::kCtaRows + row_in_cta();
+        first_row = piece.row_tile * tile_rows<Config>() + rank * Config::kCtaRows + row_in_cta();
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             limit[i] = piece.token_end;
@@ -400,7 +313,7 @@ struct Consumer {
 
     // S = Q K^T of a stage, asynchronous.
     __device__ __forceinline__ void start_scores(uint32_t stage) {
-        const uint64_t q = device::swizzled_tile(shared_tile + row_group() * (64 * kRowBytes / 16), kAtomBytes, 16);
+        const uint64_t q = device::swizzled_tile(shared_tile + warpgroup * (64 * kRowBytes / 16), kAtomBytes, 16);
         const uint64_t k =
             device::swizzled_tile(shared_tile + kKTile + stage * (Config::kTileBytes / 16), kAtomBytes, 16);
         device::pin_registers(s);
@@ -430,8 +343,8 @@ struct Consumer {
         const uint32_t barrier = device::shared_address(empty);
         if constexpr (Config::kCtas == 1) {
             if (lane == 0) device::mbarrier_arrive(barrier);
-        } else if (lane < worker_ctas<Config>(args)) {
-            device::mbarrier_arrive_cluster(barrier, device::cluster_rank() - rank + lane);
+        } else if (lane < Config::kCtas) {
+            device::mbarrier_arrive_cluster(barrier, lane);
         }
     }
 
@@ -451,8 +364,7 @@ struct Consumer {
     }
 
     __device__ __forceinline__ void clear_rows(uint32_t stage, int32_t first, int32_t rows) {
-        constexpr int32_t kThreads = kShares ? kWarpgroup : Config::kConsumers;
-        for (int32_t i = thread % kThreads; i < rows * Config::kSpans * 8; i += kThreads) {
+        for (int32_t i = thread % Config::kConsumers; i < rows * Config::kSpans * 8; i += Config::kConsumers) {
             const int32_t span = i / (rows * 8);
             const int32_t at = i - span * rows * 8;
             device::store_shared(
@@ -460,7 +372,7 @@ struct Consumer {
                 make_uint4(0, 0, 0, 0));
         }
         device::fence_async_shared();
-        device::named_barrier(kShares ? kGroupBarrier + warpgroup : kTailBarrier, kThreads);
+        device::named_barrier(kTailBarrier, Config::kConsumers);
     }
 
     // Scores of listed tokens past a row's limit, where that is below the tail.
@@ -655,7 +567,6 @@ struct Consumer {
         const int64_t stream = int64_t{piece.request} * args.num_kv_heads + piece.kv_head;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            if (!has_row(r)) continue;
             const float all = device::quad_sum(sum[r]);
             const float below = device::quad_sum(prefix_sum[r]);
             const float log2_all = all == 0.0f ? -INFINITY : reference[r] + device::log2_fast(all);
@@ -683,98 +594,45 @@ struct Consumer {
 
     __device__ __forceinline__ void store_partial(int r, float inverse, float log2_all, float log2_below) const {
         if (row_of(r) >= args.rows) return;
-        const int32_t tile_row = row_of(r) - piece.row_tile * tile_rows<Config>(args);
-        pack_row<kDim>(o, r, args.partial + (int64_t{piece.slot} * tile_rows<Config>(args) + tile_row) * (3 * kDim));
+        const int32_t tile_row = row_of(r) - piece.row_tile * tile_rows<Config>();
+        pack_row<kDim>(o, r, args.partial + (int64_t{piece.slot} * tile_rows<Config>() + tile_row) * (3 * kDim));
         if (lane % 4 == 0) {
-            float* stats = args.partial_rows + int64_t{piece.slot} * 3 * tile_rows<Config>(args) + tile_row;
+            float* stats = args.partial_rows + int64_t{piece.slot} * 3 * tile_rows<Config>() + tile_row;
             stats[0] = log2_all;
-            stats[tile_rows<Config>(args)] = log2_below;
-            stats[2 * tile_rows<Config>(args)] = inverse;
+            stats[tile_rows<Config>()] = log2_below;
+            stats[2 * tile_rows<Config>()] = inverse;
         }
-    }
-
-    // Whether this thread has the result of its row r: of rows that two warpgroups share each has one of two, see join.
-    __device__ __forceinline__ bool has_row(int r) const { return !kShares || r == warpgroup; }
-
-    // Adds up what two warpgroups have of the same rows: the second gives the first its part of the upper rows of their
-    // threads, and gets that of the lower. Through Q's place, which both have read.
-    __device__ __forceinline__ void join() {
-        static_assert(!kShares || Config::kKeyGroups == 2, "two warpgroups share rows");
-        auto* values = reinterpret_cast<float4*>(shared.q) + thread % kWarpgroup;
-        float2* sums = shared.joined + row_in_cta();
-        const auto give = [&](int r) {
-            const float all = device::quad_sum(sum[r]);
-#pragma unroll
-            for (int i = 0; i < kDim / 16; ++i) {
-                const float* from = o + 8 * i + 2 * r;
-                values[i * kWarpgroup] = make_float4(from[0], from[1], from[4], from[5]);
-            }
-            if (lane % 4 == 0) sums[8 * r] = make_float2(reference[r], all);
-        };
-        const auto take = [&](int r) {
-            const float2 other = sums[8 * r];
-            const float highest = fmaxf(reference[r], other.x);
-            const float base = highest == -INFINITY ? 0.0f : highest;
-            const float own = device::exp2_fast(reference[r] - base), share = device::exp2_fast(other.x - base);
-            const float all = device::quad_sum(sum[r]) * own + other.y * share;
-            sum[r] = lane % 4 == 0 ? all : 0.0f;
-            reference[r] = highest;
-#pragma unroll
-            for (int i = 0; i < kDim / 16; ++i) {
-                float* to = o + 8 * i + 2 * r;
-                const float4 x = values[i * kWarpgroup];
-                to[0] = to[0] * own + x.x * share;
-                to[1] = to[1] * own + x.y * share;
-                to[4] = to[4] * own + x.z * share;
-                to[5] = to[5] * own + x.w * share;
-            }
-        };
-        device::named_barrier(kTailBarrier, Config::kConsumers);
-        if (warpgroup == 1) give(0);
-        device::named_barrier(kTailBarrier, Config::kConsumers);
-        if (warpgroup == 0) {
-            take(0);
-            give(1);
-        }
-        device::named_barrier(kTailBarrier, Config::kConsumers);
-        if (warpgroup == 1) take(1);
-    }
-
-    // The piece's result goes to the CTAs of the cluster that own its rows.
-    __device__ __forceinline__ void send() const {
-        const float all[2] = {device::quad_sum(sum[0]), device::quad_sum(sum[1])};
-        const bool has[2] = {has_row(0), has_row(1)};
-        ClusterMerge<Config>(args, shared).send(o, row_in_cta(), reference, all, has);
     }
 
     // A segment without a position, where no merge follows.
     __device__ __forceinline__ void store_nothing() const {
-        const ClusterMerge<Config> merge(args, shared);
-        const float zeros[4] = {};
-        for (int32_t row = thread / kWarp; row < merge.valid; row += Config::kConsumers / kWarp) {
-            merge.write_row(merge.first_row + row, lane, zeros);
-            if (lane == 0) merge.write_lse(merge.first_row + row, -INFINITY);
+        for (int32_t i = thread / kWarp; i < Config::kCtaRows; i += Config::kConsumers / kWarp) {
+            const int32_t row = piece.row_tile * tile_rows<Config>() + rank * Config::kCtaRows + i;
+            if (row >= args.rows) return;
+            const int32_t query = query_of(args, row);
+            const int32_t head = piece.kv_head * args.group + row - query * args.group;
+            uint32_t* out = static_cast<uint32_t*>(args.out) +
+                            ((int64_t{piece.request} * args.num_queries + query) * args.num_heads + head) * (kDim / 2);
+            for (int32_t j = lane; j < kDim / 2; j += kWarp) out[j] = 0;
+            if (lane == 0)
+                args.lse[(int64_t{piece.request} * args.num_heads + head) * args.num_queries + query] = -INFINITY;
         }
     }
 
     // Q has been asked for where that did not have to wait for the piece.
     __device__ __forceinline__ void run() {
-        if (splits_of<Config>(args) > 0 && !shared.any) {
+        if (is_whole<Config>(args) && !shared.any) {
             device::copies_wait();  // of Q, which is not needed
-            if (splits_of<Config>(args) == 1) {
-                store_nothing();
-            } else if constexpr (ClusterMerge<Config>::kServed) {
-                ClusterMerge<Config>(args, shared).announce();
-            }
+            store_nothing();
         }
         Ring<Config::kStages> k_ring, v_ring;
         if (!shared.any) return;
         // Warpgroups take turns at the tensor cores: one multiplies while the others are at their softmax.
-        constexpr bool kTurns = Config::kRowGroups > 1;
+        constexpr bool kTurns = Config::kWarpgroups > 1;
         constexpr int kTurnThreads = 2 * kWarpgroup;
         const int32_t next_turn = warpgroup == Config::kWarpgroups - 1 ? 0 : warpgroup + 1;
         if (kTurns && next_turn == 0) device::named_barrier_arrive(kTurnBarrier, kTurnThreads);
-        if (splits_of<Config>(args) == 0) start_q(piece);
+        if (!is_whole<Config>(args)) start_q(piece);
         device::named_barrier_arrive(kStartBarrier, Config::kConsumers + kWarp);
         finish_q();
         while (true) {
@@ -782,69 +640,45 @@ struct Consumer {
 #pragma unroll
             for (int i = 0; i < kDim / 2; ++i) o[i] = 0.0f;
             int32_t token = piece.token_begin;
-            if constexpr (kShares) {
-                k_ring.advance(warpgroup);
-                v_ring.advance(warpgroup);
-                token += warpgroup * kKeys;
-            }
-            if (!kShares || token < token_end) {
-                device::mbarrier_wait(device::shared_address(&shared.full_k[k_ring.stage]), k_ring.parity);
+            device::mbarrier_wait(device::shared_address(&shared.full_k[k_ring.stage]), k_ring.parity);
+            device::pin_registers(o);
+            start_scores(k_ring.stage);
+            bool any_broken = is_broken(k_ring.stage);
+            device::wgmma_wait<0>();
+            for (;; token += kKeys) {
+                device::pin_registers(s);
                 device::pin_registers(o);
-                start_scores(k_ring.stage);
-                bool any_broken = is_broken(k_ring.stage);
-                device::wgmma_wait<0>();
-                for (;; token += kStep) {
-                    device::pin_registers(s);
-                    device::pin_registers(o);
-                    mask(token, k_ring.stage, any_broken);
-                    release(&shared.empty_k[k_ring.stage]);
-                    k_ring.advance(Config::kKeyGroups);
-                    softmax(token);
-                    device::mbarrier_wait(device::shared_address(&shared.full_v[v_ring.stage]), v_ring.parity);
-                    clear_hole(v_ring.stage, token);
-                    if (token + kStep >= token_end) break;
-                    device::mbarrier_wait(device::shared_address(&shared.full_k[k_ring.stage]), k_ring.parity);
-                    // P V of this tile, then S of the next. The tensor cores take P from registers, so that issuing P V
-                    // lasts about as long as it does: S comes last, that other work of this warpgroup may run beside
-                    // it.
-                    if (kTurns) device::named_barrier(kTurnBarrier + warpgroup, kTurnThreads);
-                    start_values(v_ring.stage);
-                    start_scores(k_ring.stage);
-                    if (kTurns) device::named_barrier_arrive(kTurnBarrier + next_turn, kTurnThreads);
-                    any_broken = is_broken(k_ring.stage);
-                    emit_units(token);
-                    device::wgmma_wait<0>();
-                    release(&shared.empty_v[v_ring.stage]);
-                    v_ring.advance(Config::kKeyGroups);
-                }
-                clear_tail(v_ring.stage, token);
+                mask(token, k_ring.stage, any_broken);
+                release(&shared.empty_k[k_ring.stage]);
+                k_ring.advance();
+                softmax(token);
+                device::mbarrier_wait(device::shared_address(&shared.full_v[v_ring.stage]), v_ring.parity);
+                clear_hole(v_ring.stage, token);
+                if (token + kKeys >= token_end) break;
+                device::mbarrier_wait(device::shared_address(&shared.full_k[k_ring.stage]), k_ring.parity);
+                // P V of this tile, then S of the next. The tensor cores take P from registers, so that issuing P V
+                // lasts about as long as it does: S comes last, that other work of this warpgroup may run beside
+                // it.
+                if (kTurns) device::named_barrier(kTurnBarrier + warpgroup, kTurnThreads);
                 start_values(v_ring.stage);
+                start_scores(k_ring.stage);
+                if (kTurns) device::named_barrier_arrive(kTurnBarrier + next_turn, kTurnThreads);
+                any_broken = is_broken(k_ring.stage);
                 emit_units(token);
                 device::wgmma_wait<0>();
-                device::pin_registers(o);
                 release(&shared.empty_v[v_ring.stage]);
-                v_ring.advance(Config::kKeyGroups);
+                v_ring.advance();
             }
-            if constexpr (kShares) {
-                // To the first tile of the next piece: the ring has had all tiles of this one.
-                const int32_t end = piece.token_begin + (token_end - piece.token_begin + kKeys - 1) / kKeys * kKeys;
-                const int32_t behind = token < token_end ? token + kStep : token;  // where it stands
-                if (behind > end) {
-                    k_ring.back();
-                    v_ring.back();
-                }
-                join();
-            }
-            if constexpr (ClusterMerge<Config>::kServed) {
-                if (splits_of<Config>(args) > 1) {
-                    send();
-                    break;
-                }
-            }
+            clear_tail(v_ring.stage, token);
+            start_values(v_ring.stage);
+            emit_units(token);
+            device::wgmma_wait<0>();
+            device::pin_registers(o);
+            release(&shared.empty_v[v_ring.stage]);
+            v_ring.advance();
             store();
             Piece& next = shared.next[threadIdx.x / kWarp];
             if (!next_piece_of_warp<Config>(args, shared, &next)) break;
-            if (kShares) device::named_barrier(kTailBarrier, Config::kConsumers);  // Q's place is free
             start_q(next);
             finish_q();
             if (lane == 0) shared.piece[threadIdx.x / kWarp] = next;
@@ -868,7 +702,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     if (threadIdx.x == kWarp) {
         device::prefetch_tensor_map(&k_map);
         device::prefetch_tensor_map(&v_map);
-        const uint32_t releases = Config::kConsumers / kWarp / Config::kKeyGroups * worker_ctas<Config>(args);
+        const uint32_t releases = Config::kConsumers / kWarp * Config::kCtas;
         const uint32_t fills = gathers(args) ? kWarpgroup / kWarp : 1;
 #pragma unroll
         for (int i = 0; i < Config::kStages; ++i) {
@@ -878,12 +712,10 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
             device::mbarrier_init(device::shared_address(&shared.empty_k[i]), releases);
             device::mbarrier_init(device::shared_address(&shared.empty_v[i]), releases);
         }
-        device::mbarrier_init(device::shared_address(&shared.ready), max(splits_of<Config>(args), 1));
-        device::mbarrier_init(device::shared_address(&shared.merged), 1);
         device::mbarrier_init_fence();
     }
-    const int32_t worker = static_cast<int32_t>(blockIdx.x) / worker_ctas<Config>(args);
-    const bool in_cluster = Config::kCtas != 1 || splits_of<Config>(args) > 1;
+    const int32_t worker = static_cast<int32_t>(blockIdx.x) / Config::kCtas;
+    constexpr bool in_cluster = Config::kCtas != 1;
     prefetch_first<Config>(args, worker);
     __syncthreads();
     if (in_cluster) device::cluster_sync_relaxed();  // its barriers are initialised
@@ -898,9 +730,10 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
             __syncwarp();
             device::named_barrier_arrive(kPieceBarrier, Config::kThreads);
         } else {
-            if (warp >= kWarpgroup / kWarp && args.splits > 0) {
+            if (warp >= kWarpgroup / kWarp && is_whole<Config>(args)) {
                 Piece segment;
-                place_worker<true>(args, worker, &segment);
+                const int32_t index = worker / args.schedule.segments_per_request;
+                place_segment<true>(args, index, worker - index * args.schedule.segments_per_request, &segment);
                 Consumer<Config>(args, shared).start_q(segment);
             }
             device::named_barrier(kPieceBarrier, Config::kThreads);
@@ -916,18 +749,12 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
             gather<Config>(args, shared);
         } else if (warp == 0) {
             produce<Config>(args, &k_map, &v_map, shared);
-        } else if (warp == 1 && worker_rank<Config>(args) == 0 && splits_of<Config>(args) == 0) {
+        } else if (warp == 1 && worker_rank<Config>() == 0 && !is_whole<Config>(args)) {
             write_pieces<Config>(args, shared);
         }
     } else {
         device::registers_grow<Config::kConsumerRegisters>();
-        if constexpr (ClusterMerge<Config>::kServed) {
-            if (splits_of<Config>(args) > 1 && threadIdx.x == kWarpgroup) ClusterMerge<Config>(args, shared).expect();
-        }
         Consumer<Config>(args, shared).run();
-        if constexpr (ClusterMerge<Config>::kServed) {
-            if (splits_of<Config>(args) > 1) ClusterMerge<Config>(args, shared).finish();
-        }
     }
     // No CTA of a cluster leaves while another may still write to it.
     if (in_cluster) device::cluster_sync_relaxed();

@@ -37,6 +37,14 @@ struct PackedElements {
         upper = reinterpret_cast<const uint2*>(row)[lane];
         bytes = reinterpret_cast<const uint32_t*>(row + 2 * head_dim)[lane];
     }
+    // The same from shared memory, by its address there.
+    __device__ __forceinline__ void load_shared(uint32_t row, int32_t head_dim, int32_t lane) {
+        asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];"
+                     : "=r"(upper.x), "=r"(upper.y)
+                     : "r"(row + 8 * lane)
+                     : "memory");
+        asm volatile("ld.shared.b32 %0, [%1];" : "=r"(bytes) : "r"(row + 2 * head_dim + 4 * lane) : "memory");
+    }
     __device__ __forceinline__ void add_to(float (&sum)[4], float share) const {
         sum[0] += share * __uint_as_float(__byte_perm(upper.x, bytes, 0x1044) & 0xFFFFFF00u);
         sum[1] += share * __uint_as_float(__byte_perm(upper.x, bytes, 0x3255) & 0xFFFFFF00u);

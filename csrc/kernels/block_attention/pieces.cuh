@@ -28,7 +28,7 @@ constexpr int kAtomBytes = 8 * kRowBytes;
 // Named barriers; of kGroupBarrier and kTurnBarrier one for each warpgroup.
 constexpr int kTailBarrier = 1, kGroupBarrier = 2, kStartBarrier = 5, kTurnBarrier = 6, kPieceBarrier = 9;
 
-template <typename T_, int kDim_, int kWarpgroups_, int kKeys_, int kStages_, int kCtas_, bool kLists_, int kKeyGroups_>
+template <typename T_, int kDim_, int kWarpgroups_, int kKeys_, int kStages_, int kCtas_, bool kLists_>
 struct AttentionConfig {
     using T = T_;
     static constexpr bool kLists = kLists_;
@@ -36,10 +36,8 @@ struct AttentionConfig {
     static constexpr int kWarpgroups = kWarpgroups_;  // of consumers
     static constexpr int kKeys = kKeys_;              // tokens of a tile
     static constexpr int kStages = kStages_;
-    static constexpr int kCtas = kCtas_;            // of a worker; 0: as the launch says, at most 4
-    static constexpr int kKeyGroups = kKeyGroups_;  // warpgroups that share rows and take tiles in turn
-    static constexpr int kRowGroups = kWarpgroups / kKeyGroups;
-    static constexpr int kCtaRows = 64 * kRowGroups;
+    static constexpr int kCtas = kCtas_;  // of a worker
+    static constexpr int kCtaRows = 64 * kWarpgroups;
     static constexpr int kConsumers = kWarpgroup * kWarpgroups;
     static constexpr int kThreads = kConsumers + kWarpgroup;
     static constexpr int kSpans = kDim / kSpan;
@@ -78,9 +76,6 @@ struct alignas(1024) AttentionShared {
     uint4 broken[Config::kStages];  // bit i: box i of the tile lies on a page outside the pool
     uint64_t full_k[Config::kStages], full_v[Config::kStages];
     uint64_t empty_k[Config::kStages], empty_v[Config::kStages];
-    uint64_t ready, merged;  // of ClusterMerge
-    float2
-        joined[Config::kKeyGroups > 1 ? Config::kCtaRows : 1];  // reference and sum of rows that another warpgroup adds
     // The worker's part, whether it has a piece, and every warp's walk through its pieces.
     Share share;
     bool any;
@@ -88,46 +83,52 @@ struct alignas(1024) AttentionShared {
     Walk walk[Config::kThreads / 32];
 };
 
-template <typename Config>
-__device__ __forceinline__ int32_t worker_ctas(const AttentionArgs& args) {
-    return Config::kCtas == 0 ? args.ctas : Config::kCtas;
-}
-
 // Boxes of one token: threads copy them.
 __device__ __forceinline__ bool gathers(const AttentionArgs& args) { return args.box_shift == 0; }
 
-// Workers of a cluster that share a segment, or 0; dense calls have no such clusters.
+// Whether a worker has a segment of lists to itself, and no merge follows.
 template <typename Config>
-__device__ __forceinline__ int32_t splits_of(const AttentionArgs& args) {
-    return Config::kLists ? args.splits : 0;
+__device__ __forceinline__ bool is_whole(const AttentionArgs& args) {
+    return Config::kLists && args.splits == 1;
 }
 
 // Rows of a worker's tile.
 template <typename Config>
-__device__ __forceinline__ int32_t tile_rows(const AttentionArgs& args) {
-    return Config::kCtaRows * worker_ctas<Config>(args);
+__device__ __forceinline__ constexpr int32_t tile_rows() {
+    return Config::kCtaRows * Config::kCtas;
 }
 
 // This CTA among those of its worker.
 template <typename Config>
-__device__ __forceinline__ int32_t worker_rank(const AttentionArgs& args) {
-    return Config::kCtas == 1 ? 0 : static_cast<int32_t>(device::cluster_rank()) % worker_ctas<Config>(args);
+__device__ __forceinline__ int32_t worker_rank() {
+    return Config::kCtas == 1 ? 0 : static_cast<int32_t>(device::cluster_rank());
 }
 
 __device__ __forceinline__ int32_t clamped_length(const AttentionArgs& args, int32_t request) {
     return min(max(args.seq_lens[request], 0), args.max_seq_len);
 }
 
+// What the device knows of a stream of a call with lists, as it is there.
+struct StreamFacts {
+    int32_t count, tail_start, seq_len;
+
+    __device__ __forceinline__ StreamFacts(const AttentionArgs& args, int32_t request, int32_t kv_head)
+        : count(args.counts[request * args.num_kv_heads + kv_head]),
+          tail_start(args.tail_start[request]),
+          seq_len(args.seq_lens[request]) {}
+};
+
 // A stream of a call with lists.
 struct ListStream {
     int32_t list_end, tail_begin, tail_start, length;  // length: positions
 
-    __device__ __forceinline__ ListStream(const AttentionArgs& args, int32_t request, int32_t kv_head) {
-        const int32_t count = args.counts[request * args.num_kv_heads + kv_head];
-        const int32_t start = args.tail_start[request];
-        const int32_t seq_len = clamped_length(args, request);
-        list_end = min(max(count, 0), args.capacity) << args.list_shift;
-        tail_start = min(max(start, 0), seq_len);
+    __device__ __forceinline__ ListStream(const AttentionArgs& args, int32_t request, int32_t kv_head)
+        : ListStream(args, StreamFacts(args, request, kv_head)) {}
+
+    __device__ __forceinline__ ListStream(const AttentionArgs& args, const StreamFacts& facts) {
+        const int32_t seq_len = min(max(facts.seq_len, 0), args.max_seq_len);
+        list_end = min(max(facts.count, 0), args.capacity) << args.list_shift;
+        tail_start = min(max(facts.tail_start, 0), seq_len);
         tail_begin = tail_start >> args.box_shift << args.box_shift;
         length = list_end + seq_len - tail_begin;
     }
@@ -177,20 +178,22 @@ __device__ __forceinline__ void place_segment(const AttentionArgs& args, int32_t
     }
 }
 
+// Where a stream's list and tail are; one warp.
+__device__ __forceinline__ void set_list(const AttentionArgs& args, const ListStream& stream, Piece* piece) {
+    piece->list_end = piece->hole_end = stream.list_end;
+    piece->tail_begin = stream.tail_begin;
+    if (stream.tail_start > stream.tail_begin) {
+        const int32_t cut = stream.tail_start >> args.list_shift, count = stream.list_end >> args.list_shift;
+        if (!is_listed(list_of(args, piece->request, piece->kv_head), count, cut))
+            piece->hole_end += stream.tail_start - stream.tail_begin;
+    }
+}
+
 // And what does not depend on the piece.
 template <bool kLists>
 __device__ __forceinline__ void set_segment(const AttentionArgs& args, int32_t index, int32_t segment, Piece* piece) {
     place_segment<kLists>(args, index, segment, piece);
-    if constexpr (kLists) {
-        const ListStream stream(args, piece->request, piece->kv_head);
-        piece->list_end = piece->hole_end = stream.list_end;
-        piece->tail_begin = stream.tail_begin;
-        if (stream.tail_start > stream.tail_begin) {
-            const int32_t cut = stream.tail_start >> args.list_shift, count = stream.list_end >> args.list_shift;
-            if (!is_listed(list_of(args, piece->request, piece->kv_head), count, cut))
-                piece->hole_end += stream.tail_start - stream.tail_begin;
-        }
-    }
+    if constexpr (kLists) set_list(args, ListStream(args, piece->request, piece->kv_head), piece);
     piece->prefix = args.prefix_lens != nullptr ? max(0, args.prefix_lens[piece->request]) : INT32_MAX;
 }
 
@@ -297,30 +300,15 @@ __device__ __forceinline__ bool balanced_piece(const AttentionArgs& args, const 
     return next_piece<kLists>(args, share, walk, piece);
 }
 
-// Whose segment a worker's cluster shares, and which of its workers it is.
-template <bool kLists>
-__device__ __forceinline__ int32_t place_worker(const AttentionArgs& args, int32_t worker, Piece* piece) {
-    const core::Schedule& s = args.schedule;
-    const int32_t at = worker / args.splits, index = at / s.segments_per_request;
-    place_segment<kLists>(args, index, at - index * s.segments_per_request, piece);
-    return worker - at * args.splits;
-}
-
-// The piece of a worker in such a cluster; pieces: how many of its workers have one.
-template <bool kLists>
-__device__ __forceinline__ bool cluster_piece(const AttentionArgs& args, int32_t worker, Piece* piece) {
-    const core::Schedule& s = args.schedule;
-    const int32_t at = worker / args.splits, split = worker - at * args.splits;
-    const int32_t index = at / s.segments_per_request;
-    set_segment<kLists>(args, index, at - index * s.segments_per_request, piece);
-    const int32_t length = stream_length<kLists>(args, piece->request, piece->kv_head);
-    const int32_t units = core::units_of(s, length);
-    piece->pieces = min(args.splits, units);
+// The piece of a worker that has all of a segment of lists.
+__device__ __forceinline__ bool whole_piece(const AttentionArgs& args, int32_t worker, Piece* piece) {
+    const int32_t index = worker / args.schedule.segments_per_request;
+    set_segment<true>(args, index, worker - index * args.schedule.segments_per_request, piece);
+    piece->pieces = 1;
     piece->slot = -1;
-    const bool any = split < piece->pieces;
-    piece->token_begin = any ? core::first_unit(units, piece->pieces, split) * s.unit_tokens : 0;
-    piece->token_end = any ? min(length, core::first_unit(units, piece->pieces, split + 1) * s.unit_tokens) : 0;
-    return any;
+    piece->token_begin = 0;
+    piece->token_end = stream_length<true>(args, piece->request, piece->kv_head);
+    return piece->token_end > 0;
 }
 
 // Finds the units of a worker and its first piece; one warp.
@@ -328,9 +316,9 @@ template <int kWarps, bool kLists, typename Shared>
 __device__ __forceinline__ void find_start(const AttentionArgs& args, int32_t worker, Shared& shared) {
     const core::Schedule& s = args.schedule;
     const int32_t lane = threadIdx.x % kWarp;
-    if (kLists && args.splits > 0) {
+    if (kLists && args.splits == 1) {
         Piece piece;
-        const bool any = cluster_piece<kLists>(args, worker, &piece);
+        const bool any = whole_piece(args, worker, &piece);
         piece.first = true;
         if (lane < kWarps) {
             shared.piece[lane] = piece;
@@ -375,6 +363,86 @@ __device__ __forceinline__ void find_start(const AttentionArgs& args, int32_t wo
     }
 }
 
+// A box of a listed unit: the unit and the one before it in the list.
+struct Entry {
+    int32_t unit = -1, previous = -1;
+};
+
+// Where a box is: its first token and the page of that; kBroken: it is not to be read.
+struct Place {
+    int32_t token = 0, page = 0;
+};
+constexpr int32_t kBroken = -1;
+
+// Where the positions of a piece are in the cache.
+template <bool kLists>
+struct Places {
+    const AttentionArgs& args;
+    const Piece& piece;
+    const int32_t token_end;
+    const int32_t *table, *list;
+
+    __device__ __forceinline__ Places(const AttentionArgs& a, const Piece& p)
+        : args(a),
+          piece(p),
+          token_end(p.token_end),
+          table(a.block_table + p.request * a.stride_table),
+          list(kLists ? list_of(a, p.request, p.kv_head) : nullptr) {}
+
+    __device__ __forceinline__ Entry entry_at(int32_t position) const {
+        Entry entry;
+        if constexpr (kLists) {
+            const int32_t at = position >> args.list_shift;
+            if (position < piece.list_end) entry = {list[at], at > 0 ? list[at - 1] : -1};
+        }
+        return entry;
+    }
+
+    // Past the piece it is nowhere, which is not broken.
+    __device__ __forceinline__ Place place_of(int32_t position, const Entry& entry) const {
+        Place place = place_at(position, entry);
+        if (position < token_end && place.page != kBroken) place.page = __ldg(table + (place.token >> args.page_shift));
+        return place;
+    }
+
+    // The same but for the page, if there is one to look up.
+    __device__ __forceinline__ Place place_at(int32_t position, const Entry& entry) const {
+        Place place = {position, nowhere()};
+        bool is_listed = true;
+        if constexpr (kLists) {
+            if (position >= piece.list_end) {
+                place.token = piece.tail_begin + position - piece.list_end;
+            } else {
+                is_listed =
+                    entry.unit > entry.previous && entry.unit >= 0 && entry.unit <= piece.tail_begin >> args.list_shift;
+                place.token = is_listed ? (entry.unit << args.list_shift) + (position & (1 << args.list_shift) - 1) : 0;
+                is_listed = is_listed && place.token < piece.tail_begin;
+            }
+        }
+        if (position < token_end && !is_listed) place.page = kBroken;
+        return place;
+    }
+
+    // The page past the pool.
+    __device__ __forceinline__ int32_t nowhere() const { return static_cast<int32_t>(max(args.num_pages, int64_t{1})); }
+
+    // Whether a place is to be masked; it then reads as zeros.
+    __device__ __forceinline__ bool mark(int32_t position, Place* place) const {
+        const bool is_broken = position < token_end && (place->page < 0 || place->page >= args.num_pages);
+        if (is_broken) place->page = nowhere();
+        return is_broken;
+    }
+};
+
+// Arrives when all groups of copies of the warp but kPending are there, and visible to wgmma.
+template <int kPending>
+__device__ __forceinline__ void arrive(uint32_t barrier) {
+    device::copies_wait_but<kPending>();
+    device::fence_async_shared();
+    __syncwarp();
+    if (threadIdx.x % kWarp == 0) device::mbarrier_arrive(barrier);
+}
+
 // Before the launches ahead are known to be complete: brings what the worker's piece will need into L2, by the guess
 // that all requests are as long as they may be (or all lists), so that lengths, lists, pages and Q are not waited for
 // one after the other.
@@ -408,7 +476,7 @@ __device__ __forceinline__ void prefetch_first(const AttentionArgs& args, int32_
         }
     } else {
         constexpr int32_t kLines = (Config::kDim * 2 + 127) / 128;  // of a row
-        const int32_t first_row = row_tile * tile_rows<Config>(args) + worker_rank<Config>(args) * Config::kCtaRows;
+        const int32_t first_row = row_tile * tile_rows<Config>() + worker_rank<Config>() * Config::kCtaRows;
         for (int32_t i = thread - (kWarpgroup - kWarp); i < Config::kCtaRows * kLines; i += Config::kConsumers) {
             const int32_t row = first_row + i / kLines;
             if (row >= args.rows) break;

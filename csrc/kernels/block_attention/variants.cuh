@@ -1,8 +1,7 @@
 #pragma once
 
-#include <type_traits>
-
 #include "kernels/block_attention/mainloop.cuh"
+#include "kernels/block_attention/short_lists.cuh"
 #include "kernels/block_attention/variants.h"
 
 namespace mage::cuda {
@@ -16,22 +15,40 @@ AttentionVariant make_variant(const char* name) {
             static_cast<int>(sizeof(AttentionShared<Config>)) + 1024,
             Config::kCtaRows,
             Config::kCtas,
-            Config::kKeys,
-            Config::kKeyGroups,
-            ClusterMerge<Config>::kServed};
+            Config::kKeys};
 }
 
-// Stages fill the 227 KB of shared memory that a CTA may have. Lists of 64 rows have as many CTAs as the launch says,
-// and two warpgroups for the same rows: what is small waits for latencies.
+template <typename Config>
+AttentionVariant make_short_variant(const char* name) {
+    static_assert(sizeof(ShortListShared<Config>) + 1024 <= 232448, "a CTA may have 227 KB");
+    return {name,
+            &mage_block_attention_short_list_kernel<Config>,
+            Config::kThreads,
+            static_cast<int>(sizeof(ShortListShared<Config>)) + 1024,
+            Config::kRows,
+            0,
+            Config::kKeys};
+}
+
+// The first of lists is the kernel of short ones, of any number of rows.
+template <typename T, int kDim, bool kLists>
+AttentionVariant first_variant(const char* name) {
+    if constexpr (kLists) {
+        return make_short_variant<ShortListConfig<T, kDim>>(name);
+    } else {
+        return make_variant<AttentionConfig<T, kDim, 1, 64, kDim == 64 ? 12 : 6, 1, false>>(name);
+    }
+}
+
+// Stages fill the 227 KB of shared memory that a CTA may have.
 template <typename T, int kDim, bool kLists>
 const AttentionVariant& variant_of(int row_shape, const char* const (&names)[4]) {
     constexpr int kDeep = kDim == 64 ? 2 : 1;
     static const AttentionVariant variants[core::kRowShapes] = {
-        make_variant<std::conditional_t<kLists, AttentionConfig<T, kDim, 2, 128, 3 * kDeep, 0, true, 2>,
-                                        AttentionConfig<T, kDim, 1, 64, 6 * kDeep, 1, false, 1>>>(names[0]),
-        make_variant<AttentionConfig<T, kDim, 2, 128, 3 * kDeep, 1, kLists, 1>>(names[1]),
-        make_variant<AttentionConfig<T, kDim, 3, 64, 5 * kDeep, 1, kLists, 1>>(names[2]),
-        make_variant<AttentionConfig<T, kDim, 2, 128, 3 * kDeep, 2, kLists, 1>>(names[3]),
+        first_variant<T, kDim, kLists>(names[0]),
+        make_variant<AttentionConfig<T, kDim, 2, 128, 3 * kDeep, 1, kLists>>(names[1]),
+        make_variant<AttentionConfig<T, kDim, 3, 64, 5 * kDeep, 1, kLists>>(names[2]),
+        make_variant<AttentionConfig<T, kDim, 2, 128, 3 * kDeep, 2, kLists>>(names[3]),
     };
     return variants[row_shape];
 }

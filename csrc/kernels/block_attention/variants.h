@@ -7,7 +7,7 @@
 #include "mage/types.h"
 
 // The compiled instances of the attention kernel: dtype x head dim x row shape (core/attention_schedule.h) x what it
-// reads, a range of tokens or lists.
+// reads, a range of tokens or lists. Lists of the first shape are those of short_lists.cuh, for any number of rows.
 namespace mage::cuda {
 
 using AttentionKernel = void (*)(AttentionArgs, CUtensorMap, CUtensorMap);
@@ -20,8 +20,6 @@ struct AttentionVariant {
     AttentionKernel attention;
     int threads, shared_bytes;
     int rows, ctas, keys;  // of a CTA; of a worker, 0: as the launch says; of a tile
-    int tiles;             // that a CTA has in hand at once
-    bool merges;           // in a cluster
 };
 
 // The launch after attention: merges pieces and, with masses, finishes these too.
