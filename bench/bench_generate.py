@@ -8,12 +8,13 @@ Weights are random and so are the prefix's K and V: right for speed, the text me
 torch.compile. A block is T - 1 forwards under token shift, whose first position is known, else T, and its commit; T is
 forced by a static sampler. Times are from one commit to the next, so everything between two blocks is in them.
 
-Methods: exact; FA3: exact with FlashAttention-3 in place of our kernel, in the same graphs (its own number of splits,
-in the rows of SHOWN the fastest one); mage. In the rows of SHOWN also: FlashInfer, composed: our exact block with the
-time of our attention replaced by FlashInfer's, both measured over the layers of the same cache; mage fused: the commit
-in one forward with the next block's first (families without shift); mage carried: lists of a block serve the next
-three, too; quest, tidal and sparsed at the same K and g; autoregressive: a forward per token, for as many tokens as a
-block has; published: Fast-dLLM v2's own loop in eager torch (1 x 16K).
+Methods: exact and mage, everywhere with the largest and the smallest T. In the rows of SHOWN every T, dense layers and
+FA3: exact with FlashAttention-3 in place of our kernel, in the same graphs, with the number of splits that is fastest
+there; FlashInfer, composed: our exact block with the time of our attention replaced by FlashInfer's, both measured over
+the layers of the same cache; mage fused: the commit in one forward with the next block's first (families without
+shift); mage carried: lists of a block serve the next three, too; quest, tidal and sparsed at the same K and g;
+autoregressive: a forward per token, for as many tokens as a block has; published: Fast-dLLM v2's own loop in eager
+torch (1 x 16K).
 floor = every forward at the floor of its products (weights, inputs, outputs / 3.05 TB/s or flops / 700 TFLOP/s) plus
 that of its attention. The ceiling of a ratio is the ratio of floors; the share says how much of it was reached.
 """
@@ -52,6 +53,7 @@ from mage_ext.selection import SelectionConfig
 
 CONTEXTS = {"4K": 4096, "16K": 16384, "32K": 32768, "64K": 65536, "128K": 131072}
 BATCHES = (1, 4, 8, 16)
+BATCHES_IN_ORDER = (1, 8, 16, 4)  # of their turn, where time is short
 BLOCKS = 3
 SPARE_BYTES = 9 * 2**30  # for masses, logits, graphs and peers beside weights and cache
 FA3_SPLITS = (0, 1, 2, 4, 8, 16)
@@ -71,6 +73,14 @@ class Place:
     @property
     def context(self) -> int:
         return CONTEXTS[self.context_name]
+
+    @property
+    def name(self) -> str:
+        return f"{self.model} {self.batch} x {self.context_name}"
+
+    @property
+    def shown(self) -> bool:
+        return any(self.matches(pattern) for pattern in SHOWN)
 
     def matches(self, pattern: str) -> bool:
         """pattern: MODEL:BATCH:CONTEXT, parts may be left out."""
@@ -252,23 +262,24 @@ class Bench:
     def run(self, place: Place, fa3: Fa3 | None, methods: list[str]) -> None:
         """All rows of a place."""
         args, block = self.args, self.model.config.block_size
-        shown = any(place.matches(pattern) for pattern in SHOWN)
+        shown = place.shown
         graphs = StepGraphs()
-        exact = {steps: self.measure(place, config_of("exact", steps, block), graphs) for steps in args.steps}
-        theirs = {} if fa3 is None else self.fa3(place, fa3, exact, FA3_SPLITS if shown else FA3_SPLITS[:1])
+        all_steps = args.steps if shown else list(dict.fromkeys((max(args.steps), min(args.steps))))
+        exact = {steps: self.measure(place, config_of("exact", steps, block), graphs) for steps in all_steps}
+        theirs = self.fa3(place, fa3, exact) if shown and fa3 is not None else {}
         if shown and "flashinfer" in methods:
             self.flashinfer(place, exact)
-        for steps in args.steps:
+        for steps in all_steps:
             times = exact[steps]
             self.row(place, "exact", steps, times, times.block_ms, 0, "FA3", theirs.get(steps))
-            for dense in args.dense_layers:
+            for dense in args.dense_layers if shown else args.dense_layers[:1]:
                 times = self.measure(place, config_of("mage", steps, block, args.k, args.g, dense), graphs)
                 extra = {"fa3_ratio": theirs[steps] / times.block_ms} if steps in theirs else {}
                 self.row(place, "mage", steps, times, times.block_ms, dense, "exact", exact[steps].block_ms, **extra)
         if shown and "baselines" in methods:
             self.baselines(place, exact, graphs)
 
-    def fa3(self, place: Place, fa3: Fa3, exact: dict[int, BlockTimes], choices: tuple[int, ...]) -> dict[int, float]:
+    def fa3(self, place: Place, fa3: Fa3, exact: dict[int, BlockTimes]) -> dict[int, float]:
         """Block times of the loop with FA3's attention, by T."""
         block, theirs = self.model.config.block_size, {}
 
@@ -277,7 +288,7 @@ class Bench:
                 return self.measure(place, config_of("exact", steps, block), StepGraphs())
 
         few = min(self.args.steps)
-        tried = {splits: measure(few, splits) for splits in choices}
+        tried = {splits: measure(few, splits) for splits in FA3_SPLITS}
         best = min(tried, key=lambda splits: tried[splits].block_ms)
         for steps in dict.fromkeys((max(self.args.steps), few)):
             times = tried[best] if steps == few else measure(steps, best)
@@ -367,6 +378,7 @@ def main() -> None:
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--fa3", help="the library _vllm_fa3_C.abi3.so")
     parser.add_argument("--no-compile", action="store_true", help="do without torch.compile")
+    parser.add_argument("--minutes", type=float, default=60, help="no place is begun after so many minutes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", help="result file, written on an H100 only")
     args = parser.parse_args()
@@ -384,21 +396,29 @@ def main() -> None:
             fa3 = Fa3(args.fa3, FA3_SPLITS)
         except Exception as error:
             print(f"FA3: {reason_of(error)}")
-    rows, left_out = [], []
+    rows, left_out, too_late = [], [], []
     begun = time.perf_counter()
-    for name in dict.fromkeys(place.model for place in places):
+    names = list(dict.fromkeys(place.model for place in places))
+    models = list(range(1, len(names) + 1))  # still to come, with this one
+    for name in names:
         bench = Bench(args, name, [place for place in places if place.model == name])
-        for place in bench.places:
-            bench.run(place, fa3, methods)
+        todo = sorted(bench.places, key=lambda place: (not place.shown, BATCHES_IN_ORDER.index(place.batch)))
+        share = (time.perf_counter() - begun) + max(args.minutes * 60 - (time.perf_counter() - begun), 0) / models.pop()
+        for place in todo:
+            if time.perf_counter() - begun < share:
+                bench.run(place, fa3, methods)
+            else:
+                too_late.append(place.name)
         rows += bench.rows
-        left_out += [f"{p.model} {p.batch} x {p.context_name}" for p in bench.left_out]
+        left_out += [place.name for place in bench.left_out]
         del bench
         gc.collect()
         torch.cuda.empty_cache()
     print(
         f"{time.perf_counter() - begun:.0f} s; left out, for they don't fit this GPU: {', '.join(left_out) or 'none'}"
     )
-    finish(args, "generate", device, rows, weights="random", left_out=left_out)
+    print(f"left out, for the time was over: {', '.join(too_late) or 'none'}")
+    finish(args, "generate", device, rows, weights="random", too_large=left_out, no_time=too_late)
 
 
 if __name__ == "__main__":
