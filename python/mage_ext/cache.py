@@ -242,9 +242,10 @@ class PagedCache:
 
     def _checked(self, pages: Sequence[int], name: str = "pages") -> list[int]:
         pages = check_list("PagedCache", name, pages, "a list of page numbers")
+        num_pages = self.num_pages
         for page in pages:
-            if not isinstance(page, int) or isinstance(page, bool) or not 0 <= page < self.num_pages:
-                raise ValueError(f"PagedCache: {name} must be integers in [0, {self.num_pages}), got {got(page)}")
+            if not isinstance(page, int) or isinstance(page, bool) or not 0 <= page < num_pages:
+                raise ValueError(f"PagedCache: {name} must be integers in [0, {num_pages}), got {got(page)}")
         return pages
 
     def _grow(self, count: int) -> None:
@@ -259,7 +260,7 @@ class RaggedBatch:
     """Block tables of B requests of any lengths on one cache.
 
     Fields:
-        cache: the pages. block_table: [B, max_pages], int32, on the cache's device; -1 where a request has no page.
+        cache: the pages.
 
     Raises:
         TypeError: cache is no PagedCache. ValueError: num_requests is no integer >= 0.
@@ -272,10 +273,27 @@ class RaggedBatch:
             raise ValueError(f"RaggedBatch: num_requests must be below 2^24, got {num_requests}")
         self.cache = cache
         self._pages: list[list[int]] = [[] for _ in range(num_requests)]
-        self.block_table = torch.full((num_requests, 1), -1, dtype=torch.int32, device=cache.device)
+        self._block_table = torch.full((num_requests, 1), -1, dtype=torch.int32, device=cache.device)
+        self._stale: set[int] = set()  # requests whose rows are others by now
 
     def __len__(self) -> int:
         return len(self._pages)
+
+    @property
+    def block_table(self) -> Tensor:
+        """[B, max_pages], int32, on the cache's device; -1 where a request has no page. Read it anew after a change:
+        rows are written when somebody asks for them, all in one copy."""
+        if self._stale:
+            stale, device = sorted(self._stale), self._block_table.device
+            width = max(self._block_table.shape[1], *(len(self._pages[request]) for request in stale))
+            missing = width - self._block_table.shape[1]
+            if missing:
+                self._block_table = torch.nn.functional.pad(self._block_table, (0, missing), value=-1)
+            rows = [page for r in stale for page in (*self._pages[r], *[-1] * (width - len(self._pages[r])))]
+            rows = upload(rows, device, torch.int32).view(len(stale), width)
+            self._block_table.index_copy_(0, upload(stale, device), rows)
+            self._stale.clear()
+        return self._block_table
 
     def pages(self, request: int) -> list[int]:
         """Page numbers of a request, in the order of its tokens."""
@@ -301,14 +319,16 @@ class RaggedBatch:
                 f"RaggedBatch: request {request} must find {missing} free pages of {self.cache.page_size} tokens "
                 f"for its {num_tokens} tokens, got {self.cache.num_free} of {self.cache.num_pages}"
             ) from None
-        self._write_row(request)
+        self._stale.add(request)
 
     def release(self, request: int) -> None:
         """Returns all pages of a request; its row becomes -1."""
         self._check_request(request)
+        if not self._pages[request]:
+            return
         self.cache.release(self._pages[request])
         self._pages[request] = []
-        self.block_table[request] = -1
+        self._stale.add(request)
 
     def release_all(self) -> None:
         """Returns all pages of all requests."""
@@ -346,17 +366,8 @@ class RaggedBatch:
             twin._pages[request] = shared
         for request, page in zip(partial, copies, strict=True):
             twin._pages[request].append(page)
-        for request in range(len(twin)):
-            twin._write_row(request)
+        twin._stale.update(range(len(twin)))
         return twin
 
     def _check_request(self, request: int) -> None:
         check_index("RaggedBatch", "request", request, len(self))
-
-    def _write_row(self, request: int) -> None:
-        pages = self._pages[request]
-        width = self.block_table.shape[1]
-        if len(pages) > width:
-            self.block_table = torch.nn.functional.pad(self.block_table, (0, len(pages) - width), value=-1)
-        row = pages + [-1] * (self.block_table.shape[1] - len(pages))
-        self.block_table[request] = upload(row, self.block_table.device, torch.int32)

@@ -6,6 +6,7 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 
+from mage_ext import cache as cache_module
 from mage_ext.cache import PAGE_SIZES, OutOfPages, PagedCache, RaggedBatch
 from mage_ext.testing.tiny import tiny_config, tiny_model
 
@@ -50,6 +51,26 @@ def test_reserve_fills_the_row_and_keeps_what_is_there():
     assert batch.block_table.dtype == torch.int32
     assert batch.block_table.tolist() == [[*batch.pages(0), -1, -1], batch.pages(1), [-1, -1, -1]]
     assert batch.cache.num_free == 8 - 4
+
+
+def test_rows_are_written_when_they_are_read(monkeypatch):
+    """All that changed in one copy, nothing where nobody asks."""
+    uploads = []
+    upload = cache_module.upload
+    monkeypatch.setattr(cache_module, "upload", lambda values, *a: uploads.append(len(values)) or upload(values, *a))
+    batch = RaggedBatch(_cache(num_pages=12), 4)
+    for request, tokens in enumerate((17, 40, 5, 33)):
+        batch.reserve(request, tokens)
+    batch.release(2)
+    assert not uploads
+    rows = [[*batch.pages(r), *[-1] * (3 - len(batch.pages(r)))] for r in range(4)]
+    assert batch.block_table.tolist() == rows and uploads == [4 * 3, 4]
+    batch.release(1)
+    batch.reserve(2, 64)
+    rows = [[*batch.pages(r), *[-1] * (4 - len(batch.pages(r)))] for r in range(4)]
+    assert batch.block_table.tolist() == rows and uploads[2:] == [2 * 4, 2]
+    batch.release_all()
+    assert len(uploads) == 4 and (batch.block_table == -1).all()
 
 
 def test_only_the_request_that_does_not_fit_is_refused():
