@@ -1,17 +1,21 @@
 """The tensors of the blocks that a batch works on: one place per request, places may be empty.
 
-They are written in place, block after block, so that CUDA graphs which read them can be replayed. This module knows
-which positions are open and which requests have ended; it knows neither the model nor attention.
+They are written in place, block after block, so that CUDA graphs which read them can be replayed. What is written
+`step_functions` computes; this module knows neither the model nor attention.
 
 Test: pytest tests/python/test_denoise.py
 """
 
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from mage_ext._upload import upload
+from mage_ext.sampling import Draws, SamplerConfig
+from mage_ext.step_functions import StepRows, begin_block, bind, decide_step, rows_of_step
 
 
 @dataclass(frozen=True)
@@ -46,14 +50,16 @@ class BlockSlots:
         block_table: [A, pages], int32.
         carried: [A], bool, starts the block with the lists it has.
         mass_rows: [A, Q], bool, rows whose logits an undecided position consumes; fixed for the block.
-        ended: [A], bool. steps: [A], int64, forwards in which a request was live.
-        candidates: [A, Q], bool, open positions of each request's current sub-block. live: [A], bool, has candidates.
-        sub_start: [A], int64, first position of the current sub-block. first_open: [A], bool, that position is a
-            candidate.
+        steps: [A], int64, forwards in which a request was live.
+        candidates: [A, Q], bool, open positions of each request's current sub-block.
+        sub_start: [A], int64, first position of the current sub-block.
+        flags: [A, 3], bool: the request is live, which means that it has candidates; the first position of its
+            sub-block is one; it has ended.
         previous_tokens: [A, Q], int64, of the block before. uncommitted: [A], bool, that block is not committed yet.
         next_token: [A], int64, what the commit predicts for the position after the block (under token shift).
-        flags: [3], bool: some request is live; no live request has the first position of its sub-block open; some
-            request has not ended.
+
+    Args:
+        sampler: decides. compile: what the steps compute goes through torch.compile.
     """
 
     def __init__(
@@ -65,15 +71,18 @@ class BlockSlots:
         mask_id: int,
         eos_ids: tuple[int, ...],
         token_shift: bool,
+        sampler: SamplerConfig,
+        compile: bool,
         device: torch.device,
     ):
         size = block_size
-        self.sub_block_size = sub_block_size
-        self._mask_id, self._token_shift = mask_id, token_shift
+        self.block_size, self.sub_block_size = block_size, sub_block_size
+        self._mask_id, self._token_shift, self._compile = mask_id, token_shift, compile
+        constants = {"sub_block_size": sub_block_size, "eos_ids": eos_ids}
+        self._begin_block = bind(begin_block, compile, token_shift=token_shift, **constants)
+        self._decide_step = bind(decide_step, compile, sampler=sampler, **constants)
         self.rows: list[BlockRow | None] = [None] * num_places
         self.max_seq_len = 0
-        self.index = torch.arange(size, device=device)
-        self._eos = upload(eos_ids, device, torch.int64)
 
         def new(*shape: int, dtype: torch.dtype = torch.bool) -> Tensor:
             return torch.zeros(*shape, dtype=dtype, device=device)
@@ -85,10 +94,14 @@ class BlockSlots:
         self.tokens, self.positions = new(places, size, dtype=torch.int64), new(places, size, dtype=torch.int64)
         self.open, self.candidates, self.mass_rows = (new(places, size) for _ in range(3))
         self._may_end, self._is_last = new(places, size), new(places, size)
-        self.carried, self.ended, self.live, self.first_open = (new(places) for _ in range(4))
+        self.carried, self.flags = new(places), new(places, 3)
         self.start = new(places, dtype=torch.int32)
         self.seeds, self.steps, self.sub_start, self.next_token = (new(places, dtype=torch.int64) for _ in range(4))
-        self.flags = new(3)
+
+    @property
+    def ended(self) -> Tensor:
+        """[A], bool, a view of the flags."""
+        return self.flags[:, 2]
 
     @property
     def num_places(self) -> int:
@@ -114,7 +127,7 @@ class BlockSlots:
             block_table: [A, pages], int32; of another width than before, the table is another tensor than before.
             max_seq_len: host bound. last: the slots of the last block, maybe these, to which the rows refer.
         """
-        size = len(self.index)
+        size = self.block_size
         device = self.tokens.device
         self.rows, self.max_seq_len = rows, max_seq_len
         staged = []
@@ -143,44 +156,71 @@ class BlockSlots:
 
     def begin(self) -> None:
         """Fills the tensors of new blocks from what was staged."""
-        size = len(self.index)
-        self.tokens.copy_(self._staged[:, :size])
-        known, prompt_end, last, start, seeds, carried, vacant = self._staged[:, size:, None].unbind(1)  # [A, 1]
-        self.open.copy_(self.index >= known)
-        self._may_end.copy_(self.index >= prompt_end)  # EOS of the prompt's tail ends nothing
-        self._is_last.copy_(self.index == last)
-        self.positions.copy_(start + self.index)
-        self.start.copy_(start[:, 0])
-        self.seeds.copy_(seeds[:, 0])
-        self.carried.copy_(carried[:, 0])
-        if self._token_shift:
-            self.mass_rows.copy_(torch.nn.functional.pad(self.open[:, 1:], (0, 1)))
-        else:
-            self.mass_rows.copy_(self.open)
-        self.ended.copy_(vacant[:, 0])
-        self.steps.zero_()
-        self._update()
+        first, state = self._begin_block(self._staged)
+        fields = (self.positions, self.start, self.seeds, self.carried, self.mass_rows, self._may_end, self._is_last)
+        _copy((*fields, *self._state), (*first, *state))
 
-    def decide(self, decided: Tensor, tokens: Tensor, live: Tensor) -> None:
-        """Fixes positions after a forward. decided: [A, Q], bool. tokens: [A, Q], int64. live: [A], bool, took part."""
-        self.steps.add_(live)
-        self.tokens.copy_(torch.where(decided, tokens, self.tokens))
-        self.open.logical_and_(~decided)
-        self._update()
+    def rows_of_step(self, **variant: bool) -> StepRows:
+        """What a forward of a variant sends, stores and draws; variant: as `step_functions.rows_of_step` takes it."""
+        function = bind(
+            rows_of_step,
+            self._compile,
+            sub_block_size=self.sub_block_size,
+            token_shift=self._token_shift,
+            **variant,
+        )
+        return function(
+            self.tokens,
+            self.positions,
+            self.candidates,
+            self.mass_rows,
+            self.start,
+            self.sub_start,
+            self.flags,
+            self.seeds,
+            self.steps,
+            self.carried,
+            self.previous_tokens,
+            self.uncommitted,
+        )
 
-    def _update(self) -> None:
-        """Recomputes what follows from tokens and open positions."""
-        is_eos = (self.tokens[..., None] == self._eos).any(-1)
-        ends = self._is_last | (self._may_end & is_eos)
-        decided_up_to = (~self.open).cumprod(-1).bool()
-        self.ended.logical_or_((decided_up_to & ends).any(-1))
-        candidates = self.open & ~self.ended[:, None]
-        first = candidates.int().argmax(-1)
-        self.sub_start.copy_(first - first % self.sub_block_size)
-        self.candidates.copy_(candidates & (self.index < (self.sub_start + self.sub_block_size)[:, None]))
-        self.live.copy_(self.candidates.any(-1))
-        self.first_open.copy_(self.live & (first == self.sub_start))
-        self.flags.copy_(torch.stack((self.live.any(), ~self.first_open.any(), ~self.ended.all())))
+    def decide(self, draws: Draws, candidates: Tensor, live: Tensor) -> Tensor:
+        """Fixes positions after a forward.
+
+        Args:
+            draws: [A, sub_block_size], of the positions from sub_start on.
+            candidates: [A, Q], bool, positions that may be decided. live: [A], bool, took part.
+        Returns:
+            [A, Q], bool, what was decided.
+        """
+        decided, state = self._decide_step(
+            *draws,
+            candidates,
+            live,
+            self.tokens,
+            self.open,
+            self.steps,
+            self.sub_start,
+            self.flags,
+            self._may_end,
+            self._is_last,
+        )
+        _copy(self._state, state)
+        return decided
+
+    @property
+    def _state(self) -> tuple[Tensor, ...]:
+        """In the order of a BlockState."""
+        return self.tokens, self.open, self.steps, self.candidates, self.sub_start, self.flags
+
+
+def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copies tensors into others of their types, on CUDA in one kernel per type."""
+    groups: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+    for target, source in zip(targets, sources, strict=True):
+        groups[target.dtype].append((target, source))
+    for pairs in groups.values():
+        torch._foreach_copy_(*(list(tensors) for tensors in zip(*pairs, strict=True)))
 
 
 def _sources(places: list[int | None]) -> tuple[list[bool], list[int]]:

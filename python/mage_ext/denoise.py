@@ -43,9 +43,10 @@ from mage_ext.paged_forward import (
     PagedForward,
     Write,
 )
-from mage_ext.prefill import DenoiseState, check_prompts, check_run, check_seeds, new_state, prefill, prefill_requests
+from mage_ext.prefill import DenoiseState, check_length, check_run, check_seeds, new_state, prefill, prefill_requests
 from mage_ext.results import FinishedBlock, Progress, Result, StepInfo
 from mage_ext.selection import BlockSelection
+from mage_ext.step_functions import StepRows
 from mage_ext.step_graphs import StepGraphs
 
 __all__ = ["BlockStream", "DenoiseConfig", "DenoiseState", "StepGraphs", "generate", "prefill"]
@@ -152,7 +153,8 @@ def generate(
             raise ValueError("generate: model and cache must be those of the state's prefill, got others")
         if seeds is not None:
             state.seeds = check_seeds(seeds, len(state.prompts))
-        check_prompts(model, state.prompts, config.max_new_tokens)
+        for index, prompt in enumerate(state.prompts):
+            check_length(model, index, prompt, config.max_new_tokens)
     else:
         state = new_state(model, prompts, config, seeds, cache, max_batch)
     graphs = StepGraphs() if graphs is None else graphs
@@ -194,13 +196,13 @@ class _LaggingFlags:
         self._queue: list[tuple[Tensor, torch.cuda.Event | None]] = []
 
     def push(self, flags: Tensor) -> None:
-        """flags: [n], bool."""
+        """flags: [A, n], bool."""
         if not self._cuda:
             self._queue.append((flags.clone(), None))
             return
         self._queue.append(_copy_to_host(flags))
 
-    def read(self) -> list[bool] | None:
+    def read(self) -> list[list[bool]] | None:
         """The flags of `lag` pushes ago; None if there are none yet."""
         if len(self._queue) <= self.lag:
             return None
@@ -369,6 +371,8 @@ class _Run:
                 mask_id=model_config.mask_id,
                 eos_ids=eos_ids,
                 token_shift=model_config.token_shift,
+                sampler=config.sampler,
+                compile=state.model.compiled,
                 device=device,
             ),
         )
@@ -420,15 +424,16 @@ class _Run:
         for step in range(num_steps):
             seen = flags.read()
             if seen is not None:
-                goes_on = seen[2]
-                if not seen[0]:
+                live, first_open, ended = zip(*seen, strict=True)
+                goes_on = not all(ended)
+                if not any(live):
                     break
-                narrow = config.sub_block_cache and step > 0 and seen[1]
+                narrow = config.sub_block_cache and step > 0 and not any(first_open)
             self.progress.show(f"block {index}, forward {step}, {len(self.active)} requests")
             self._step(slots, plan, index, step, narrow)
             flags.push(slots.flags)
         if not flags.lag:
-            goes_on = slots.flags.tolist()[2]
+            goes_on = not all(slots.ended.tolist())
         with profiling.span("outcome"):
             tensors = {"tokens": slots.tokens, "ended": slots.ended, "steps": slots.steps}
             if self.lists.selection is not None and self.lists.requests == slots.requests:
@@ -439,14 +444,14 @@ class _Run:
         if (
             not config.fuse_commit
             and goes_on
-            and any(row is not None and row.last >= len(slots.index) for row in slots.rows)
+            and any(row is not None and row.last >= slots.block_size for row in slots.rows)
         ):
             outcome.commit_mass = self._commit(slots, index)
         return slots, plan, outcome
 
     def _max_steps(self, slots: BlockSlots) -> int:
         """Forwards after which every open position is decided for certain."""
-        size, sub = len(slots.index), self.sub_block_size
+        size, sub = slots.block_size, self.sub_block_size
         counts = [0]
         for row in slots.rows:
             if row is not None:
@@ -470,7 +475,7 @@ class _Run:
             mass = emission.mass
             with profiling.span("select_kv"):
                 self.lists.take(slots.requests, plan, slots.start, mass, emission.votes)
-        self._tell(slots, index, step, kind, self.sub_block_size if narrow else len(slots.index), decided, mass)
+        self._tell(slots, index, step, kind, self.sub_block_size if narrow else slots.block_size, decided, mass)
 
     def _kind(self, plan: list[str], step: int) -> str:
         """For the callback."""
@@ -530,98 +535,64 @@ class _Run:
         """A step on the device: rows, attention, draws, decisions. Returns what was decided, [A, Q], bool, and the mass
         of the forward."""
         config, model = self.config, self.state.model
-        size, sub = model.config.block_size, self.sub_block_size
-        device = slots.tokens.device
 
         # 1. Which rows are sent and whose K/V they replace.
-        live, candidates = slots.live, slots.candidates
-        if variant.narrow:
-            # The first position of every sub-block is decided: its rows alone. Where a flag that lags could not know
-            # yet that a request has come to its next sub-block, it sits this forward out; its next draws have the same
-            # keys.
-            live = live & ~slots.first_open
-            candidates = candidates & live[:, None]
-            rows = slots.sub_start[:, None] + slots.index[:sub]  # [A, sub]
-            tokens, positions = slots.tokens.gather(1, rows), slots.positions.gather(1, rows)
-            first_row = slots.sub_start
-            starts = [(live, slots.start + slots.sub_start.int(), None)]
-        else:
-            tokens, positions = slots.tokens, slots.positions
-            first_row = torch.zeros_like(slots.sub_start)
-            starts = [(live, slots.start, None)]
-            if variant.later:
-                # Requests of both kinds: all rows of those that start a sub-block, the sub-block's rows of the others.
-                starts = [
-                    (slots.first_open, slots.start, None),
-                    (live & ~slots.first_open, slots.start + slots.sub_start.int(), slots.sub_start),
-                ]
-        writes = [Write(torch.where(who, start, NOT_WRITTEN), row, sub) for who, start, row in starts]
-        row_mask = slots.mass_rows if config.selection.score_rows == "open" else None
-        kv_lens = None
-        if variant.fused:
-            # The clean block before comes first, and sees itself and what is before it.
-            both = live & slots.uncommitted
-            writes = [
-                Write(torch.where(both, slots.start - size, NOT_WRITTEN)),
-                Write(
-                    torch.where(live & ~both, slots.start, NOT_WRITTEN), torch.full_like(slots.sub_start, size), size
-                ),
-            ]
-            tokens = torch.cat((slots.previous_tokens, tokens), 1)
-            positions = torch.cat(((positions - size).clamp(min=0), positions), 1)
-            ends = torch.stack((slots.start, slots.start + size), 1)  # [A, 2]
-            kv_lens = ends.repeat_interleave(size, 1)
-            rows_that_count = torch.ones_like(slots.mass_rows) if row_mask is None else row_mask
-            row_mask = torch.cat((torch.zeros_like(rows_that_count), rows_that_count), 1)
+        rows = slots.rows_of_step(
+            narrow=variant.narrow,
+            later=variant.later,
+            fused=variant.fused,
+            both_kinds=variant.exact and variant.sparse,
+            all_rows_count=config.selection.score_rows == "all",
+        )
+        num_written = slots.block_size if variant.fused else slots.sub_block_size
+        writes = [Write(start, first_row, num_written) for start, first_row in rows.writes]
 
         # 2. The forward, exact or sparse per request.
-        seq_lens = torch.where(live, slots.start + size, 0)
-        forward = self._paged(slots, writes, seq_lens)
-        forward.kv_lens = kv_lens
+        forward = self._paged(slots, writes, rows.seq_lens)
+        forward.kv_lens = rows.kv_lens
         if variant.exact or variant.sparse or variant.method:
             forward.selecting, forward.selection = self.layers, lists
-        if variant.exact and variant.sparse:
-            forward.sparse_lens = torch.where(slots.carried, seq_lens, 0)
-            forward.exact_lens = torch.where(slots.carried, 0, seq_lens)
-        elif variant.exact:
-            forward.exact_lens = seq_lens
-        elif variant.sparse:
-            forward.sparse_lens = seq_lens
+        if variant.exact:
+            forward.exact_lens = rows.exact_lens if variant.sparse else rows.seq_lens
+        if variant.sparse:
+            forward.sparse_lens = rows.sparse_lens if variant.exact else rows.seq_lens
         if variant.emits:
-            forward.emission = Emission(config.selection, row_mask, slots.start)
-        hidden = model.hidden(tokens, positions, forward)
-        if variant.fused:
-            hidden = hidden[:, size:]
+            forward.emission = Emission(config.selection, rows.row_mask, slots.start)
+        hidden = model.hidden(rows.tokens, rows.positions, forward)
 
-        # 3. Draws for the positions that may be decided. Row i predicts position i, or i + 1 under token shift.
-        if device.type == "cpu":
-            who, where = candidates.nonzero(as_tuple=True)
-        else:  # a fixed grid, since the number of candidates is known on the device only
-            where = slots.sub_start[:, None] + slots.index[:sub]
-            who = torch.arange(slots.num_places, device=device)[:, None].expand_as(where).flatten()
-            where = where.flatten()
-        row = (where - first_row[who] - int(model.config.token_shift)).clamp(min=0)
+        # 3. Draws for the positions that may be decided.
         with profiling.span("draw"):
-            draws = self._draw(hidden[who, row], slots, who, where)
-        grid = sampling.Draws(
-            *(torch.zeros(slots.tokens.shape, dtype=x.dtype, device=device).index_put((who, where), x) for x in draws)
-        )
+            draws = self._draw(hidden.flatten(0, 1), rows, slots)
 
         # 4. Decisions.
-        decided = sampling.decide(config.sampler, grid, candidates)
-        slots.decide(decided, grid.token, live)
+        decided = slots.decide(draws, rows.candidates, rows.live)
         emission = forward.emission
         return decided, None if emission is None else _Emitted(emission.mass(), emission.stacked_votes())
 
-    def _draw(self, hidden: Tensor, slots: BlockSlots, who: Tensor, where: Tensor) -> sampling.Draws:
-        """Draws for hidden states [N, hidden] of positions `where` [N] in the places `who` [N]."""
+    def _draw(self, hidden: Tensor, rows: StepRows, slots: BlockSlots) -> sampling.Draws:
+        """Draws [A, sub_block_size] from hidden states [A * R, hidden]."""
+        keys = [key.flatten() for key in (rows.seeds, rows.drawn_positions, rows.steps)]
+        drawn = None if rows.drawn is None else rows.drawn.flatten()
+        chosen = None
+        if hidden.device.type == "cpu":
+            # Rows that may be decided alone. Elsewhere all, since their number is known on the device only.
+            window = rows.drawn_positions - slots.positions[:, :1]
+            chosen = rows.candidates.gather(1, window).flatten().nonzero().squeeze(1)
+            drawn = chosen if drawn is None else drawn[chosen]
+            keys = [key[chosen] for key in keys]
+        draws = self._draw_rows(hidden if drawn is None else hidden.index_select(0, drawn), *keys)
+        if chosen is not None:
+            draws = [x.new_zeros(rows.steps.numel()).index_copy(0, chosen, x) for x in draws]
+        return sampling.Draws(*(x.view(rows.steps.shape) for x in draws))
+
+    def _draw_rows(self, hidden: Tensor, seeds: Tensor, positions: Tensor, steps: Tensor) -> sampling.Draws:
+        """Draws for hidden states [N, hidden] with the keys [N]."""
         model, sampler = self.state.model, self.config.sampler
         row_bytes = model.config.vocab_size * hidden.element_size() * (_DRAWN_FACTOR if sampler.temperature > 0 else 1)
         at_a_time = max(_LOGIT_BYTES // row_bytes, 32)
         parts = []
-        for begin in range(0, max(len(who), 1), at_a_time):
+        for begin in range(0, max(len(hidden), 1), at_a_time):
             part = slice(begin, begin + at_a_time)
-            rows, columns = who[part], where[part]
             with profiling.span("logits"):
                 logits = model.logits(hidden[part])
             parts.append(
@@ -631,9 +602,10 @@ class _Run:
                     temperature=sampler.temperature,
                     top_k=sampler.top_k,
                     top_p=sampler.top_p,
-                    seeds=slots.seeds[rows],
-                    positions=slots.positions[rows, columns],
-                    step=slots.steps[rows],
+                    seeds=seeds[part],
+                    positions=positions[part],
+                    step=steps[part],
+                    overwrite=True,
                 )
             )
             del logits  # before the next part has its own
@@ -649,7 +621,7 @@ class _Run:
     def _finish_block(self, slots: BlockSlots, plan: list[str], outcome: _Outcome, index: int) -> list[FinishedBlock]:
         """Reads the block back once: new tokens, ends, costs."""
         state, config = self.state, self.config
-        size = len(slots.index)
+        size = slots.block_size
         values = outcome.wait()
         seconds = time.perf_counter() - self.begun
         eos_ids = () if config.ignore_eos else state.model.config.eos_ids
@@ -722,14 +694,14 @@ class _Run:
                 ("commit", slots.num_places, measures), lambda: self._commit_forward(slots, measures)
             )
         if self.callback is not None:
-            self._tell(slots, index, -1, "commit", len(slots.index), torch.zeros_like(slots.open), None)
+            self._tell(slots, index, -1, "commit", slots.block_size, torch.zeros_like(slots.open), None)
         return mass
 
     def _commit_forward(self, slots: BlockSlots, measures: bool) -> Tensor | None:
         """The commit on the device. Returns its mass [L, A, Hkv, n] if it measures."""
         model = self.state.model
         starts = torch.where(slots.ended, NOT_WRITTEN, slots.start)
-        seq_lens = torch.where(slots.ended, 0, slots.start + len(slots.index))
+        seq_lens = torch.where(slots.ended, 0, slots.start + slots.block_size)
         forward = self._paged(slots, [Write(starts)], seq_lens)
         forward.final = True
         if measures:
@@ -742,7 +714,8 @@ class _Run:
             with profiling.span("logits"):
                 logits = model.logits(hidden[:, -1])
             with profiling.span("draw"):
-                slots.next_token.copy_(sampling.draw_tokens(logits, mask_id=model.config.mask_id).token)
+                draws = sampling.draw_tokens(logits, mask_id=model.config.mask_id, overwrite=True)
+                slots.next_token.copy_(draws.token)
         return forward.emission.mass() if measures else None
 
     def _tell(

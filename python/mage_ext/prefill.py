@@ -3,10 +3,12 @@
 Test: pytest tests/python/test_denoise.py
 """
 
+import array
 import dataclasses
 import time
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from mage_ext import profiling, sampling
@@ -134,20 +136,39 @@ def check_prompts(model: torch.nn.Module, prompts: Sequence[Sequence[int]], max_
     if not prompts:
         raise ValueError("generate: prompts must hold at least one prompt, got none")
     for i, prompt in enumerate(prompts):
-        for token in prompt:
-            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < config.vocab_size:
-                raise ValueError(
-                    f"generate: prompts[{i}] must hold ids in [0, vocab_size = {config.vocab_size}), got {token!r}"
-                )
-        if not prompt and config.token_shift:
-            raise ValueError(f"generate: prompts[{i}] must have at least one token under token shift, got none")
-        total = _blocks_of(len(prompt) + max_new_tokens, config.block_size)
-        if total > config.max_positions:
-            raise ValueError(
-                f"generate: prompts[{i}] and max_new_tokens must fit the model's {config.max_positions} positions, got "
-                f"{len(prompt)} + {max_new_tokens} = {total} in whole blocks of {config.block_size}"
-            )
+        if not _holds_ids(prompt, config.vocab_size):
+            for token in prompt:
+                if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < config.vocab_size:
+                    raise ValueError(
+                        f"generate: prompts[{i}] must hold ids in [0, vocab_size = {config.vocab_size}), got {token!r}"
+                    )
+        check_length(model, i, prompt, max_new_tokens)
     return [list(prompt) for prompt in prompts]
+
+
+def _holds_ids(prompt: Sequence[int], vocab_size: int) -> bool:
+    """Whether they are plain integers in [0, vocab_size), without a loop in Python over what may be 100K of them; False
+    also where such a loop has to look closer."""
+    if not set(map(type, prompt)) <= {int}:
+        return False
+    try:
+        ids = np.frombuffer(array.array("I", prompt), np.uintc)
+    except OverflowError:
+        return False
+    return not len(ids) or int(ids.max()) < vocab_size
+
+
+def check_length(model: torch.nn.Module, index: int, prompt: Sequence[int], max_new_tokens: int) -> None:
+    """Raises ValueError where prompt `index` and what is to follow don't fit the model."""
+    config = model.config
+    if not prompt and config.token_shift:
+        raise ValueError(f"generate: prompts[{index}] must have at least one token under token shift, got none")
+    total = _blocks_of(len(prompt) + max_new_tokens, config.block_size)
+    if total > config.max_positions:
+        raise ValueError(
+            f"generate: prompts[{index}] and max_new_tokens must fit the model's {config.max_positions} positions, got "
+            f"{len(prompt)} + {max_new_tokens} = {total} in whole blocks of {config.block_size}"
+        )
 
 
 def check_run(
@@ -291,7 +312,9 @@ def _prefill_chunk(
     requests = [request for request in group if state.prefix_lens[request] > begin]
     ends = [min(begin + chunk, state.prefix_lens[request]) for request in requests]
     width = chunk if config.strict else max(ends) - begin
-    rows = [state.prompts[r][begin:end] + [0] * (begin + width - end) for r, end in zip(requests, ends, strict=True)]
+    rows = np.zeros((len(requests), width), np.int64)  # numpy reads lists five times as fast as torch
+    for row, request, end in zip(rows, requests, ends, strict=True):
+        row[: end - begin] = state.prompts[request][begin:end]
     # Whole chunks recur with the same shape, the last ones of prompts don't.
     captured = graphs.enabled and width == chunk
     max_seq_len = graphs.bound if captured else begin + width
@@ -339,6 +362,6 @@ def _prefill_chunk(
         index = upload([row for row, _ in last], device)
         with profiling.span("logits"):
             logits = model.logits(hidden[index, (slots.ends[index] - begin - 1).long()])
-        tokens = sampling.draw_tokens(logits, mask_id=model_config.mask_id).token.tolist()
+        tokens = sampling.draw_tokens(logits, mask_id=model_config.mask_id, overwrite=True).token.tolist()
         for (_, request), predicted in zip(last, tokens, strict=True):
             state.pending[request] = [predicted]

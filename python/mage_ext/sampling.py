@@ -25,6 +25,9 @@ SAMPLERS = ("sequential", "low_confidence_static", "low_confidence_dynamic", "en
 # 2^40 resolves a uniform distribution over 262144 tokens with 22 bits each; a token below 2^-40 is never drawn.
 _FIXED_POINT = 2.0**40
 
+# Nats beyond which an entropy counts as infinite: no vocabulary reaches it, and 128 Ki such sum up in 63 bits.
+_MAX_ENTROPY = 64.0
+
 # Far beyond these a temperature rounds to 0 or infinity in float32, where the draw would silently be one fixed token.
 _MIN_TEMPERATURE, _MAX_TEMPERATURE = 1e-4, 1e4
 
@@ -128,6 +131,7 @@ def draw_tokens(
     seeds: Tensor | None = None,
     positions: Tensor | None = None,
     step: Tensor | int = 0,
+    overwrite: bool = False,
 ) -> Draws:
     """One token per row of logits, with its confidence and the row's entropy.
 
@@ -138,7 +142,7 @@ def draw_tokens(
     probability equally. A row without any logit above -inf gives the lowest allowed id with confidence 0.
 
     Args:
-        logits: [..., V], float32, bfloat16 or float16; not changed.
+        logits: [..., V], float32, bfloat16 or float16; not changed unless `overwrite`.
         mask_id: id that may not be emitted, in [0, V); None: all ids may.
         temperature: as in SamplerConfig.
         top_k: as in SamplerConfig.
@@ -147,6 +151,7 @@ def draw_tokens(
         positions: [...] or broadcasting with it, int64, absolute positions; required at temperature > 0.
         step: number of the step, an integer or int64 broadcasting with positions. (seed, position, step) is the whole
             key of a draw.
+        overwrite: the caller needs the logits no more: those of the mask id become -inf in place, which saves a copy.
 
     Returns:
         Draws with tensors of shape [...].
@@ -165,11 +170,13 @@ def draw_tokens(
         check_type("draw_tokens", "mask_id", mask_id, numbers.Integral, "an integer or None")
         if not 0 <= mask_id < vocab_size:
             raise ValueError(f"draw_tokens: mask_id must be in [0, V = {vocab_size}), got {mask_id}")
+    check_type("draw_tokens", "overwrite", overwrite, bool, "a bool")
     if temperature > 0:
         _check_key(seeds, positions, step, logits.shape[:-1])
 
     if mask_id is not None:
-        logits = logits.clone()
+        if not overwrite:
+            logits = logits.clone()
         logits.select(-1, mask_id).fill_(-math.inf)
     token, confidence, entropy = _most_probable(logits)
     if temperature > 0:
@@ -186,9 +193,9 @@ def draw_tokens(
         token = torch.where(has_token, _inverse_cdf(probs, uniform), token)
         # p(token) = e^(x_token - x_top) * p(top), without another pass.
         confidence = confidence * shifted.gather(-1, token[..., None]).squeeze(-1).exp()
-    if mask_id is not None:
-        # Reached by rows without a finite logit only.
-        token = torch.where(token == mask_id, 1 if mask_id == 0 else 0, token)
+    if mask_id == 0:
+        # 0 is the token of rows without a logit above -inf only.
+        token = token.clamp(min=1)
     return Draws(token, confidence, entropy)
 
 
@@ -321,7 +328,7 @@ def low_confidence_static(confidence: Tensor, open: Tensor, tokens_per_step: int
     """
     _check_rows("low_confidence_static", "confidence", confidence, open)
     _check_int("low_confidence_static", "tokens_per_step", tokens_per_step, 1)
-    return open & (_rank(-_confidence_key(confidence), open) < tokens_per_step)
+    return open & (_precedes(-_confidence_key(confidence), open).sum(-1) < tokens_per_step)
 
 
 def low_confidence_dynamic(confidence: Tensor, open: Tensor, threshold: float) -> Tensor:
@@ -337,8 +344,11 @@ def low_confidence_dynamic(confidence: Tensor, open: Tensor, threshold: float) -
     """
     _check_rows("low_confidence_dynamic", "confidence", confidence, open)
     _check_real("low_confidence_dynamic", "threshold", threshold, -math.inf, math.inf)
-    first = _rank(-_confidence_key(confidence), open) == 0
-    return open & ((confidence > threshold) | first)
+    key = torch.where(open, _confidence_key(confidence), -math.inf)
+    index = torch.arange(open.shape[-1], device=open.device)
+    most_confident = open & (key == key.amax(-1, keepdim=True))
+    first = torch.where(most_confident, index, len(index)).amin(-1, keepdim=True)
+    return open & ((confidence > threshold) | (index == first))
 
 
 def entropy_bounded(entropy: Tensor, open: Tensor, entropy_bound: float) -> Tensor:
@@ -346,8 +356,9 @@ def entropy_bounded(entropy: Tensor, open: Tensor, entropy_bound: float) -> Tens
 
     This is the rule of the EB-sampler (Ben-Hamu et al., "Accelerated Sampling from Masked Diffusion Models via Entropy
     Bounded Unmasking", arXiv 2505.24857): the sum without its largest term bounds the mutual information of the
-    positions decided together. The run of one has sum 0, so one position is always decided. Sums are float64 in that
-    order. Ties rank from left to right, NaN last.
+    positions decided together. The run of one has sum 0, so one position is always decided. Sums are exact ones of
+    entropies rounded up to 2^-40 nats; beyond 64 nats, which no vocabulary reaches, one counts as infinite. Ties rank
+    from left to right, NaN last.
 
     Args:
         entropy: [B, Q], float32, nats, >= 0.
@@ -359,21 +370,22 @@ def entropy_bounded(entropy: Tensor, open: Tensor, entropy_bound: float) -> Tens
     """
     _check_rows("entropy_bounded", "entropy", entropy, open)
     _check_real("entropy_bounded", "entropy_bound", entropy_bound, 0.0, math.inf)
-    key = torch.where(open, entropy.double().nan_to_num(nan=math.inf), math.inf)
-    rank = _rank(key, open)
-    ascending = torch.empty_like(key).scatter_(-1, rank, key)
-    before = torch.cat((torch.zeros_like(ascending[..., :1]), ascending[..., :-1].cumsum(-1)), -1)
-    return open & (before.gather(-1, rank) <= entropy_bound)
+    key = entropy.double().nan_to_num(nan=math.inf)
+    precedes = _precedes(key, open)
+    # Rounded up: only an entropy of exactly 0 adds nothing.
+    units = (key.clamp(max=_MAX_ENTROPY) * _FIXED_POINT).ceil().long()[:, None]  # [B, 1, Q]
+    before = torch.where(precedes, units, 0).sum(-1).double() / _FIXED_POINT
+    unbounded = (precedes & (key > _MAX_ENTROPY)[:, None]).any(-1)
+    return open & ~unbounded & (before <= entropy_bound)
 
 
 def _confidence_key(confidence: Tensor) -> Tensor:
     return confidence.nan_to_num(nan=-1.0)
 
 
-def _rank(key: Tensor, open: Tensor) -> Tensor:
-    """[B, Q], int64: rank in ascending key, open positions before all others, equal keys from left to right."""
-    order = torch.sort(key, dim=-1, stable=True).indices
-    closed_last = torch.sort(~open.gather(-1, order), dim=-1, stable=True).indices
-    order = order.gather(-1, closed_last)
-    ranks = torch.arange(key.shape[-1], device=key.device).expand_as(order)
-    return torch.empty_like(order).scatter_(-1, order, ranks)
+def _precedes(key: Tensor, open: Tensor) -> Tensor:
+    """[B, Q, Q], bool: open position j (last dim) ranks before position i in ascending key, equal keys from left to
+    right. A comparison of all pairs has one result on every device and fuses with what follows, unlike a sort."""
+    index = torch.arange(key.shape[-1], device=key.device)
+    one, other = key[:, :, None], key[:, None]
+    return open[:, None] & ((other < one) | ((other == one) & (index < index[:, None])))

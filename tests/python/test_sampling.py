@@ -195,6 +195,33 @@ def test_draws_depend_on_seed_position_and_step_alone():
     assert not torch.equal(again.token, batch.token)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_overwriting_spares_a_copy_and_changes_no_draw(temperature, dtype):
+    logits = torch.randn(4, 6, 50, generator=generator(0)).to(dtype)
+    logits[..., 7] = 9  # the mask id, which would win
+    kwargs = {"mask_id": 7, "temperature": temperature, "seeds": torch.tensor(3), "positions": torch.arange(6)}
+    before, owned = logits.clone(), logits.clone()
+    expected = draw_tokens(logits, **kwargs)
+    assert torch.equal(logits, before)
+    for part, other in zip(draw_tokens(owned, overwrite=True, **kwargs), expected, strict=True):
+        assert torch.equal(part, other)
+    before[..., 7] = -math.inf
+    assert torch.equal(owned, before)
+    untouched = logits.clone()
+    draw_tokens(untouched, overwrite=True, **{**kwargs, "mask_id": None})
+    assert torch.equal(untouched, logits)
+
+
+def test_the_lowest_allowed_id_stands_where_no_logit_does():
+    for fill in (-math.inf, math.nan):
+        for mask_id, expected in ((0, 1), (1, 0), (4, 0), (None, 0)):
+            for temperature in (0.0, 1.0):
+                key = {"seeds": torch.tensor(1), "positions": torch.arange(2)}
+                draws = draw_tokens(torch.full((2, 5), fill), mask_id=mask_id, temperature=temperature, **key)
+                assert draws.token.tolist() == [expected] * 2 and draws.confidence.tolist() == [0.0] * 2
+
+
 def test_draws_have_the_probabilities_of_the_model():
     probs = torch.tensor([0.5, 0.25, 0.15, 0.1])
     n = 40_000
@@ -323,6 +350,20 @@ def test_entropy_bound_excludes_the_largest_term_and_is_inclusive():
     open = torch.ones(1, 4, dtype=torch.bool)
     draws = draws_of(torch.zeros(1, 4), torch.tensor([[3.0, 0.25, 0.5, 0.25]]))
     for bound, expected in [(0.0, [1]), (0.25, [1, 3]), (0.5, [1, 2, 3]), (0.75, [1, 2, 3]), (1.0, [0, 1, 2, 3])]:
+        decided = decide(SamplerConfig("entropy_bounded", entropy_bound=bound), draws, open)
+        assert decided[0].nonzero().flatten().tolist() == expected
+
+
+def test_entropies_that_are_almost_zero_or_no_entropies():
+    """Only an entropy of 0 is free under a bound of 0; what no vocabulary reaches counts as infinite, like NaN."""
+    open = torch.ones(1, 4, dtype=torch.bool)
+    for entropy, bound, expected in [
+        ([0.0, 1e-30, 0.0, 0.0], 0.0, [0, 1, 2, 3]),  # the largest term is not in the sum
+        ([1e-30, 1e-30, 0.0, 2e-30], 0.0, [0, 2]),
+        ([math.nan, math.inf, math.nan, math.nan], 1e9, [1]),
+        ([math.nan, 2.0, 65.0, 3.0], 1e9, [1, 2, 3]),
+    ]:
+        draws = draws_of(torch.zeros(1, 4), torch.tensor([entropy]))
         decided = decide(SamplerConfig("entropy_bounded", entropy_bound=bound), draws, open)
         assert decided[0].nonzero().flatten().tolist() == expected
 
@@ -478,6 +519,7 @@ _CALLS = {
     "step_true": (_draw(step=True), "draw_tokens: step must be an integer or an int64 tensor, got True"),
     "step_dtype": (_draw(step=torch.zeros(())), "draw_tokens: step must be .* int64 tensor, got torch.float32"),
     "step_large": (_draw(step=1 << 63), "draw_tokens: step must fit 64 bits, got 9223372036854775808"),
+    "overwrite": (_draw(overwrite=1), "draw_tokens: overwrite must be a bool, got 1"),
     "temperature": (_draw(temperature=None), "draw_tokens: temperature must be a number, .* got None"),
     "decide_config": (lambda: decide(None, None, _OPEN), "decide: config must be a SamplerConfig, got None"),
     "decide_draws": (lambda: decide(SamplerConfig(), 3, _OPEN), "decide: draws must be Draws, got 3"),

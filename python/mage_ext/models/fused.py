@@ -129,7 +129,7 @@ class FusedForward:
     def __init__(self, model: "Transformer", compile: bool):
         _check(model)
         config, weight = model.config, model.embed_tokens.weight
-        self.config = config
+        self.config, self.compiled = config, compile
         self.embedding, self.final_norm = weight, model.norm.weight
         self.inv_freq = rotary_frequencies(config.head_dim, config.rope_theta, weight.device)
         self.layers = []

@@ -132,6 +132,11 @@ class Transformer(nn.Module):
         return self._fused is not None
 
     @property
+    def compiled(self) -> bool:
+        """Whether that was optimize(compile=True)."""
+        return self._fused is not None and self._fused.compiled
+
+    @property
     def packed_layers(self) -> "list[PackedLayer]":
         """The weights of an optimized model's layers as its products take them; ValueError before optimize()."""
         if self._fused is None:
@@ -147,8 +152,9 @@ class Transformer(nn.Module):
 
         Args:
             compile: residual + RMSNorm, rotary (with the norms of q and k) and SwiGLU become one kernel each by
-                torch.compile, at the first call of hidden() (seconds, later other rows compile nothing); else they run
-                as plain torch operators. Call hidden() once outside before a CUDA graph is captured.
+                torch.compile, at the first call of hidden() (seconds, later other rows compile nothing), and so does
+                what a step of generate() computes around the model; else they run as plain torch operators. Call
+                hidden() once outside before a CUDA graph is captured.
         Returns:
             self.
         Raises:
