@@ -24,7 +24,8 @@ class StepGraphs:
     """Graphs, and the tensors they work on, that calls of `generate` with one model and one cache share.
 
     They hold device memory for the largest batch and context seen, and start anew when a call needs a longer context or
-    when the cache has grown.
+    when the cache has grown. Calls whose configurations are equal, but for max_new_tokens and select_override, share
+    graphs; others get their own beside them.
 
     Fields:
         enabled: phases are captured: on CUDA, unless the configuration of the last call says no.
@@ -58,7 +59,8 @@ class StepGraphs:
         for name, one, other in zip(("model", "cache"), (model, cache), self._owner, strict=True):
             if one is not other:
                 raise ValueError(f"generate: graphs must belong to this {name}, got those of another")
-        self._config = dataclasses.replace(config, max_new_tokens=1)  # no phase depends on it
+        # No phase depends on these: an override runs between graphs.
+        self._config = dataclasses.replace(config, max_new_tokens=1, select_override=None)
         self.enabled = config.cuda_graphs and cache.device.type == "cuda"
         pools = cache.layer(0)[0].data_ptr()
         if max_seq_len > self.bound or pools != self._pools:

@@ -291,6 +291,26 @@ def test_overrides_and_callbacks_run_between_graphs():
     assert _tokens(results) == _tokens(expected) and expected_seen == seen
 
 
+def test_configurations_that_launch_the_same_share_their_phases():
+    model = _model("cpu")
+    cache, graphs = PagedCache.for_model(model, num_pages=8), StepGraphs()
+    made = []
+    config = _config(SELECTIONS["fixed_g32"])
+    for changes in (
+        {},
+        {"max_new_tokens": 7},
+        {"select_override": lambda *arguments, **options: None},
+        {"strict": True},
+    ):
+        graphs.bind(model, cache, dataclasses.replace(config, **changes), 256)
+        made.append(graphs.keep("tensors", lambda: torch.zeros(1)))
+    assert made[0] is made[1] is made[2] is not made[3]
+    graphs.bind(model, cache, config, 200)
+    assert graphs.keep("tensors", lambda: None) is made[0]
+    graphs.bind(model, cache, config, 300)  # longer than what the tensors are for
+    assert graphs.keep("tensors", lambda: None) is None and graphs.bound == 320
+
+
 def test_graphs_belong_to_one_model_and_cache():
     one, other = _model("cpu"), _model("cpu")
     graphs, config = StepGraphs(), _config(max_new_tokens=4)
