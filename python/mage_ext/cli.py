@@ -170,9 +170,7 @@ def _eval_methods(args: argparse.Namespace) -> int:
     if not 512 <= args.tokens <= 8000:
         raise ValueError(f"eval: tokens must be in [512, 8000] (the model has 8192 positions), got {args.tokens}")
     runner, write = _eval_start(args)
-    rows = []
-    for task_rows in method_comparison.suite(runner, args.n, wanted, args.tasks, args.methods, args.tokens):
-        rows += task_rows
+    for rows in method_comparison.suite(runner, args.n, wanted, args.tasks, args.methods, args.tokens):
         write("eval/methods", rows)
     runner.close()
     print("\n".join(method_comparison.table(rows)))

@@ -13,7 +13,6 @@ from mage_ext.denoise import DenoiseConfig, generate, prefill
 from mage_ext.evaluation import method_comparison as comparison
 from mage_ext.evaluation import needles
 from mage_ext.evaluation.method_comparison import METHODS, Setting
-from mage_ext.paged_forward import Emission
 from mage_ext.sampling import SamplerConfig
 from mage_ext.selection import SelectionConfig
 from mage_ext.testing.tiny import tiny_config, tiny_model
@@ -94,59 +93,42 @@ def test_recalls_add_up_though_blocks_differ_in_forwards():
     assert of().row(0) == {"recall": None}
 
 
-class _Recorder:
-    """Attends exactly and notes the mass of every forward of a block, over all rows."""
+def _select_masses(model, state, config, g, forwards):
+    """Mass of every forward of the first block, from as many runs: with exact_steps = s, the loop emits the mass of
+    forward s, and this one and all before it are exact."""
+    masses = []
+    for steps in range(1, forwards + 1):
+        seen: list = []
 
-    def __init__(self, g, num_layers):
-        self.config, self.num_layers, self.masses = SelectionConfig(k=g, g=g), num_layers, []
+        def keep(info, seen=seen):
+            if info.index == 0 and info.mass is not None:
+                seen.append(info.mass.clone())
 
-    def prepare(self):
-        pass
-
-    def written(self, forward, layer, k, k_cache):
-        pass
-
-    def attend(self, forward, layer, q, k_cache, v_cache):
-        emission = Emission(self.config, None, forward.prefix_lens)
-        out = forward.emit(emission, q, k_cache, v_cache, forward.seq_lens)
-        if layer == 0:
-            self.masses.append([])
-        self.masses[-1].append(emission.masses[0])
-        return out
-
-    def tokens_read(self, prefix_len, num_tokens):
-        return num_tokens
+        run = dataclasses.replace(
+            config, mode="mage", selection=SelectionConfig(k=g, g=g), dense_layers=(), exact_steps=steps
+        )
+        generate(model, state.fork(), run, callback=keep)
+        masses += seen
+    return masses
 
 
 @pytest.mark.parametrize("g", [1, 16])
-def test_exact_masses_are_those_of_one_exact_block(g):
-    model = _model()  # no token shift: with prompts of whole blocks all rows are open at the start, so all count
-    config = DenoiseConfig(max_new_tokens=model.config.block_size, sampler=SAMPLER)
-    state = prefill(model, _prompts(model, (40, 92, 64)), config)
-    masses = comparison.exact_masses(model, state, config, g)
-    recorder = _Recorder(g, model.config.num_layers)
-    run = dataclasses.replace(config, mode="method", method=recorder, dense_layers=())
-    generate(model, state.fork(), run)
-    assert len(masses) == len(recorder.masses) == 2  # blocks of 4 positions, 2 per forward
-    for mass, layers in zip(masses, recorder.masses, strict=True):
-        torch.testing.assert_close(mass, torch.stack(layers))
-        torch.testing.assert_close(mass.sum(-1), torch.ones(mass.shape[:3]), atol=1e-5, rtol=0)
-    free = state.batch.cache.num_free
-    state.release()
-    assert state.batch.cache.num_free > free and state.batch.cache.num_free == state.batch.cache.num_pages
-
-
-def test_requests_whose_block_is_done_have_no_mass():
-    model = _model("llama_shift")  # blocks of 16
+@pytest.mark.parametrize("variant", ["sdar_b16", "llama_shift"])
+def test_exact_masses_are_what_the_loop_selects_by(variant, g):
+    model = _model(variant)  # blocks of 16, 2 positions per forward
     config = DenoiseConfig(max_new_tokens=20, sampler=SAMPLER)
-    state = prefill(model, _prompts(model, (48, 60)), config)  # 15 open positions, and 4 behind the prompt's tail
-    masses = comparison.exact_masses(model, state, config, 1)
+    state = prefill(model, _prompts(model, (48, 60)), config)  # 16 (15) open positions, and 4 behind a prompt's tail
+    cache = state.batch.cache
+    used = cache.num_pages - cache.num_free
+    masses = comparison.exact_masses(model, state, config, g)
+    assert cache.num_pages - cache.num_free == used  # the fork's pages came back
+    expected = _select_masses(model, state, config, g, 8)
+    assert len(masses) == len(expected) == 8
+    for mass, other in zip(masses, expected, strict=True):
+        torch.testing.assert_close(mass, other)
     live = [[bool((mass[:, b] > 0).any()) for b in range(2)] for mass in masses]
     assert live == [[True, True]] * 2 + [[True, False]] * 6
-    first = []
-    mage = dataclasses.replace(config, mode="mage", selection=SelectionConfig(k=16, g=1), dense_layers=())
-    generate(model, state.fork(), mage, callback=lambda info: first.append(info.mass))
-    assert torch.equal(first[0], masses[0])  # what MAGE selects by
+    torch.testing.assert_close(masses[0].sum(-1), torch.ones(masses[0].shape[:3]), atol=1e-5, rtol=0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -226,12 +208,14 @@ def test_a_suite_joins_its_batches(monkeypatch):
     lines = []
     runner.jobs, runner.batch, runner.progress, runner._pool = 1, 2, lines.append, None
     wanted = [Setting(16, 1, 0)]
-    tasks = list(comparison.suite(runner, 3, wanted, ["needle", "four_of_eight"], ["mage", "random"]))
-    assert [[row["method"] for row in rows] for rows in tasks] == [["exact", "mage", "random"]] * 2
-    assert {row["n"] for rows in tasks for row in rows} == {3} and tasks[1][0]["distractors"] == 4
+    steps = list(comparison.suite(runner, 3, wanted, ["needle", "four_of_eight"], ["mage", "random"]))
+    assert [[row["n"] for row in rows] for rows in steps] == [[2] * 3, [3] * 3, [3] * 3 + [2] * 3, [3] * 6]
+    rows = steps[-1]
+    assert [row["method"] for row in rows] == ["exact", "mage", "random"] * 2
+    assert rows[0]["task"] == "needle" and rows[3]["task"] == "four_of_eight" and rows[3]["distractors"] == 4
     assert any(line.startswith("needle: 3/3 cases, exact 2") for line in lines)
     whole = comparison.compare(loaded, cases, wanted, ["mage"]).rows("needle", 2048)[1]
-    assert tasks[0][1]["recall"] == pytest.approx(whole["recall"])
+    assert rows[1]["recall"] == pytest.approx(whole["recall"])
     with pytest.raises(ValueError, match="tasks_wanted must be of needle, four_keys, four_of_eight, got 'lines'"):
         list(comparison.suite(runner, 1, wanted, ["lines"]))
     with pytest.raises(ValueError, match=r"methods_wanted must be of exact, .*, got 'oracle'"):

@@ -23,7 +23,7 @@ from mage_ext.denoise import DenoiseConfig, DenoiseState, generate, prefill
 from mage_ext.evaluation import baselines, needles
 from mage_ext.models.huggingface import LoadedModel
 from mage_ext.models.transformer import Transformer
-from mage_ext.results import StepInfo
+from mage_ext.paged_forward import Emission, PagedForward
 from mage_ext.sampling import SamplerConfig
 from mage_ext.selection import BlockSelection, SelectionConfig
 
@@ -93,48 +93,57 @@ def configs(
 # Recall of the first forward's lists
 
 
-def exact_masses(model: Transformer, state: DenoiseState, config: DenoiseConfig, g: int) -> list[Tensor]:
-    """Attention mass of every forward of the next block, all of them exact in all layers.
+class _ExactWithMass:
+    """An AttentionMethod that attends exactly and keeps the mass of every forward.
 
-    A forward emits mass when it is the last exact one before a selection. So the block is denoised once with one exact
-    forward, once with two, and so on: each run is exact up to and including the forward whose mass it gives, hence all
-    of them follow the same block.
+    Fields:
+        masses: one list per forward, of one tensor [A, Hkv, n], float32, per layer.
+    """
+
+    def __init__(self, g: int, row_mask: Tensor):
+        self.masses: list[list[Tensor]] = []
+        self._config, self._row_mask = SelectionConfig(k=g, g=g), row_mask
+
+    def prepare(self) -> None:
+        """Nothing: no lists are made."""
+
+    def written(self, forward: PagedForward, layer: int, k: Tensor, k_cache: Tensor) -> None:
+        """See AttentionMethod. Nothing is kept of K."""
+
+    def attend(self, forward: PagedForward, layer: int, q: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+        """See AttentionMethod."""
+        if layer == 0:
+            self.masses.append([])
+        emission = Emission(self._config, self._row_mask, forward.prefix_lens)
+        out = forward.emit(emission, q, k_cache, v_cache, forward.seq_lens)
+        self.masses[-1] += emission.masses
+        return out
+
+    def tokens_read(self, prefix_len: int, num_tokens: int) -> float:
+        """See AttentionMethod."""
+        return num_tokens
+
+
+def exact_masses(model: Transformer, state: DenoiseState, config: DenoiseConfig, g: int) -> list[Tensor]:
+    """Attention mass of every forward of the first block of an answer, all of them exact in all layers.
 
     Args:
-        model: of the state. state: before the block; it is forked, not used up. Every prefix must be longer than g.
+        model: of the state, without sub-blocks. state: of `prefill`; it is forked, not used up.
         config: sampler and max_new_tokens. g: tokens per unit.
     Returns:
         One tensor [layers, B, Hkv, n], float32, per forward, the commit left out: the share that each unit has of the
         attention to the whole context, mean over the rows that MAGE scores (those whose logits a position consumes that
         is open when the block starts; the same rows in all forwards). All 0 in requests whose block was done before.
     """
-    masses: list[Tensor] = []
-
-    def keep(info: StepInfo) -> None:
-        if info.mass is not None:
-            masses.append(info.mass.clone())
-
-    block = model.config.block_size
-    for forward in range(1, config.sampler.max_forwards(block) + 1):
-        run = dataclasses.replace(
-            config,
-            mode="mage",
-            method=None,
-            select_override=None,
-            refresh="block",
-            selection=SelectionConfig(k=g, g=g),
-            dense_layers=(),
-            exact_steps=forward,
-            cuda_graphs=False,  # with graphs the places of a batch are more than its requests
-        )
-        before = len(masses)
-        blocks = generate(model, state.fork(), run, callback=keep, stream=True)
-        next(blocks)
-        del blocks  # returns its pages: only the first block is wanted
-        if len(masses) == before or not bool((masses[-1] > 0).any()):
-            del masses[before:]
-            break
-    return masses
+    position = torch.arange(model.config.block_size) + int(model.config.token_shift)  # that a row's logits predict
+    known = torch.tensor([len(tokens) for tokens in state.pending])
+    row_mask = (position >= known[:, None]) & (position < model.config.block_size)
+    method = _ExactWithMass(g, row_mask.to(state.batch.cache.device))
+    run = dataclasses.replace(config, mode="method", method=method, dense_layers=(), cuda_graphs=False)
+    blocks = generate(model, state.fork(), run, stream=True)
+    next(blocks)
+    del blocks  # returns its pages: only the first block is wanted
+    return [torch.stack(layers) for layers in method.masses]
 
 
 @dataclass
@@ -350,7 +359,7 @@ def suite(
     methods_wanted: Sequence[str] = METHODS,
     tokens: int = 2048,
 ) -> Iterator[list[dict[str, Any]]]:
-    """The rows of one task after another.
+    """All rows so far, after every batch of cases.
 
     Args:
         runner: of the model. n: cases per task, seeds 0 .. n - 1. wanted: of `settings`. tasks_wanted: of TASKS.
@@ -365,6 +374,7 @@ def suite(
         for value in values:
             if value not in choices:
                 raise ValueError(f"suite: {name} must be of {', '.join(choices)}, got {value!r}")
+    done: list[dict[str, Any]] = []
     for task in tasks_wanted:
         work = functools.partial(_work, task=task, wanted=wanted, names=methods_wanted, tokens=tokens)
         if runner.jobs == 1:
@@ -377,7 +387,8 @@ def suite(
                 whole.extend(part)
             if runner.progress is not None:
                 runner.progress(f"{task}: {whole.exact.cases}/{n} cases, exact {whole.exact.whole}")
-        yield whole.rows(task, tokens)
+            yield done + whole.rows(task, tokens)
+        done += whole.rows(task, tokens)
 
 
 def _work(
