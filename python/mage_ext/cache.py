@@ -7,6 +7,7 @@ tokens, which nobody writes again, so only the partly filled page of each reques
 Test: pytest tests/python/test_cache.py
 """
 
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -256,8 +257,14 @@ class PagedCache:
         self._free[:0] = range(num_pages + count - 1, num_pages - 1, -1)
 
 
+def _give_back(cache: PagedCache, pages: list[list[int]]) -> None:
+    """Returns the pages that a batch still has."""
+    for owned in pages:
+        cache.release(owned)
+
+
 class RaggedBatch:
-    """Block tables of B requests of any lengths on one cache.
+    """Block tables of B requests of any lengths on one cache, which gets their pages back when the batch is dropped.
 
     Fields:
         cache: the pages.
@@ -273,6 +280,8 @@ class RaggedBatch:
             raise ValueError(f"RaggedBatch: num_requests must be below 2^24, got {num_requests}")
         self.cache = cache
         self._pages: list[list[int]] = [[] for _ in range(num_requests)]
+        # Who drops a batch has no further use for its pages.
+        weakref.finalize(self, _give_back, cache, self._pages).atexit = False
         self._block_table = torch.full((num_requests, 1), -1, dtype=torch.int32, device=cache.device)
         self._stale: set[int] = set()  # requests whose rows are others by now
 

@@ -177,6 +177,16 @@ def _eval_methods(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check_out(owner: str, path: str | None) -> None:
+    """Refuses a file that could not be written at the end of a long run."""
+    if not path:
+        return
+    if not os.path.isdir(os.path.dirname(path) or "."):
+        raise ValueError(f"{owner}: out must be in a folder that exists, got {path!r}")
+    if os.path.isdir(path) or not os.access(path if os.path.exists(path) else os.path.dirname(path) or ".", os.W_OK):
+        raise ValueError(f"{owner}: out must be a file that can be written, got {path!r}")
+
+
 def _eval_start(args: argparse.Namespace) -> "tuple[Runner, Callable[[str, list], None]]":
     """What runs a suite, and what writes its rows (name of the suite, rows) to --out, if that is given."""
     from mage_ext.evaluation import needles, tasks
@@ -186,8 +196,7 @@ def _eval_start(args: argparse.Namespace) -> "tuple[Runner, Callable[[str, list]
     for name in ("n", "jobs", "batch"):
         if getattr(args, name) < 1:
             raise ValueError(f"eval: {name} must be at least 1, got {getattr(args, name)}")
-    if args.out and not os.path.isdir(os.path.dirname(args.out) or "."):
-        raise ValueError(f"eval: out must be in a folder that exists, got {args.out!r}")
+    _check_out("eval", args.out)
     texts = tasks.read_texts(args.text) if args.text else None
     if texts is not None and len(texts) > 9:
         texts = tasks.held_out_texts(texts)[1]  # of a collection, those that training left out
@@ -216,8 +225,7 @@ def _profile(args: argparse.Namespace) -> int:
         raise ValueError(f"profile: dense_layers must be in [0, 1000], got {args.dense_layers}")
     if (args.out is None) != args.nvtx:
         raise ValueError("profile: needs --out FILE, or --nvtx under nsys or ncu, one of both")
-    if args.out and not os.path.isdir(os.path.dirname(args.out) or "."):
-        raise ValueError(f"profile: out must be in a folder that exists, got {args.out!r}")
+    _check_out("profile", args.out)
     if args.nvtx:
         try:
             with profiling.enabled():

@@ -58,33 +58,65 @@ _DRAWN_FACTOR = 16
 
 class BlockStream:
     """Iterator over finished blocks in the order in which they end; `results` holds every request's Result
-    afterwards."""
+    afterwards. Left early, `close` (or the end of a with block) gives pages and graphs back."""
 
-    def __init__(self, state: DenoiseState, blocks: Iterator[FinishedBlock], finish: Callable[[], list[Result]]):
+    def __init__(
+        self,
+        state: DenoiseState,
+        blocks: Iterator[FinishedBlock],
+        finish: Callable[[], list[Result]],
+        give_back: Callable[[], None],
+    ):
         self.state = state
         self._blocks = blocks
         self._finish = finish
         self._results: list[Result] | None = None
+        self._error: BaseException | None = None
         # A generator that never started runs no `finally` when it is dropped, so its pages go back here.
-        weakref.finalize(self, state.batch.release_all).atexit = False
+        self._finalizer = weakref.finalize(self, give_back)
+        self._finalizer.atexit = False
 
     def __iter__(self) -> "BlockStream":
         return self
 
     def __next__(self) -> FinishedBlock:
+        if self._error is not None:
+            raise self._failed()
         try:
             return next(self._blocks)
         except StopIteration:
-            if self._results is None:
+            if self._results is None and self._finalizer.alive:
                 self._results = self._finish()
             raise
+        except BaseException as error:
+            self._error = error
+            raise
+
+    def __enter__(self) -> "BlockStream":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the generation; there are no results if blocks were to come."""
+        self._blocks.close()
+        self._finalizer()
 
     @property
     def results(self) -> list[Result]:
-        """One per request. Raises RuntimeError while blocks are to come."""
+        """One per request. Raises RuntimeError while blocks are to come, and after an error or an early close."""
+        if self._error is not None:
+            raise self._failed()
         if self._results is None:
-            raise RuntimeError("BlockStream: results must be read after the last block, got one still running")
+            what = "still running" if self._finalizer.alive else "closed before its end"
+            raise RuntimeError(f"BlockStream: results must be read after the last block, got one {what}")
         return self._results
+
+    def _failed(self) -> RuntimeError:
+        error = RuntimeError(f"BlockStream: must not be used after an error, got {type(self._error).__name__} before")
+        error.__cause__ = self._error
+        return error
 
 
 def generate(
@@ -112,7 +144,8 @@ def generate(
         max_batch: requests that run at a time. The others wait, in order, for a place and for pages, and join between
             two blocks; refused is who finds too few pages where nobody else runs. None: all at once, and refused is who
             finds too few pages beside the others.
-        graphs: CUDA graphs of earlier calls with the same model and cache, to go on with. None: those of this call.
+        graphs: CUDA graphs of earlier calls with the same model and cache, to go on with; of one generation at a time.
+            None: those of this call.
         tokenizer: with `decode(ids)`, for Result.text.
     Returns:
         One Result per request, in order; with stream, a BlockStream that has them at its end.
@@ -165,10 +198,16 @@ def generate(
         return [_result(state, request, tokenizer) for request in range(len(state.prompts))]
 
     with profiling.span("generate"):
-        if max_batch is None:
-            state.reserve(config.max_new_tokens)
-            run.prefill([request for request in state.running if not state.filled[request]])
-        blocks = BlockStream(state, run.blocks(), finish)
+        try:
+            if config.method is not None and any(state.filled):
+                config.method.prepare()
+            if max_batch is None:
+                state.reserve(config.max_new_tokens)
+                run.prefill([request for request in state.running if not state.filled[request]])
+        except BaseException:
+            run.give_back()
+            raise
+        blocks = BlockStream(state, run.blocks(), finish, run.give_back)
         if stream:
             return blocks
         for _ in blocks:
@@ -290,7 +329,14 @@ class _Run:
         self.waiting = deque(state.running)
         self.active: list[int] = []
         self._bound_lists: BlockSelection | None = None  # what the graphs' lists hold
+        graphs.take(self)
         self._bind()
+
+    def give_back(self) -> None:
+        """Returns the pages of all requests, and the graphs to whoever comes next."""
+        self.progress.clear()
+        self.state.batch.release_all()
+        self.graphs.leave(self)
 
     def _bind(self) -> None:
         """Graphs and tensors of the cache's pools as they are now."""
@@ -307,7 +353,6 @@ class _Run:
 
     def blocks(self) -> Iterator[FinishedBlock]:
         """Blocks as they end; all running requests work on their blocks together."""
-        state = self.state
         index = 0
         try:
             while self._admit():
@@ -317,8 +362,7 @@ class _Run:
                 yield from finished
                 index += 1
         finally:
-            self.progress.clear()
-            state.batch.release_all()
+            self.give_back()
 
     def _admit(self) -> bool:
         """Lets waiting requests in for whom there are places and pages; False when nobody runs any more."""
@@ -338,8 +382,7 @@ class _Run:
                     new.append(request)
             self.waiting.popleft()
         unfilled = [request for request in new if not state.filled[request]]
-        if new:
-            self._bind()  # the cache may have grown
+        self._bind()  # the cache may have grown, for these or for another generation on it
         if unfilled:
             begun, before = self.begun, time.perf_counter()
             self.prefill(unfilled)

@@ -129,10 +129,12 @@ def check_prompts(model: torch.nn.Module, prompts: Sequence[Sequence[int]], max_
     """The prompts as lists, after a check of ids and lengths against the model."""
     config = model.config
     expected = "a list of lists of token ids"
-    kind = type(prompts).__name__
     prompts = check_list("generate", "prompts", prompts, expected)
-    if not all(isinstance(prompt, (list, tuple)) for prompt in prompts):
-        raise TypeError(f"generate: prompts must be {expected}, got {kind}")
+    for i, prompt in enumerate(prompts):
+        if not isinstance(prompt, (list, tuple)):
+            raise TypeError(
+                f"generate: prompts must be {expected}, so prompts[{i}] a list of token ids, got {got(prompt)}"
+            )
     if not prompts:
         raise ValueError("generate: prompts must hold at least one prompt, got none")
     for i, prompt in enumerate(prompts):
@@ -225,9 +227,14 @@ def prefill(
     graphs = StepGraphs()
     graphs.bind(model, state.batch.cache, config, state.longest(config.max_new_tokens))
     line = Progress(progress)
-    with torch.no_grad():
-        prefill_requests(state, state.running, config, graphs, line)
-    line.clear()
+    try:
+        with torch.no_grad():
+            prefill_requests(state, state.running, config, graphs, line)
+    except BaseException:
+        state.release()
+        raise
+    finally:
+        line.clear()
     return state
 
 

@@ -8,6 +8,7 @@ Test: pytest tests/python/test_step_graphs.py
 """
 
 import dataclasses
+import weakref
 from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, TypeVar
 
@@ -35,6 +36,7 @@ class StepGraphs:
     def __init__(self):
         self.enabled = False
         self.bound = 0
+        self._user: weakref.ref | None = None
         self._owner: tuple[torch.nn.Module, PagedCache] | None = None
         self._pools: int | None = None
         self._config: DenoiseConfig | None = None
@@ -48,6 +50,24 @@ class StepGraphs:
         """Captured so far."""
         return len(self._graphs)
 
+    def take(self, user: object) -> None:
+        """Makes `user` the one generation that works with these tensors, until it leaves or is gone.
+
+        Raises:
+            ValueError: another one does.
+        """
+        current = None if self._user is None else self._user()
+        if current is not None and current is not user:
+            raise ValueError(
+                "generate: graphs must be of one generation at a time, got those of one that has not come to its end"
+            )
+        self._user = weakref.ref(user)
+
+    def leave(self, user: object) -> None:
+        """Ends what `take` began."""
+        if self._user is not None and self._user() is user:
+            self._user = None
+
     def bind(self, model: torch.nn.Module, cache: "PagedCache", config: "DenoiseConfig", max_seq_len: int) -> None:
         """Prepares for a call whose requests have at most max_seq_len tokens.
 
@@ -58,7 +78,9 @@ class StepGraphs:
             self._owner = (model, cache)
         for name, one, other in zip(("model", "cache"), (model, cache), self._owner, strict=True):
             if one is not other:
-                raise ValueError(f"generate: graphs must belong to this {name}, got those of another")
+                raise ValueError(
+                    f"generate: graphs must belong to this {name}, got those of another; give all calls the same {name}"
+                )
         # No phase depends on these: an override runs between graphs.
         self._config = dataclasses.replace(config, max_new_tokens=1, select_override=None)
         self.enabled = config.cuda_graphs and cache.device.type == "cuda"

@@ -60,6 +60,23 @@ def test_bad_arguments_are_named():
     with pytest.raises(OutOfPages, match="request 1 must find"):
         speed.random_state(model, cache, **{**arguments, "batch": 2})
     assert cache.num_free == cache.num_pages
+    for name in ("batch", "context", "exact", "sparse", "k", "dense_layers"):
+        good = dict(batch=1, context=0, exact=1, sparse=0, k=0, dense_layers=0)
+        for value in (-1, 1.5, math.nan, True):
+            with pytest.raises(ValueError, match=f"block_floor_ms: {name} must be an integer >= "):
+                speed.block_floor_ms(model.config, **{**good, name: value})
+    with pytest.raises(ValueError, match="dense_layers must be at most the 2 there are, got 3"):
+        speed.block_floor_ms(model.config, batch=1, context=0, exact=1, sparse=0, dense_layers=3)
+    with pytest.raises(ValueError, match="batch must be at most the cache's 4 pages, got 1000000000"):
+        speed.random_state(model, cache, **{**arguments, "batch": 10**9})
+    with pytest.raises(ValueError, match=r"page_size must be one of .* got 0"):
+        speed.random_cache(model, num_tokens=64, page_size=0)
+    with pytest.raises(ValueError, match="num_tokens must be an integer >= 1, got -5"):
+        speed.random_cache(model, num_tokens=-5)
+    with pytest.raises(TypeError, match="random_state: model must be a Transformer, got None"):
+        speed.random_state(None, cache, **arguments)
+    with pytest.raises(ValueError, match="contexts must have at least one, got none"):
+        speed.advise(model, cache, MAGE, batch=1, contexts=[])
     with pytest.raises(TypeError, match=r"num_tokens must be an integer, got 1\.5"):
         speed.random_cache(model, num_tokens=1.5)
     with pytest.raises(ValueError, match="model and cache must be on cuda, got cpu"):
@@ -110,8 +127,14 @@ def test_break_even():
     assert speed.break_even_context({4096: (1.0, 0.9), 8192: (2.0, 1.0)}) == 0
     assert speed.break_even_context({4096: (1.0, 1.5), 8192: (2.0, 1.5)}) == 6144
     assert speed.break_even_context({4096: (1.0, 1.5), 8192: (1.1, 1.5)}) == math.inf
+    # Slower, faster, slower: it never stays faster. Faster, slower, faster: from the last crossing on.
+    assert speed.break_even_context({1000: (1, 2), 2000: (2, 1), 3000: (1, 2)}) == math.inf
+    assert speed.break_even_context({1000: (2, 1), 2000: (1, 2), 3000: (2, 1)}) == 2500
     with pytest.raises(ValueError, match="times must have a context, got none"):
         speed.break_even_context({})
+    for pair in ((math.nan, 1.0), (0, 1), (-1, 2), (1, math.inf), ("a", 1), (1,)):
+        with pytest.raises(ValueError, match="times must be pairs of positive numbers, got"):
+            speed.break_even_context({1000: pair})
 
 
 @pytest.mark.gpu

@@ -311,6 +311,74 @@ def test_configurations_that_launch_the_same_share_their_phases():
     assert graphs.keep("tensors", lambda: None) is None and graphs.bound == 320
 
 
+def test_graphs_serve_one_generation_at_a_time():
+    """A second one on the same tensors would overwrite what the first has between its blocks."""
+    model = _model("cpu")
+    cache, graphs, config = PagedCache.for_model(model, num_pages=16), StepGraphs(), _config()
+    prompts = _prompts(model, (40,))
+    expected = _tokens(generate(model, prompts, config))
+    first = generate(model, prompts, config, graphs=graphs, cache=cache, stream=True)
+    next(first)
+    with pytest.raises(ValueError, match="graphs must be of one generation at a time"):
+        generate(model, prompts, config, graphs=graphs, cache=cache)
+    with pytest.raises(ValueError, match="graphs must be of one generation at a time"):
+        generate(
+            model,
+            prompts,
+            config,
+            cache=cache,
+            graphs=(own := StepGraphs()),
+            callback=lambda info: generate(model, prompts, config, cache=cache, graphs=own),
+        )
+    list(first)
+    assert _tokens(first.results) == expected
+    left = generate(model, prompts, config, graphs=graphs, cache=cache, stream=True)
+    next(left)
+    left.close()
+    with generate(model, prompts, config, graphs=graphs, cache=cache, stream=True) as second:
+        next(second)
+    with pytest.raises(RuntimeError, match="results must be read after the last block, got one closed before its end"):
+        _ = second.results
+    generate(model, prompts, config, graphs=graphs, cache=cache, stream=True)  # never started, dropped
+    assert _tokens(generate(model, prompts, config, graphs=graphs, cache=cache)) == expected
+    assert cache.num_free == cache.num_pages
+
+
+def test_a_stream_that_failed_says_so():
+    model = _model("cpu")
+    cache = PagedCache.for_model(model, num_pages=8)
+    stream = generate(model, _prompts(model, (40,)), _config(), cache=cache, stream=True, callback=lambda info: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        next(stream)
+    for use in (lambda: next(stream), lambda: stream.results):
+        with pytest.raises(RuntimeError, match="must not be used after an error, got ZeroDivisionError before"):
+            use()
+    assert cache.num_free == 8
+
+
+def test_pages_come_back_from_what_is_dropped_or_interrupted(monkeypatch):
+    model = _model("cpu")
+    cache, config = PagedCache.for_model(model, num_pages=8), _config()
+    prompts = _prompts(model, (40,))
+    state = prefill(model, prompts, config, cache=cache)
+    fork = state.fork()
+    assert cache.num_free < 7
+    del state, fork
+    assert cache.num_free == 8
+
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model, "hidden", interrupt)
+    for call in (
+        lambda: prefill(model, prompts, config, cache=cache),
+        lambda: generate(model, prompts, config, cache=cache),
+    ):
+        with pytest.raises(KeyboardInterrupt) as caught:
+            call()
+        assert cache.num_free == 8 and caught.tb is not None  # though the traceback holds on to the state
+
+
 def test_graphs_belong_to_one_model_and_cache():
     one, other = _model("cpu"), _model("cpu")
     graphs, config = StepGraphs(), _config(max_new_tokens=4)

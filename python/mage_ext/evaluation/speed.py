@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from mage_ext._arguments import check_type, got
-from mage_ext.cache import PagedCache
+from mage_ext.cache import PAGE_SIZES, PagedCache
 from mage_ext.denoise import DenoiseConfig, DenoiseState, StepGraphs, generate
 from mage_ext.models.config import ModelConfig
 from mage_ext.models.transformer import Transformer
@@ -33,7 +33,11 @@ def random_cache(model: Transformer, *, num_tokens: int, page_size: int = 64, se
         ValueError, TypeError: naming the argument. OutOfPages: the device has no room.
     """
     check_type("random_cache", "num_tokens", num_tokens, int, "an integer")
-    cache = PagedCache.for_model(model, num_pages=max(-(-num_tokens // page_size), 1), page_size=page_size)
+    if num_tokens < 1:
+        raise ValueError(f"random_cache: num_tokens must be an integer >= 1, got {num_tokens}")
+    if page_size not in PAGE_SIZES:
+        raise ValueError(f"random_cache: page_size must be one of {PAGE_SIZES}, got {got(page_size)}")
+    cache = PagedCache.for_model(model, num_pages=-(-num_tokens // page_size), page_size=page_size)
     generator = torch.Generator(cache.device).manual_seed(seed)
     for layer in range(cache.num_layers):
         for pool in cache.layer(layer):
@@ -50,12 +54,16 @@ def random_state(model: Transformer, cache: PagedCache, *, batch: int, context: 
     Raises:
         ValueError: naming the argument. OutOfPages: the cache is too small.
     """
+    check_type("random_state", "model", model, Transformer, "a Transformer")
+    check_type("random_state", "cache", cache, PagedCache, "a PagedCache")
     size = model.config.block_size
     for name, value in (("batch", batch), ("context", context), ("new_tokens", new_tokens)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"random_state: {name} must be an integer >= 1, got {got(value)}")
     if context % size:
         raise ValueError(f"random_state: context must be a multiple of the block of {size}, got {context}")
+    if batch > cache.num_pages:
+        raise ValueError(f"random_state: batch must be at most the cache's {cache.num_pages} pages, got {batch}")
     prompt = [0] * context
     state = DenoiseState(model, [prompt] * batch, list(range(batch)), cache)
     try:
@@ -118,6 +126,9 @@ def measure_blocks(
     Raises:
         ValueError: the model is not on CUDA, or blocks < 3. As random_state.
     """
+    check_type("measure_blocks", "model", model, Transformer, "a Transformer")
+    check_type("measure_blocks", "cache", cache, PagedCache, "a PagedCache")
+    check_type("measure_blocks", "config", config, DenoiseConfig, "a DenoiseConfig")
     if cache.device.type != "cuda":
         raise ValueError(f"measure_blocks: model and cache must be on cuda, got {cache.device}")
     if not isinstance(blocks, int) or isinstance(blocks, bool) or blocks < 3:
@@ -191,6 +202,22 @@ def block_floor_ms(
     """Floor of a block of `exact` exact forwards, `sparse` sparse ones over k tokens and the block itself, and one
     commit: every forward at the floors of its products and its attention. Logits are those of a sub-block, or of the
     block where there are none; a commit's of one row under token shift, else of none."""
+    check_type("block_floor_ms", "config", config, ModelConfig, "a ModelConfig")
+    counts = {
+        "batch": batch,
+        "context": context,
+        "exact": exact,
+        "sparse": sparse,
+        "k": k,
+        "dense_layers": dense_layers,
+    }
+    for name, value in counts.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < (name == "batch"):
+            raise ValueError(f"block_floor_ms: {name} must be an integer >= {int(name == 'batch')}, got {got(value)}")
+    if dense_layers > config.num_layers:
+        raise ValueError(
+            f"block_floor_ms: dense_layers must be at most the {config.num_layers} there are, got {dense_layers}"
+        )
     size = config.block_size
     logit_rows = batch * (config.sub_block_size or size)
     products = products_floor_us(config, batch * size, logit_rows)
@@ -207,22 +234,29 @@ def bytes_per_token(config: ModelConfig, element_size: int = 2) -> int:
 
 
 def break_even_context(times: dict[int, tuple[float, float]]) -> float:
-    """Context at which two block times cross, by straight lines between the measured ones.
+    """Context from which on selection is faster, by straight lines between the measured times.
 
     Args:
-        times: context -> (block time exact, block time with selection).
+        times: context -> (block time exact, block time with selection), positive numbers.
     Returns:
-        Tokens; 0 where selection is faster at every context, inf where it is slower at every one.
+        Tokens: where the times cross last; 0 where selection is never slower, inf where it is at the longest context.
+    Raises:
+        ValueError: there is no context, or a time is no positive number.
     """
-    points = sorted((context, exact - mage) for context, (exact, mage) in times.items())
-    if not points:
+    if not times:
         raise ValueError("break_even_context: times must have a context, got none")
-    if points[0][1] >= 0:
-        return 0.0
-    for (left, below), (right, above) in itertools.pairwise(points):
-        if below < 0 <= above:
-            return left + (right - left) * -below / (above - below)
-    return math.inf
+    for context, pair in times.items():
+        if len(pair) != 2 or not all(isinstance(t, (int, float)) and 0 < t < math.inf for t in pair):
+            raise ValueError(f"break_even_context: times must be pairs of positive numbers, got {pair} at {context}")
+    points = sorted((context, exact - mage) for context, (exact, mage) in times.items())
+    if points[-1][1] < 0:
+        return math.inf
+    crossings = [
+        left + (right - left) * -below / (above - below)
+        for (left, below), (right, above) in itertools.pairwise(points)
+        if below < 0 <= above
+    ]
+    return crossings[-1] if crossings else 0.0
 
 
 # --------------------------------------------------------------------------- advice
@@ -260,6 +294,9 @@ def advise(
     Raises:
         ValueError: naming the argument, as measure_blocks.
     """
+    check_type("advise", "config", config, DenoiseConfig, "a DenoiseConfig")
+    if not contexts:
+        raise ValueError("advise: contexts must have at least one, got none")
     if config.mode != "mage":
         raise ValueError(f'advise: config.mode must be "mage", got {config.mode!r}')
     for context in contexts:
