@@ -11,55 +11,19 @@ TORCH_BLAS_PREFER_CUBLASLT=1 in the environment has torch ask cublasLt, whose ch
 """
 
 import argparse
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from cuda_timing import capture, median_us
 from gpu_bench import finish, gpu_name
-from kv_sets import HBM_BYTES_PER_S, MMA_FLOPS_PER_S, MMA_ROWS
 from torch import Tensor
 from torch.nn.functional import linear
 
-from mage_ext.models.config import ModelConfig
+from mage_ext.evaluation.speed import products
 from mage_ext.models.geometry import GEOMETRIES, random_model
 from mage_ext.models.transformer import Transformer
 
 BLOCK = 32  # rows of a request
-
-
-@dataclass(frozen=True)
-class Product:
-    """x [rows, inputs] times a weight [outputs, inputs], `count` times in a forward, in 2-byte elements."""
-
-    name: str
-    outputs: int
-    inputs: int
-    count: int
-
-    def bytes(self, rows: int) -> int:
-        """Of all of them: weights, inputs and outputs."""
-        return 2 * self.count * (self.outputs * self.inputs + rows * (self.outputs + self.inputs))
-
-    def flops(self, rows: int) -> int:
-        """Of all of them, with rows as the tensor cores take them."""
-        return 2 * self.count * math.ceil(rows / MMA_ROWS) * MMA_ROWS * self.outputs * self.inputs
-
-    def floor_us(self, rows: int) -> float:
-        return max(self.bytes(rows) / HBM_BYTES_PER_S, self.flops(rows) / MMA_FLOPS_PER_S) * 1e6
-
-
-def products(config: ModelConfig) -> list[Product]:
-    """Of a forward with packed weights, in the order of a layer, the head last."""
-    hidden, layers, heads = config.hidden_size, config.num_layers, config.num_heads * config.head_dim
-    return [
-        Product("qkv", heads + 2 * config.num_kv_heads * config.head_dim, hidden, layers),
-        Product("o", hidden, heads, layers),
-        Product("gate_up", 2 * config.intermediate_size, hidden, layers),
-        Product("down", hidden, config.intermediate_size, layers),
-        Product("lm_head", config.vocab_size, hidden, 1),
-    ]
 
 
 def product_calls(model: Transformer, rows: int) -> dict[str, list[Callable[[], Tensor]]]:

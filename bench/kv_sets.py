@@ -6,11 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mage_ext.evaluation.speed import HBM_BYTES_PER_S, MMA_FLOPS_PER_S, MMA_ROWS
+
 MODELS = {"7B": (28, 4, 128), "1.5B": (12, 2, 128), "8B": (32, 8, 128)}  # H, Hkv, D
 COLD_BYTES = 220e6  # of KV in all sets together; the L2 has 50 MB
-HBM_BYTES_PER_S = 3.05e12  # what an H100 SXM reads
-MMA_FLOPS_PER_S = 700e12  # what it multiplies in bfloat16, on random data
-MMA_ROWS = 64  # of one wgmma
 DTYPE = torch.bfloat16
 
 

@@ -566,6 +566,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of a pipe has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    # Looked up when something was raised: importing mage_ext.cache here would load torch for every command line.
     except (ValueError, TypeError, OSError, OverflowError, NotImplementedError, _out_of_pages()) as error:
         if os.environ.get("MAGE_TRACEBACK"):
             raise

@@ -382,11 +382,12 @@ class _Run:
                     new.append(request)
             self.waiting.popleft()
         unfilled = [request for request in new if not state.filled[request]]
-        self._bind()  # the cache may have grown, for these or for another generation on it
         if unfilled:
             begun, before = self.begun, time.perf_counter()
             self.prefill(unfilled)
             self.begun = begun + time.perf_counter() - before
+        else:
+            self._bind()  # the cache may have grown, for these or for another generation on it
         self.active += new
         return bool(self.active)
 

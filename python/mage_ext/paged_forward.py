@@ -149,23 +149,34 @@ class PagedForward:
             else:
                 outs.append(self.emit(self.emission, q, k_cache, v_cache, self.exact_lens))
         if self.sparse_lens is not None:
-            indices, counts, tail_start = self.selection.layer(index)
-            with profiling.span("sparse_block_attention"):
-                out, _ = ops.sparse_block_attention(
-                    q,
-                    k_cache,
-                    v_cache,
-                    self.block_table,
-                    self.sparse_lens,
-                    indices,
-                    counts,
-                    tail_start,
-                    g=self.selection.g,
-                    max_seq_len=self.max_seq_len,
-                    split_tokens=self.sparse_split_tokens,
-                )
-            outs.append(out)
+            lists = self.selection.layer(index)
+            outs.append(self.attend_lists(q, k_cache, v_cache, self.sparse_lens, lists, self.selection.g))
         return outs[0] if len(outs) == 1 else outs[0] + outs[1]
+
+    def attend_lists(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        seq_lens: Tensor,
+        lists: tuple[Tensor, Tensor, Tensor],
+        g: int,
+    ) -> Tensor:
+        """Attention over lists (indices, counts, tail_start) of units of g tokens, as sparse_block_attention has them.
+        q: [A, Q, H, D]. seq_lens: [A], int32. Returns [A, Q, H, D]."""
+        with profiling.span("sparse_block_attention"):
+            out, _ = ops.sparse_block_attention(
+                q,
+                k_cache,
+                v_cache,
+                self.block_table,
+                seq_lens,
+                *lists,
+                g=g,
+                max_seq_len=self.max_seq_len,
+                split_tokens=self.sparse_split_tokens,
+            )
+        return out
 
     def _write(self, write: Write, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
         if write.first_row is not None:

@@ -129,15 +129,15 @@ class CheckedQuest(Quest):
         config, g = self.selection, self.selection.g
         seen = {}
 
-        def spy(selection, *arguments):
-            seen["lists"] = arguments[-1]
-            return attend_lists(selection, *arguments)
+        def spy(*arguments):
+            seen["lists"] = arguments[-2]
+            return attend_lists(*arguments)
 
-        attend_lists, baselines._attend_lists = baselines._attend_lists, spy
+        attend_lists, forward.attend_lists = forward.attend_lists, spy
         try:
             out = super().attend(forward, layer, q, k_cache, v_cache)
         finally:
-            baselines._attend_lists = attend_lists
+            forward.attend_lists = attend_lists
         scores = self.scores(forward, layer, q)
         for request in range(len(q)):
             num_tokens, prefix_len = int(forward.seq_lens[request]), int(forward.prefix_lens[request])

@@ -137,7 +137,7 @@ class Quest:
         with profiling.span("bound_scores"):
             scores = self.scores(forward, layer, q)
         lists = _select(self.selection, _as_mass(scores), forward.prefix_lens)
-        return _attend_lists(self.selection, forward, q, k_cache, v_cache, lists)
+        return forward.attend_lists(q, k_cache, v_cache, forward.seq_lens, lists, self.selection.g)
 
     def scores(self, forward: PagedForward, layer: int, q: Tensor) -> Tensor:
         """Upper bound of q . k in every unit, over the rows as `score` says: [A, Hkv, n], float32; undefined in units
@@ -236,7 +236,8 @@ class Tidal:
                 f"got {self.selecting}"
             )
         if layer not in self.anchors:
-            return _attend_lists(self.selection, forward, q, k_cache, v_cache, forward.shared["lists"])
+            lists = forward.shared["lists"]
+            return forward.attend_lists(q, k_cache, v_cache, forward.seq_lens, lists, self.selection.g)
         emission = Emission(self.selection, None, forward.prefix_lens)
         out = forward.emit(emission, q, k_cache, v_cache, forward.seq_lens)
         forward.shared["lists"] = _select(self.selection, emission.masses[0], forward.prefix_lens)
@@ -351,24 +352,6 @@ def _select(config: SelectionConfig, mass: Tensor, prefix_lens: Tensor) -> _List
             recents=config.recents,
         )
     return indices[0], counts[0], tail_start
-
-
-def _attend_lists(
-    config: SelectionConfig, forward: PagedForward, q: Tensor, k_cache: Tensor, v_cache: Tensor, lists: _Lists
-) -> Tensor:
-    with profiling.span("sparse_block_attention"):
-        out, _ = ops.sparse_block_attention(
-            q,
-            k_cache,
-            v_cache,
-            forward.block_table,
-            forward.seq_lens,
-            *lists,
-            g=config.g,
-            max_seq_len=forward.max_seq_len,
-            split_tokens=forward.sparse_split_tokens,
-        )
-    return out
 
 
 def _tokens_attended(config: SelectionConfig, prefix_len: int, num_tokens: int) -> int:

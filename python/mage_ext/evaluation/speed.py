@@ -22,8 +22,9 @@ from mage_ext.models.config import ModelConfig
 from mage_ext.models.transformer import Transformer
 from mage_ext.results import StepInfo
 
-# What an H100 SXM reaches: bytes per second of HBM and flops per second of bf16 products, whose rows come in 64s.
-HBM_BYTES_PER_S, FLOPS_PER_S, PRODUCT_ROWS = 3.05e12, 700e12, 64
+HBM_BYTES_PER_S = 3.05e12  # what an H100 SXM reads
+MMA_FLOPS_PER_S = 700e12  # what it multiplies in bfloat16, on random data
+MMA_ROWS = 64  # of one wgmma
 
 
 def random_cache(model: Transformer, *, num_tokens: int, page_size: int = 64, seed: int = 0) -> PagedCache:
@@ -166,34 +167,55 @@ def measure_blocks(
 # --------------------------------------------------------------------------- floors
 
 
-def products_floor_us(config: ModelConfig, rows: int, logit_rows: int) -> float:
-    """Floor of the matrix products of a forward: of each, the larger of its bytes (weights, inputs and outputs of 2
-    bytes) at 3.05 TB/s and its flops (rows padded to 64) at 700 TFLOP/s.
+@dataclass(frozen=True)
+class Product:
+    """x [rows, inputs] times a weight [outputs, inputs], `count` times in a forward, in 2-byte elements."""
 
-    Args:
-        rows: of the forward. logit_rows: of them whose logits are computed.
-    """
-    hidden, heads = config.hidden_size, config.num_heads * config.head_dim
-    qkv = heads + 2 * config.num_kv_heads * config.head_dim
-    layer = [(hidden, qkv), (heads, hidden), (hidden, 2 * config.intermediate_size), (config.intermediate_size, hidden)]
-    shapes = [(rows, n, m, config.num_layers) for n, m in layer] + [(logit_rows, hidden, config.vocab_size, 1)]
-    total = 0.0
-    for m, inputs, outputs, count in shapes:
-        if m:
-            padded = -(-m // PRODUCT_ROWS) * PRODUCT_ROWS
-            num_bytes = 2 * (inputs * outputs + m * (inputs + outputs))
-            total += count * max(num_bytes / HBM_BYTES_PER_S, 2 * padded * inputs * outputs / FLOPS_PER_S)
-    return total * 1e6
+    name: str
+    outputs: int
+    inputs: int
+    count: int
+
+    def bytes(self, rows: int) -> int:
+        """Of all of them: weights, inputs and outputs."""
+        return 2 * self.count * (self.outputs * self.inputs + rows * (self.outputs + self.inputs))
+
+    def flops(self, rows: int) -> int:
+        """Of all of them, with rows as the tensor cores take them."""
+        return 2 * self.count * math.ceil(rows / MMA_ROWS) * MMA_ROWS * self.outputs * self.inputs
+
+    def floor_us(self, rows: int) -> float:
+        return max(self.bytes(rows) / HBM_BYTES_PER_S, self.flops(rows) / MMA_FLOPS_PER_S) * 1e6
+
+
+def products(config: ModelConfig) -> list[Product]:
+    """Of a forward with packed weights, in the order of a layer, the head last."""
+    hidden, layers, heads = config.hidden_size, config.num_layers, config.num_heads * config.head_dim
+    return [
+        Product("qkv", heads + 2 * config.num_kv_heads * config.head_dim, hidden, layers),
+        Product("o", hidden, heads, layers),
+        Product("gate_up", 2 * config.intermediate_size, hidden, layers),
+        Product("down", hidden, config.intermediate_size, layers),
+        Product("lm_head", config.vocab_size, hidden, 1),
+    ]
+
+
+def products_floor_us(config: ModelConfig, rows: int, logit_rows: int) -> float:
+    """Floor of the matrix products of a forward of `rows` rows, of which logit_rows go through the head: of each
+    product, the larger of its bytes (weights, inputs and outputs) at 3.05 TB/s and its flops (rows padded to 64) at 700
+    TFLOP/s."""
+    *layers, head = products(config)
+    return sum(product.floor_us(rows) for product in layers) + (head.floor_us(logit_rows) if logit_rows else 0.0)
 
 
 def attention_floor_us(config: ModelConfig, batch: int, q_len: int, tokens: float) -> float:
     """Floor of one layer's attention of `batch` requests over `tokens` K/V tokens per KV head each."""
     rows = config.num_heads // config.num_kv_heads * q_len
-    padded = -(-rows // PRODUCT_ROWS) * PRODUCT_ROWS
+    padded = -(-rows // MMA_ROWS) * MMA_ROWS
     heads = batch * config.num_kv_heads
     num_bytes = 2 * config.head_dim * heads * (2 * tokens + 2 * rows)
     flops = 4 * config.head_dim * heads * padded * tokens
-    return max(num_bytes / HBM_BYTES_PER_S, flops / FLOPS_PER_S) * 1e6
+    return max(num_bytes / HBM_BYTES_PER_S, flops / MMA_FLOPS_PER_S) * 1e6
 
 
 def block_floor_ms(
