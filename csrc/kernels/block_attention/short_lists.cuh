@@ -18,10 +18,12 @@
 //           warpgroups give one another, and outgoing records. A record is O in 24 bits and 16 bytes: what exponents
 //           are of, and the sum.
 // Sync      full_k/full_v[stage]: the producer's expectation and the copies' bytes, or one arrival of each warp that
-//           gathers; the first full_k brings the piece too. empty_k/empty_v[stage]: one arrival per consumer warp of
-//           every CTA of the same split. merged: the bytes of the records. Cluster barrier, twice: barriers are
-//           initialised; all records have come. Named barriers: each consumer warpgroup, both; all threads once, the
-//           records are written.
+//           gathers; the first full_k brings the piece too, each the flags of its tile, which the lane that arrives
+//           writes. empty_k/empty_v[stage], if a tile is to come there: one arrival per consumer warp of every CTA of
+//           the same split (of gathered tokens, of this CTA); the lane that has read the flags arrives at its own CTA.
+//           merged: the bytes of the records. Cluster barrier, twice, if the cluster is more than a CTA: barriers are
+//           initialised; all records have come. Named barriers: the consumers; all threads once, the records are
+//           written.
 // Ceiling   latencies: lists, page table, K, products, exchange; NOTES.md of sparse_block_attention has the times.
 namespace mage::cuda {
 
@@ -56,9 +58,10 @@ struct alignas(1024) ShortListShared {
     uint8_t k[Config::kStages][Config::kTileBytes];
     uint8_t v[Config::kStages][Config::kTileBytes];
     uint8_t incoming[Config::kMostIncoming * Config::kRecord];
-    float2 joined[Config::kRows];                    // what a warpgroup has of a row that the other one sends
-    uint8_t broken[Config::kStages][Config::kKeys];  // rows of K on pages outside the pool, if any
-    uint32_t any_broken[Config::kStages];            // a byte for each warp that gathers
+    float2 joined[Config::kRows];  // what a warpgroup has of a row that the other one sends
+    // What lies on pages outside the pool: x: a bit for each box of the tile, y: a part of the hole is there; or of
+    // gathered tokens, a word for each warp that gathers, a bit for each of its rows.
+    uint4 broken[Config::kStages][Config::kGroups];
     uint64_t full_k[Config::kStages], full_v[Config::kStages];
     uint64_t empty_k[Config::kStages], empty_v[Config::kStages];
     uint64_t merged;
@@ -88,6 +91,12 @@ struct ShortListPlace {
         return (row_tile * args.ctas + rank) * 64;
     }
 };
+
+// Whether a cluster is more than a CTA.
+__device__ __forceinline__ bool in_cluster(const AttentionArgs& args) { return (args.ctas | args.splits) != 1; }
+
+// Whether CTAs of a split bring K and V for one another: of gathered tokens every CTA brings all by itself.
+__device__ __forceinline__ bool shares(const AttentionArgs& args) { return args.ctas > 1 && !gathers(args); }
 
 // By the number of splits; exact for small values.
 __device__ __forceinline__ int32_t over_splits(const AttentionArgs& args, int32_t value) {
@@ -232,7 +241,7 @@ __device__ __forceinline__ void produce_short(const AttentionArgs& args, const S
     if (writes && lane == 0) shared.piece = piece;
     const Places<true> places(args, piece);
     __syncwarp();
-    if (args.ctas > 1) device::cluster_wait();
+    if (args.ctas > 1) device::cluster_wait();  // their barriers are initialised
     if (piece.token_begin == piece.token_end && writes && lane == 0) device::mbarrier_arrive(full);
     uint32_t parity = 1;
     Place place = place_by(guess, places, piece.token_begin + offset);
@@ -249,17 +258,12 @@ __device__ __forceinline__ void produce_short(const AttentionArgs& args, const S
             if (first >= piece.token_end) break;
             const int32_t boxes = (min(piece.token_end - first, piece.tile_tokens) + Config::kBox - 1) / Config::kBox;
             device::mbarrier_wait(empty + 8 * stage, parity);
-            if (writes) {
-                const bool is_flagged = (flagged >> stage * kLanes & (1u << kLanes) - 1) != 0;
+            if (writes && lane == 0) {
                 const bool is_holed = first < piece.hole_end && first + piece.tile_tokens > piece.list_end &&
                                       piece.hole_end > piece.list_end;
-                if (is_flagged && tile == stage && box < Config::kBoxes) {
-                    const uint32_t all = is_broken ? ~0u : 0;
-                    *reinterpret_cast<uint4*>(shared.broken[stage] + row_of_token<Config>(box * Config::kBox)) =
-                        make_uint4(all, all, all, all);
-                }
-                if (lane == 0) shared.any_broken[stage] = is_flagged ? 1 : is_holed ? 2 : 0;
-                __syncwarp();
+                const uint4 flags = make_uint4(flagged >> stage * kLanes & (1u << kLanes) - 1, is_holed ? 1 : 0, 0, 0);
+#pragma unroll
+                for (int group = 0; group < Config::kGroups; ++group) shared.broken[stage][group] = flags;
             }
             if (span == 0 && lane == 0)
                 device::mbarrier_arrive_expect(full + 8 * stage,
@@ -278,7 +282,13 @@ __device__ __forceinline__ void produce_short(const AttentionArgs& args, const S
         parity ^= 1;
     }
     __syncwarp();
-    if (args.ctas == 1) device::cluster_wait();
+    if (args.ctas == 1 && in_cluster(args)) device::cluster_wait();
+}
+
+// Of a consumer group's rows.
+template <typename Config>
+__device__ __forceinline__ constexpr int rows_of_gatherer() {
+    return Config::kColumns / (kWarpgroup / kWarp);
 }
 
 // Single tokens are gathered by four warps, 16 bytes at a time: of the rows of each consumer group a warp
@@ -286,11 +296,10 @@ __device__ __forceinline__ void produce_short(const AttentionArgs& args, const S
 template <typename Config>
 __device__ __forceinline__ void gather_short(const AttentionArgs& args, const ShortListPlace& at,
                                              ShortListShared<Config>& shared) {
-    constexpr int kWarps = kWarpgroup / kWarp;
     constexpr int kChunks = Config::kDim / 8, kAtOnce = kWarp / kChunks;  // of 16 bytes in a row; rows at once
     const int32_t lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
     const int32_t chunk = lane % kChunks;
-    constexpr int kEach = Config::kColumns / kWarps;  // of a group's rows
+    constexpr int kEach = rows_of_gatherer<Config>();
     const ShortPiece piece = find_short_piece<Config>(args, at, StreamFacts(args, at.request, at.kv_head));
     if (warp == 0 && lane == 0) shared.piece = piece;
     const Places<true> places(args, piece);
@@ -301,7 +310,6 @@ __device__ __forceinline__ void gather_short(const AttentionArgs& args, const Sh
     uint32_t behind = 0, stage = 0, parity = 1;
     for (int32_t token = piece.token_begin; token < piece.token_end; token += piece.tile_tokens) {
         Place own_places[Config::kGroups];
-        bool is_flagged = false;
         device::mbarrier_wait(device::shared_address(&shared.empty_k[stage]), parity);
 #pragma unroll
         for (int group = 0; group < Config::kGroups; ++group) {
@@ -312,11 +320,10 @@ __device__ __forceinline__ void gather_short(const AttentionArgs& args, const Sh
             const bool is_used = offset < piece.tile_tokens;
             const bool is_broken = places.mark(position, &place) && is_used;
             if (!is_used) place.page = places.nowhere();  // zeros
-            shared.broken[stage][group * Config::kColumns + own] = is_broken ? 1 : 0;
-            is_flagged |= __any_sync(~0u, is_broken);
+            const uint32_t flags = __ballot_sync(~0u, is_broken);
+            if (lane == 0) reinterpret_cast<uint32_t*>(&shared.broken[stage][group])[warp] = flags;
             own_places[group] = place;
         }
-        if (lane == 0) reinterpret_cast<uint8_t*>(&shared.any_broken[stage])[warp] = is_flagged ? 1 : 0;
         const auto copy = [&](const PoolBytes& pool, uint32_t tile, int32_t first, const Place& place) {
             const uint8_t* head = pool.data + piece.kv_head * pool.stride_head + chunk * 16;
             const uint32_t to = tile + chunk / 8 * (Config::kKeys * kRowBytes);
@@ -346,7 +353,7 @@ __device__ __forceinline__ void gather_short(const AttentionArgs& args, const Sh
     }
     if (behind != 0) arrive<0>(behind);
     __syncwarp();
-    device::cluster_wait();
+    if (in_cluster(args)) device::cluster_wait();
 }
 
 // --- The consumers: two warpgroups -----------------------------------------------------------------------------------
@@ -448,8 +455,20 @@ struct ShortListConsumer {
         }
     }
 
-    // S = Q K^T of this group's columns of a stage.
-    __device__ __forceinline__ void multiply_keys(uint32_t stage) {
+    // Whether boxes of a tile are broken or it has a part of the hole. One lane reads, the one that releases K at this
+    // CTA: what the others read its arrival would not order.
+    __device__ __forceinline__ bool any_flag(uint32_t stage) const {
+        uint32_t any = 0;
+        if (lane == at.rank) {
+            const uint4 flags = shared.broken[stage][group];
+            any = flags.x | flags.y | flags.z | flags.w;
+        }
+        return __any_sync(~0u, any != 0);
+    }
+
+    // S = Q K^T of this group's columns of a stage. `beside` runs while the tensor cores do.
+    template <typename BesideT>
+    __device__ __forceinline__ void multiply_keys(uint32_t stage, const BesideT& beside) {
         const uint64_t q = device::swizzled_tile(shared_tile, kAtomBytes, 16);
         const uint64_t k = device::swizzled_tile(
             shared_tile + kKTile + stage * (Config::kTileBytes / 16) + group * (Config::kColumns * kRowBytes / 16),
@@ -464,6 +483,7 @@ struct ShortListConsumer {
                                                              i != 0);
         }
         device::wgmma_commit();
+        beside();
         device::wgmma_wait<0>();
         device::pin_registers(s);
     }
@@ -491,7 +511,7 @@ struct ShortListConsumer {
     __device__ __forceinline__ int32_t own_token() const { return group * Config::kBox + lane % 4 * 2; }
 
     // Scores of tokens that a row must not see become -inf; the tile has `tokens` from position `token` on.
-    __device__ __forceinline__ void mask(int32_t token, int32_t tokens, uint32_t stage, uint32_t any_broken) {
+    __device__ __forceinline__ void mask(int32_t token, int32_t tokens, uint32_t stage, bool any_flag) {
         if (token + tokens > min(limit[0], limit[1]) ||
             tokens < (Config::kBoxes - Config::kGroups + 1 + group) * Config::kBox) {
             const int32_t left[2] = {min(limit[0] - token, tokens) - own_token(),
@@ -501,14 +521,21 @@ struct ShortListConsumer {
                 if (token_of(i / 4 * 2 + i % 2) >= left[i / 2 % 2]) s[i] = -INFINITY;
             }
         }
-        if (any_broken != 0 || min(listed_limit[0], listed_limit[1]) <= piece.tail_begin)
-            hide(token, shared.broken[stage], any_broken);
+        if (any_flag || min(listed_limit[0], listed_limit[1]) <= piece.tail_begin) hide(token, stage);
     }
 
     // The rare part: broken pages, the hole, and listed tokens past a row's limit.
-    __device__ __forceinline__ void hide(int32_t token, const uint8_t* broken, uint32_t any_broken) {
-        constexpr int kOwn = Config::kColumns / 4;   // columns of this thread
-        const bool reads = (any_broken & ~2u) != 0;  // else the tile has a part of the hole, and the flags are not set
+    __device__ __forceinline__ void hide(int32_t token, uint32_t stage) {
+        constexpr int kOwn = Config::kColumns / 4;  // columns of this thread
+        constexpr int kEach = rows_of_gatherer<Config>();
+        uint4 flags = make_uint4(0, 0, 0, 0);
+        if (lane == at.rank) flags = shared.broken[stage][group];  // alone, as in any_flag
+        flags.x = __shfl_sync(~0u, flags.x, at.rank);
+        if (gathers(args)) {
+            flags.y = __shfl_sync(~0u, flags.y, at.rank);
+            flags.z = __shfl_sync(~0u, flags.z, at.rank);
+            flags.w = __shfl_sync(~0u, flags.w, at.rank);
+        }
         const bool compares = min(listed_limit[0], listed_limit[1]) <= piece.tail_begin;
         const int32_t* list = list_of(args, at.request, at.kv_head);
         const int32_t inside = (1 << args.list_shift) - 1;
@@ -517,7 +544,13 @@ struct ShortListConsumer {
         for (int i = 0; i < kOwn; ++i) {
             const int32_t offset = own_token() + token_of(i), position = token + offset;
             bool hides = position >= piece.list_end && position < piece.hole_end;
-            if (reads) hides = hides || broken[row_of_token<Config>(offset)] != 0;
+            if (gathers(args)) {
+                const int32_t row = row_of_token<Config>(offset) - group * Config::kColumns, from = row / kEach;
+                const uint32_t word = from == 0 ? flags.x : from == 1 ? flags.y : from == 2 ? flags.z : flags.w;
+                hides = hides || (word >> (row - from * kEach) & 1u) != 0;
+            } else {
+                hides = hides || (flags.x >> offset / Config::kBox & 1u) != 0;
+            }
             const int32_t unit = compares && position < piece.list_end ? list[position >> args.list_shift] : INT32_MIN;
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
@@ -576,9 +609,9 @@ struct ShortListConsumer {
     __device__ __forceinline__ void release(uint64_t* empty) const {
         __syncwarp();
         const uint32_t barrier = device::shared_address(empty);
-        if (args.ctas == 1) {
-            if (lane == 0) device::mbarrier_arrive(barrier);
-        } else if (lane < args.ctas) {
+        if (lane == at.rank) {  // see any_flag
+            device::mbarrier_arrive(barrier);
+        } else if (shares(args) && lane < args.ctas) {
             device::mbarrier_arrive_cluster(barrier, at.split * args.ctas + lane);
         }
     }
@@ -589,10 +622,12 @@ struct ShortListConsumer {
         for (int32_t token = piece.token_begin; token < piece.token_end; token += piece.tile_tokens) {
             const int32_t tokens = min(piece.token_end - token, piece.tile_tokens);
             device::mbarrier_wait(device::shared_address(&shared.full_k[stage]), parity);
-            const uint32_t any_broken = shared.any_broken[stage];
-            multiply_keys(stage);
-            mask(token, tokens, stage, any_broken);
-            release(&shared.empty_k[stage]);
+            bool flag;
+            multiply_keys(stage, [&] { flag = any_flag(stage); });
+            mask(token, tokens, stage, flag);
+            // Else nobody waits for it, and it could come to another CTA after that one's end.
+            const bool releases = token + Config::kStages * piece.tile_tokens < piece.token_end;
+            if (releases) release(&shared.empty_k[stage]);
             float highest[4];  // two of each row
 #pragma unroll
             for (int i = 0; i < 4; ++i) highest[i] = fmaxf(s[2 * i], s[2 * i + 1]);
@@ -619,7 +654,7 @@ struct ShortListConsumer {
             device::mbarrier_wait(device::shared_address(&shared.full_v[stage]), parity);
             clear_values(stage, token);
             multiply_values(stage);
-            release(&shared.empty_v[stage]);
+            if (releases) release(&shared.empty_v[stage]);
             stage ^= 1;
             if (stage == 0) parity ^= 1;
         }
@@ -713,7 +748,7 @@ struct ShortListConsumer {
             join();
         }
         __syncwarp();
-        device::cluster_wait();
+        if (in_cluster(args)) device::cluster_wait();
         if (any) send();
         __syncwarp();
     }
@@ -880,7 +915,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     const int32_t warp = threadIdx.x / kWarp;
     const ShortListPlace at(args);
     if (threadIdx.x == 0) {
-        const uint32_t releases = Config::kConsumers / kWarp * args.ctas;
+        const uint32_t releases = Config::kConsumers / kWarp * (shares(args) ? args.ctas : 1);
         const uint32_t fills = gathers(args) ? kWarpgroup / kWarp : 1;
 #pragma unroll
         for (int i = 0; i < Config::kStages; ++i) {
@@ -899,7 +934,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     const ShortPiece guess = guess_piece<Config>(args, at);
     prefetch_short<Config>(args, at, guess);
     __syncthreads();
-    device::cluster_arrive_relaxed();
+    // In a launch without clusters the wait would be a barrier of all warps of the CTA, which must be one instruction.
+    if (in_cluster(args)) device::cluster_arrive_relaxed();
     device::dependency_wait();
     device::dependency_release();
     if (warp >= kWarpgroup / kWarp) {
@@ -908,7 +944,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
         gather_short<Config>(args, at, shared);
     } else if (warp / 2 < Config::kSpans) {
         produce_short<Config>(args, at, guess, &k_map, &v_map, shared);
-    } else {
+    } else if (in_cluster(args)) {
         device::cluster_wait();
     }
     __syncwarp();
@@ -916,10 +952,11 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
         device::named_barrier(kPieceBarrier, Config::kThreads);  // the records of this CTA are written
         device::mbarrier_wait(device::shared_address(&shared.merged), 0);
         // What others have of this CTA's rows has come: its own are where they belong once all can say so.
-        device::cluster_arrive_relaxed();
+        __syncwarp();
+        if (in_cluster(args)) device::cluster_arrive_relaxed();
     });
     __syncwarp();
-    device::cluster_wait();
+    if (in_cluster(args)) device::cluster_wait();
 }
 
 }  // namespace mage::cuda
