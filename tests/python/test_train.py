@@ -136,6 +136,54 @@ def test_every_asked_fact_stands_whole_in_the_trunk(tokenizer, held_out):
     assert {len(value) for value in values} == ({7} if held_out else {4, 5, 6, 7, 8})
 
 
+@pytest.mark.parametrize("held_out", [False, True])
+def test_every_asked_line_stands_in_the_register(tokenizer, held_out):
+    layout = Layout(trunk=512, branches=4, branch_tokens=192, branch_blocks=5, block=BLOCK)
+    maker = RowMaker(tokenizer, None, layout, 1, MASK, END, held_out=held_out, registers=1.0)
+    lengths, asked_counts, values, cut = set(), set(), set(), 0
+    for seed in range(60):
+        trunk, branches = maker._row(random.Random(seed))
+        text = sentences_of(tokenizer, trunk)
+        assert len(trunk) % BLOCK == 0 and 256 - BLOCK < len(trunk) <= 512
+        assert text.startswith(f"<|im_start|>user\n{tasks.REGISTER_HEAD}\nline ")
+        lengths.add(len(trunk))
+        assert branches
+        for branch in branches:
+            prompt = tokenizer.decode(branch.tokens[: branch.answer_start], skip_special_tokens=False)
+            answer = tokenizer.decode(branch.tokens[branch.answer_start :], skip_special_tokens=False)
+            rest, question = prompt.split("\n\n")
+            cut += bool(rest)
+            register = (text + rest).split("\n")[2:]
+            stated = dict(
+                re.fullmatch(r"line (\w+-\w+): REGISTER_CONTENT is <(\d+)>", line).groups() for line in register
+            )
+            assert len(stated) == len(register) > 5
+            assert all(tasks.is_held_out(key.replace("-", " ")) == held_out for key in stated)
+            assert question.endswith("<|im_end|>\n<|im_start|>assistant\n") and answer.endswith("<|im_end|>")
+            lines = answer.removesuffix("<|im_end|>").split("\n")
+            assert [stated[key] for key in re.findall(r"\w+-\w+", question)] == lines
+            asked_counts.add(len(lines))
+            values.update(lines)
+    assert len(lengths) > 5 and asked_counts == {1, 2, 3, 4} and cut
+    assert {len(value) for value in values} == ({5} if held_out else {4, 5, 6, 7})
+
+
+def test_rows_of_a_share_are_registers(tokenizer):
+    def kinds(share):
+        maker = RowMaker(tokenizer, None, LAYOUT, 1, MASK, END, registers=share)
+        return [tasks.REGISTER_HEAD in sentences_of(tokenizer, maker._row(random.Random(s))[0]) for s in range(100)]
+
+    assert not any(kinds(0.0)) and all(kinds(1.0)) and 20 < sum(kinds(0.4)) < 60
+
+
+def test_lengths_are_full_or_drawn_from_512_on(tokenizer):
+    maker = RowMaker(tokenizer, None, Layout(trunk=2048, branches=0, block=BLOCK), 1, MASK, END)
+    lengths = [maker._length(random.Random(seed)) for seed in range(500)]
+    shorter = [length for length in lengths if length < 2048]
+    assert 100 < len(shorter) < 200 and min(shorter) < 700 and all(length % BLOCK == 0 for length in lengths)
+    assert min(shorter) >= 512 and abs(np.mean(shorter) - 1280) < 150
+
+
 def test_facts_of_rows_stand_at_every_depth(tokenizer):
     """As many facts in each fifth of the trunk, within five standard deviations of a fair draw."""
     maker = RowMaker(tokenizer, None, Layout(trunk=512, branches=0, block=BLOCK), 1, MASK, END)
@@ -178,7 +226,12 @@ def test_corpus_is_runs_of_sentences(tokenizer):
         (lambda t: Corpus.build([], t), "Corpus: texts must hold a sentence, got 0 texts"),
         (lambda t: RowMaker(t, None, LAYOUT, 0, MASK, END), "RowMaker: rows must be at least 1, got 0"),
         (lambda t: RowMaker(t, None, LAYOUT, 1, MASK, END, own_prose=1.5), r"own_prose must be in \[0, 1\], got 1.5"),
+        (lambda t: RowMaker(t, None, LAYOUT, 1, MASK, END, registers=-1), r"registers must be in \[0, 1\], got -1"),
         (lambda t: RowMaker(t, None, LAYOUT, 1, MASK, END, keys_asked={0: 1.0}), "keys_asked must map numbers of keys"),
+        (
+            lambda t: RowMaker(t, None, Layout(trunk=32, branches=1, block=16), 1, MASK, END, registers=1).batch(0),
+            r"half of layout.trunk must hold the head of a register \(\d+ tokens\), got 32",
+        ),
         (
             lambda t: RowMaker(t, None, Layout(trunk=16, branches=1, block=16), 1, MASK, END).batch(0),
             r"half of layout.trunk must hold the chat's head \(\d+ tokens\) and a fact \(\d+\), got 16",
@@ -357,6 +410,38 @@ def test_time_ends_training_in_its_stage(model, tokenizer, tmp_path, gate, monke
     assert (end["stage"], end["ended_by"], end["step"], end["gate_held"]) == (0, "time", 0, gate != 0.8)
 
 
+def test_stages_end_by_their_share_of_the_time(model, tokenizer, tmp_path, monkeypatch):
+    """A clock of a minute per look; the file is there when the gate of such an end is measured."""
+    clock = iter(range(0, 10**6, 60))
+    monkeypatch.setattr("mage_ext.train.trainer.time.monotonic", lambda: next(clock))
+    seen = []
+
+    def measured(self, test, count):
+        seen.append((tmp_path / "adapter-int8.safetensors").exists())
+        return {1: (7, 10)}
+
+    monkeypatch.setattr(Trainer, "answers_found", measured)
+    trainer = trainer_of(model, tmp_path, minutes=60, save_every_s=1e9)
+    assert trainer.run([Stage(SMALL, 1, until=0.3), Stage(SMALL, 1, until=0.6), Stage(SMALL, 1)], tokenizer, None, None)
+    log = log_of(tmp_path)
+    gates = [(line["stage"], line["step"]) for line in log if line.get("event") == "gate"]
+    assert [stage for stage, _ in gates] == [0, 1, 2] and 0 < gates[0][1] < gates[1][1] < gates[2][1]
+    assert log[-1]["ended_by"] == "time" and seen == [True] * 3
+    # What misses its gate at the end of its share ends training.
+    again = trainer_of(make_model(tokenizer.vocab_size), tmp_path / "b", minutes=60, save_every_s=1e9)
+    assert not again.run([Stage(SMALL, 1, gate=0.8, until=0.3), Stage(SMALL, 1)], tokenizer, None, None)
+    assert log_of(tmp_path / "b")[-1]["ended_by"] == "share"
+
+
+def test_gates_ask_both_kinds(model, tokenizer, tmp_path):
+    layout = Layout(trunk=128, branches=2, branch_tokens=192, branch_blocks=5, trunk_blocks=2, block=BLOCK)
+    trainer = trainer_of(model, tmp_path, registers=0.5)
+    trainer.run([Stage(layout, 2, max_steps=1)], tokenizer, None, None)
+    (gate,) = [line for line in log_of(tmp_path) if line.get("event") == "gate"]
+    assert list(gate["kinds"]) == ["facts", "registers"] and all(pair[1] > 0 for pair in gate["kinds"].values())
+    assert sum(pair[1] for pair in gate["kinds"].values()) == sum(pair[1] for pair in gate["by_lines"].values())
+
+
 # --- files ----------------------------------------------------------------------------------------------------------
 
 
@@ -457,6 +542,7 @@ def test_trainer_refuses(model, tokenizer, tmp_path):
         (lambda: TrainConfig(1, seed=1000), r"seed must be in \[0, 1000\), got 1000"),
         (lambda: Stage(LAYOUT, 0), "rows must be at least 1, got 0"),
         (lambda: Stage(SMALL, 1, gate=1.5), r"gate must be None or in \[0, 1\], got 1.5"),
+        (lambda: Stage(SMALL, 1, until=0.0), r"until must be in \(0, 1\], got 0.0"),
     ],
 )
 def test_settings_refuse(make, message):
@@ -478,6 +564,16 @@ def test_curriculum_is_that_of_the_shipped_model():
         assert (stage.min_steps, stage.max_steps) == (told["min_steps"], told["max_steps"])
     defaults = TrainConfig(minutes=start["config"]["minutes"], workers=start["config"]["workers"])
     assert all(getattr(defaults, name) == value for name, value in start["config"].items())
+
+
+def test_long_curriculum_fits_the_base():
+    """SmolLM2 has 8192 positions; a step has about as many tokens in each stage, less than twice the shipped run's."""
+    stages = adapt.long_curriculum()
+    assert all(stage.layout.trunk + stage.layout.branch_tokens <= 8192 for stage in stages)
+    assert [stage.until for stage in stages] == sorted(stage.until for stage in stages) and stages[-1].until == 1
+    tokens = [stage.rows * stage.layout.tokens for stage in stages]
+    assert max(tokens) < 1.2 * min(tokens) and max(tokens) < 2 * adapt.curriculum()[1].rows * 5504
+    assert all(stage.rows >= 1 for stage in adapt.long_curriculum(1))
 
 
 @pytest.fixture
@@ -533,7 +629,10 @@ def command(base, tmp_path, monkeypatch):
         trunk=128, branches=2, branch_tokens=96, branch_blocks=2, trunk_blocks=2
     )  # blocks of 32, as shipped
     monkeypatch.setattr(Trainer, "answers_found", lambda self, test, count: {1: (7, 10)})
-    monkeypatch.setattr(adapt, "curriculum", lambda rows: [Stage(layout, rows, gate=command.gate, max_steps=2)])
+    stages = {name: lambda rows: [Stage(layout, rows, gate=command.gate, max_steps=2)] for name in adapt.CURRICULA}
+    monkeypatch.setattr(
+        adapt, "CURRICULA", {name: (stages[name], settings) for name, (_, settings) in adapt.CURRICULA.items()}
+    )
     novels = [{"id": f"n{i}", "text": " ".join(tasks.filler(random.Random(i), 30))} for i in range(10)]
     (tmp_path / "novels.jsonl").write_text("\n".join(map(json.dumps, novels)))
 
@@ -562,7 +661,11 @@ def test_command_trains_and_its_adapter_loads(command, base, tmp_path, capsys):
     config, model, _ = builtin.load_base(base)
     assert config.block_size == 32
     apply_adapter(model, load_adapter(out / "adapter-int8.safetensors", base="tiny.gguf"))
-    assert command("--resume", str(out / "adapter.safetensors"), "--seed", "1") == 0
+    assert command("--resume", str(out / "adapter-int8.safetensors"), "--seed", "1", "--curriculum", "long") == 0
+    assert log_of(out)[-1]["ended_by"] == "steps" and log_of(out)[-2]["kinds"] == {
+        "facts": [7, 10],
+        "registers": [7, 10],
+    }
     assert [line["event"] for line in log_of(out) if line.get("event") in ("start", "end")] == ["start", "end"] * 2
 
 

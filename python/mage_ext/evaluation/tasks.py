@@ -45,7 +45,10 @@ _WORDINGS = (
     ("The special number of the {key} is {value}.", "special number of the {key}"),
     ("Remember that the password of the {key} is {value}.", "password of the {key}"),
     ("The account number of the {key} is {value}.", "account number of the {key}"),
+    ("line {key}: REGISTER_CONTENT is <{value}>", "REGISTER_CONTENT in line {key}"),
 )
+RECORD = 4  # the wording of a register's lines; the others are sentences
+REGISTER_HEAD = "This is a register. Remember the content of every line."
 
 
 @dataclass(frozen=True)
@@ -57,12 +60,17 @@ class Fact:
     wording: int = 0
 
     @property
+    def name(self) -> str:
+        """The key as texts write it; lines of a register write it with a hyphen."""
+        return self.key.replace(" ", "-") if self.wording == RECORD else self.key
+
+    @property
     def statement(self) -> str:
-        return _WORDINGS[self.wording][0].format(key=self.key, value=self.value)
+        return _WORDINGS[self.wording][0].format(key=self.name, value=self.value)
 
     @property
     def asked(self) -> str:
-        return _WORDINGS[self.wording][1].format(key=self.key)
+        return _WORDINGS[self.wording][1].format(key=self.name)
 
 
 @dataclass(frozen=True)
@@ -102,7 +110,7 @@ def num_keys(held_out: bool) -> int:
 
 
 def draw_facts(rng: random.Random, count: int, held_out: bool, digits: int = 7, wording: int | None = 0) -> list[Fact]:
-    """`count` facts with distinct keys and values of `digits` digits; wording None mixes the wordings (one per call).
+    """`count` facts with distinct keys and values of `digits` digits; wording None: one of the sentences, for all.
 
     Raises:
         ValueError: count is not in [1, num_keys(held_out)], digits is not positive, or there is no such wording.
@@ -114,7 +122,7 @@ def draw_facts(rng: random.Random, count: int, held_out: bool, digits: int = 7, 
     if wording is not None and not 0 <= wording < len(_WORDINGS):
         raise ValueError(f"draw_facts: wording must be None or in [0, {len(_WORDINGS)}), got {wording}")
     if wording is None:
-        wording = rng.randrange(len(_WORDINGS))
+        wording = rng.randrange(RECORD)
     facts: dict[str, Fact] = {}
     while len(facts) < count:
         key = f"{rng.choice(ADJECTIVES)} {rng.choice(NOUNS)}"
@@ -127,6 +135,12 @@ def ask(facts: Sequence[Fact]) -> str:
     """The question for one or several facts."""
     if len(facts) == 1:
         return f"Question: What is the {facts[0].asked}? Answer with the number only."
+    if facts[0].wording == RECORD:
+        listed = ", ".join(fact.name for fact in facts[:-1])
+        return (
+            f"Question: What are the REGISTER_CONTENTs in lines {listed} and {facts[-1].name}? "
+            "Answer with one number per line."
+        )
     listed = ", the ".join(fact.key for fact in facts[:-1])
     head = _WORDINGS[facts[0].wording][1].format(key=listed)
     for noun in ("code", "number", "password"):
@@ -301,6 +315,23 @@ def make_case(
         f"make_case: align must reach a multiple of {block} tokens by cutting words and leave {tail_tokens} behind "
         "every fact, got no such context in 32 draws"
     )
+
+
+def make_register_case(rng: random.Random, lines: int, asked: int = 1, digits: int = 5) -> Case:
+    """A register of `lines` records with held-out keys, and a question for `asked` of them, drawn uniformly.
+
+    The form is that of LongEval's line retrieval; head, keys, values and question are the project's own.
+
+    Raises:
+        ValueError: asked is not in [1, lines], or draw_facts refuses lines or digits.
+    """
+    if not 1 <= asked <= lines:
+        raise ValueError(f"make_register_case: asked must be in [1, lines = {lines}], got {asked}")
+    facts = draw_facts(rng, lines, held_out=True, digits=digits, wording=RECORD)
+    context = "\n".join((REGISTER_HEAD, *(fact.statement for fact in facts)))
+    picked = rng.sample(range(lines), asked)
+    told = tuple(facts[i] for i in picked)
+    return Case(context, ask(told), answer(told), told, tuple(i / lines for i in picked))
 
 
 def _hide(

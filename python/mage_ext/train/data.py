@@ -1,4 +1,4 @@
-"""Training rows: prose of given novels or of the project's own, facts hidden in it, questions behind it.
+"""Training rows: prose of given novels or of the project's own with facts hidden in it, or a register; then questions.
 
 Text is tokenised sentence by sentence once; rows are put together from token runs, which makes hundreds per second.
 
@@ -54,7 +54,9 @@ class RowMaker:
         tokenizer: with a chat template. corpus: prose; None: only the project's own.
         layout: of the rows. rows: per batch. mask_id, end_id: tokens.
         held_out: draw facts from the held-out keys (for gates). all_masked: see packing.pack.
-        own_prose: share of rows whose prose is the project's own. keys_asked: number of keys per question -> weight.
+        own_prose: share of prose rows whose prose is the project's own.
+        keys_asked: number of keys per question -> weight.
+        registers: share of rows whose context is a register of lines (tasks.RECORD) in place of prose with facts.
     Raises:
         ValueError: naming the argument, or a chat template that does not quote the user's message once.
     """
@@ -71,11 +73,13 @@ class RowMaker:
         all_masked: bool = False,
         own_prose: float = 0.25,
         keys_asked: dict[int, float] | None = None,
+        registers: float = 0.0,
     ):
         if rows < 1:
             raise ValueError(f"RowMaker: rows must be at least 1, got {rows}")
-        if not 0 <= own_prose <= 1:
-            raise ValueError(f"RowMaker: own_prose must be in [0, 1], got {own_prose}")
+        for name, share in (("own_prose", own_prose), ("registers", registers)):
+            if not 0 <= share <= 1:
+                raise ValueError(f"RowMaker: {name} must be in [0, 1], got {share}")
         if keys_asked is not None and not (keys_asked and min(keys_asked) >= 1 and min(keys_asked.values()) > 0):
             raise ValueError(f"RowMaker: keys_asked must map numbers of keys to positive weights, got {keys_asked}")
         self.tokenizer, self.corpus, self.layout, self.rows = tokenizer, corpus, layout, rows
@@ -83,6 +87,7 @@ class RowMaker:
         self.held_out, self.all_masked = held_out, all_masked
         self.own_prose = own_prose if corpus is not None else 1.0
         self.keys_asked = keys_asked or {1: 0.5, 2: 0.1, 3: 0.1, 4: 0.3}
+        self.registers = registers
         chat = tokenizer.render_chat([{"role": "user", "content": "\x00"}])
         if chat.count("\x00") != 1:
             raise ValueError(
@@ -108,7 +113,49 @@ class RowMaker:
             got += len(out[-1])
         return out
 
+    def _length(self, rng: random.Random) -> int:
+        """Tokens of a trunk, whole blocks: often all of the layout's, else from 512 (or half of a short one) on."""
+        most = self.layout.trunk
+        tokens = most if rng.random() < 0.7 else rng.randint(min(most // 2, 512), most)
+        return tokens // self.layout.block * self.layout.block
+
     def _row(self, rng: random.Random) -> tuple[np.ndarray, list[Branch]]:
+        """Trunk and branches of a row."""
+        return self._register(rng) if self.registers and rng.random() < self.registers else self._prose_row(rng)
+
+    def _branch(self, context: list[int], question: list[int], asked: Sequence[tasks.Fact]) -> list[Branch]:
+        """The branch with the end of the context, the question and the answer, if it fits the layout."""
+        prompt, block = context + question, self.layout.block
+        full = prompt + self._encode(tasks.answer(asked)) + [self.end_id]
+        fits = -(-len(full) // block) - len(prompt) // block <= self.layout.branch_blocks
+        return [Branch(full, len(prompt))] if len(full) <= self.layout.branch_tokens and fits else []
+
+    def _asked(self, rng: random.Random, facts: Sequence[tasks.Fact]) -> list[tasks.Fact]:
+        counts, weights = zip(*self.keys_asked.items(), strict=True)
+        return rng.sample(facts, min(len(facts), rng.choices(counts, weights)[0]))
+
+    def _register(self, rng: random.Random) -> tuple[np.ndarray, list[Branch]]:
+        length = self._length(rng)
+        tokens = self._head + self._encode(tasks.REGISTER_HEAD)
+        if len(tokens) >= length:
+            raise ValueError(
+                f"RowMaker: half of layout.trunk must hold the head of a register ({len(tokens)} tokens), "
+                f"got {self.layout.trunk}"
+            )
+        digits = 5 if self.held_out or rng.random() < 0.8 else rng.randint(4, 7)
+        drawn = tasks.draw_facts(rng, 1 + length // 8, self.held_out, digits, tasks.RECORD)  # more than have room
+        facts = []
+        while len(tokens) < length:
+            facts.append(drawn[len(facts)])
+            tokens += self._encode("\n" + facts[-1].statement)
+        branches = []
+        for _ in range(self.layout.branches):
+            asked = self._asked(rng, facts)
+            # The last record goes on in the branch, which starts at a block.
+            branches += self._branch(tokens[length:], self._encode("\n\n" + tasks.ask(asked) + self._tail), asked)
+        return np.asarray(tokens[:length], np.uint32), branches
+
+    def _prose_row(self, rng: random.Random) -> tuple[np.ndarray, list[Branch]]:
         layout, block = self.layout, self.layout.block
         own = rng.random() < self.own_prose
         most = max(4, min(24, layout.trunk // 48))
@@ -120,8 +167,7 @@ class RowMaker:
             wording=0 if self.held_out else None,
         )
         stated = [np.asarray(self._encode(" " + fact.statement), np.uint32) for fact in facts]
-        length = layout.trunk if rng.random() < 0.7 else rng.randint(layout.trunk // 2, layout.trunk)
-        length = length // block * block  # so that no fact at the end is cut
+        length = self._length(rng)  # whole blocks, so that no fact at the end is cut
         room = length - len(self._head) - sum(map(len, stated))
         while room < 0 and len(stated) > 1:
             facts.pop()
@@ -140,20 +186,15 @@ class RowMaker:
         trunk = np.concatenate((np.asarray(self._head, np.uint32), *kept))
 
         branches = []
-        counts, weights = zip(*self.keys_asked.items(), strict=True)
         for _ in range(layout.branches):
-            asked = rng.sample(facts, min(len(facts), rng.choices(counts, weights)[0]))
+            asked = self._asked(rng, facts)
             question = self._encode("\n\n" + tasks.ask(asked) + self._tail)
             # The context goes on for 0..block - 1 tokens of prose in the branch, so that answers start anywhere in a
             # block; long answers start at a block's first position half of the time.
             aligned = -len(question) % block
             extra = aligned if len(asked) > 2 and rng.random() < 0.5 else rng.randrange(block)
             prose = np.concatenate(self._prose(rng, extra + 1, own))[:extra]
-            prompt = [*prose.tolist(), *question]
-            full = prompt + self._encode(tasks.answer(asked)) + [self.end_id]
-            fits = -(-len(full) // block) - len(prompt) // block <= layout.branch_blocks
-            if len(full) <= layout.branch_tokens and fits:
-                branches.append(Branch(full, len(prompt)))
+            branches += self._branch(prose.tolist(), question, asked)
         return trunk, branches
 
     def batch(self, seed: int) -> Batch:

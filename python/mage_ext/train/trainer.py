@@ -34,6 +34,7 @@ class Stage:
         layout: of the rows. rows: per step.
         gate: share of held-out answers found that ends the stage; None: only max_steps or the time of the run end it.
         min_steps: before the gate counts. max_steps: after which a missed gate ends training.
+        until: share of the run's minutes after which the stage ends, as after max_steps.
     """
 
     layout: Layout
@@ -41,6 +42,7 @@ class Stage:
     gate: float | None = None
     min_steps: int = 100
     max_steps: int = 100000
+    until: float = 1.0
 
     def __post_init__(self):
         for name in ("rows", "min_steps", "max_steps"):
@@ -48,6 +50,8 @@ class Stage:
                 raise ValueError(f"Stage: {name} must be at least 1, got {getattr(self, name)}")
         if self.gate is not None and not 0 <= self.gate <= 1:
             raise ValueError(f"Stage: gate must be None or in [0, 1], got {self.gate}")
+        if not 0 < self.until <= 1:
+            raise ValueError(f"Stage: until must be in (0, 1], got {self.until}")
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,8 @@ class TrainConfig:
         minutes: wall time of this run. rank, scale: of the adapter.
         lr: peak rate, reached after warmup_steps, falling over the last decay_share of the time. weight_decay, clip.
         answer_weight, prose_weight, clean_weight: of the three losses.
-        eval_every: steps between gates. eval_batches: batches of a gate. save_every_s: seconds between saves.
+        registers: share of the rows whose context is a register, see RowMaker; gates then ask both kinds.
+        eval_every: steps between gates. eval_batches: batches of a gate and kind. save_every_s: seconds between saves.
         seed: 0..999, names every batch; another one gives other rows. workers: processes that make batches; 0: none.
     """
 
@@ -73,6 +78,7 @@ class TrainConfig:
     answer_weight: float = 1.0
     prose_weight: float = 0.5
     clean_weight: float = 0.2
+    registers: float = 0.0
     eval_every: int = 200
     eval_batches: int = 2
     save_every_s: float = 90.0
@@ -169,6 +175,8 @@ class Trainer:
         self.attend = Attention(model.config.block_size, self.device, flex=self.device.type == "cuda")
         self.layers: list[Callable] = list(self.model.layers)
         if self.device.type == "cuda":
+            # A graph per stage, shared by all layers; past the limit torch would run attention uncompiled.
+            torch._dynamo.config.recompile_limit = 64
             self.layers = [torch.compile(layer, dynamic=False) for layer in self.model.layers]
         self.tokens_seen, self.step = 0, 0
         self.out.mkdir(parents=True, exist_ok=True)
@@ -254,7 +262,9 @@ class Trainer:
             open_ = in_copy.clone()
             right = torch.zeros_like(open_)
             for _ in range(self.model.config.block_size):
-                logits = self.model.logits(self.hidden(batch)[source[:, 0], source[:, 1]]).float()
+                with torch.set_grad_enabled(self.device.type == "cuda"):  # training's graph: no other is compiled
+                    hidden = self.hidden(batch).detach()
+                logits = self.model.logits(hidden[source[:, 0], source[:, 1]]).float()
                 logits[:, self.model.config.mask_id] = -torch.inf
                 prob, token = logits.softmax(-1).max(-1)
                 # First tokens of blocks are predicted from clean text, so no step changes them.
@@ -320,15 +330,18 @@ class Trainer:
         began = self._saved = time.monotonic()
         for number, stage in enumerate(stages):
             shared = dict(layout=stage.layout, rows=stage.rows, mask_id=facts.mask_id, end_id=facts.eos_ids[0])
-            batches = loader(
-                RowMaker(tokenizer, corpus, **shared), config.seed * 10**6 + number * 10**5, config.workers
-            )
-            test = loader(
-                RowMaker(tokenizer, held_out, held_out=True, all_masked=True, **shared),
-                10**9 + number * 10**5,
-                min(config.workers, 2),
-            )
-            ended_by, held = self._run_stage(number, stage, batches, test, number + 1 == len(stages), began)
+            first = config.seed * 10**6 + number * 10**5
+            batches = loader(RowMaker(tokenizer, corpus, registers=config.registers, **shared), first, config.workers)
+            kinds = {"facts": 0.0, "registers": 1.0} if config.registers else {"facts": 0.0}
+            tests = {
+                kind: loader(
+                    RowMaker(tokenizer, held_out, held_out=True, all_masked=True, registers=share, **shared),
+                    10**9 + number * 10**5,
+                    min(config.workers, 2),
+                )
+                for kind, share in kinds.items()
+            }
+            ended_by, held = self._run_stage(number, stage, batches, tests, number + 1 == len(stages), began)
             if not held:
                 self.log(event="gate missed", stage=number, gate=stage.gate)
             if not held or ended_by == "time":
@@ -338,15 +351,22 @@ class Trainer:
         return held
 
     def _run_stage(
-        self, number: int, stage: Stage, batches: Iterator[Batch], test: Iterator[Batch], last: bool, began: float
+        self,
+        number: int,
+        stage: Stage,
+        batches: Iterator[Batch],
+        tests: dict[str, Iterator[Batch]],
+        last: bool,
+        began: float,
     ) -> tuple[str, bool]:
-        """Trains one stage; returns what ended it ("gate", "steps" or "time") and whether its gate held then."""
+        """Trains one stage; returns what ended it ("gate", "steps", "share", "time") and whether its gate held then."""
         config, since, tick = self.config, 0, time.monotonic()
         window = torch.zeros(3, device=self.device)
         for stage_step in range(1, stage.max_steps + 1):
             elapsed = (time.monotonic() - began) / (60 * config.minutes)
-            if elapsed >= 1:
-                return "time", self._gate(test, stage, number)
+            if elapsed >= stage.until:
+                self._save_both()  # before a gate that a limit outside may cut off
+                return "time" if elapsed >= 1 else "share", self._gate(tests, stage, number)
             batch = next(batches).to(self.device)
             loss, means = self.losses(batch)
             loss.backward()
@@ -380,7 +400,7 @@ class Trainer:
                 since, tick = 0, time.monotonic()
             if stage_step % config.eval_every == 0 or stage_step == stage.max_steps:
                 paused = time.monotonic()
-                held = self._gate(test, stage, number)
+                held = self._gate(tests, stage, number)
                 tick += time.monotonic() - paused
                 if held and stage.gate is not None and stage_step >= stage.min_steps and not last:
                     return "gate", True
@@ -393,17 +413,17 @@ class Trainer:
         self.save("adapter-int8", int8=True)
         self._saved = time.monotonic()
 
-    def _gate(self, test: Iterator[Batch], stage: Stage, number: int) -> bool:
-        found = self.answers_found(test, self.config.eval_batches)
-        total = sum(n for _, n in found.values())
-        share = sum(n for n, _ in found.values()) / max(total, 1)
-        self.log(
-            event="gate",
-            stage=number,
-            step=self.step,
-            share=share,
-            by_lines={str(k): list(v) for k, v in found.items()},
-        )
+    def _gate(self, tests: dict[str, Iterator[Batch]], stage: Stage, number: int) -> bool:
+        found: dict[int, list[int]] = {}
+        kinds = {}
+        for kind, test in tests.items():
+            counts = self.answers_found(test, self.config.eval_batches)
+            kinds[kind] = [sum(column) for column in zip(*counts.values(), strict=True)]
+            for lines, pair in counts.items():
+                found[lines] = [a + b for a, b in zip(found.get(lines, [0, 0]), pair, strict=True)]
+        share = sum(n for n, _ in found.values()) / max(sum(n for _, n in found.values()), 1)
+        by_lines = {str(k): v for k, v in sorted(found.items())}
+        self.log(event="gate", stage=number, step=self.step, share=share, by_lines=by_lines, kinds=kinds)
         return stage.gate is None or share >= stage.gate
 
     def _memory(self) -> float:
