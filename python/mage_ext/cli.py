@@ -147,6 +147,33 @@ def _chat(args: argparse.Namespace) -> int:
         print(f"\x1b[2m{terminal.cost_line(result)}\x1b[0m")
 
 
+def _inspect(args: argparse.Namespace) -> int:
+    from mage_ext.evaluation import inspection, needles, pages, tasks
+    from mage_ext.info import commit
+
+    _check_out("inspect", args.out)
+    config = _config(args)
+    if args.block < 1:
+        raise ValueError(f"inspect: block must be at least 1, got {args.block}")
+    if args.prompt is None and args.text is None and args.raw:
+        raise ValueError("inspect: raw must come with --prompt or --text, got neither")
+    parts = [text.strip() for _, text in tasks.read_texts(args.text)] if args.text else []
+    if args.prompt is not None:
+        parts.append(sys.stdin.read() if args.prompt == "-" else args.prompt)
+    loaded = _load("inspect", args)
+    if not parts:
+        case, ids = needles.CaseMaker(loaded).case(args.seed, 2048, asked=4)
+        print(f"No --prompt and no --text: a text that hides four facts. {case.question}", file=sys.stderr)
+    else:
+        text = "\n\n".join(parts)
+        ids = loaded.tokenizer.encode(text) if args.raw else loaded.tokenizer.chat([{"role": "user", "content": text}])
+    found = inspection.inspect_block(loaded, ids, config, block=args.block - 1, seed=args.seed)
+    facts = {"model": args.model, "device": _device_name(loaded.model.embed_tokens.weight.device), "commit": commit()}
+    pages.write_page(args.out, inspection.page(found, loaded.tokenizer, facts))
+    print(f"written: {args.out}, {os.path.getsize(args.out) / 1e6:.1f} MB")
+    return 0
+
+
 def _eval(args: argparse.Namespace) -> int:
     from mage_ext.evaluation import needles
 
@@ -422,7 +449,7 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--k",
         type=int,
         default=512,
-        help="prefix tokens read per layer and KV head in sparse steps (default 512)",
+        help="prefix tokens read per layer and KV head in sparse steps (default %(default)s)",
     )
     add("-g", "--g", type=int, default=32, help="tokens per selected unit: 1, 16, 32 or 64")
     add("--sinks", type=int, default=0, help="tokens at the start that are always read; charged to k")
@@ -457,6 +484,21 @@ def make_parser() -> argparse.ArgumentParser:
     chat = commands.add_parser("chat", help="chat in the terminal and watch blocks unmask")
     _add_model_arguments(chat)
     chat.set_defaults(run=_chat)
+
+    inspect = commands.add_parser("inspect", help="an HTML page: what a block reads of its prompt, forward by forward")
+    inspect.add_argument(
+        "--prompt", help="the user's message; - reads it from standard input; behind the texts if both are given"
+    )
+    inspect.add_argument(
+        "--text", nargs="+", metavar="FILE", help="of the message; without both: a text that hides four facts"
+    )
+    inspect.add_argument("--out", required=True, metavar="FILE", help="page to write; it needs nothing but a browser")
+    inspect.add_argument(
+        "--block", type=int, default=1, metavar="N", help="of the answer; the prompt's end is in the first (default 1)"
+    )
+    inspect.add_argument("--raw", action="store_true", help="continue the prompt as it is, without the chat template")
+    _add_model_arguments(inspect)
+    inspect.set_defaults(run=_inspect, sampler="low_confidence_static", tokens_per_step=4, k=128, g=1)
 
     evaluate = commands.add_parser("eval", help="measure which facts each method finds")
     suites = evaluate.add_subparsers(metavar="suite", required=True)
