@@ -198,7 +198,7 @@ def _watched(model, prompts, config, **arguments):
 
     def watch(logits, **options):
         if options.get("positions") is not None:  # of a block, not of a commit
-            drawn[:] = [logits.float(), options["seeds"].tolist(), options["positions"].tolist()]
+            drawn[:] = [logits.to(torch.float32, copy=True), options["seeds"].tolist(), options["positions"].tolist()]
         return draw_tokens(logits, **options)
 
     def watch_step(self, slots, plan, index, step, narrow):

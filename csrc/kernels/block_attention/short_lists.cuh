@@ -22,8 +22,8 @@
 //           writes. empty_k/empty_v[stage], if a tile is to come there: one arrival per consumer warp of every CTA of
 //           the same split (of gathered tokens, of this CTA); the lane that has read the flags arrives at its own CTA.
 //           merged: the bytes of the records. Cluster barrier, twice, if the cluster is more than a CTA: barriers are
-//           initialised; all records have come. Named barriers: the consumers; all threads once, the records are
-//           written.
+//           initialised; all records have come. All threads of the CTA, once: the records are written. Named
+//           barriers: the consumers.
 // Ceiling   latencies: lists, page table, K, products, exchange; NOTES.md of sparse_block_attention has the times.
 namespace mage::cuda {
 
@@ -372,6 +372,7 @@ struct ShortListConsumer {
     const int32_t valid;                      // rows of this CTA that are rows of the stream
     ShortPiece piece;
     int32_t limit[2], listed_limit[2];  // positions, and tokens of a list, that each row may see
+    bool passes_lists;                  // whether lists reach past the limit of a row of this warp
     float reference[2], sum[2];
 
     float s[Config::kColumns / 2];
@@ -453,6 +454,7 @@ struct ShortListConsumer {
                 limit[i] = min(limit[i], piece.list_end + max(listed_limit[i] - piece.tail_begin, 0));
             }
         }
+        passes_lists = __any_sync(~0u, min(listed_limit[0], listed_limit[1]) <= piece.tail_begin);
     }
 
     // Whether boxes of a tile are broken or it has a part of the hole. One lane reads, the one that releases K at this
@@ -521,10 +523,10 @@ struct ShortListConsumer {
                 if (token_of(i / 4 * 2 + i % 2) >= left[i / 2 % 2]) s[i] = -INFINITY;
             }
         }
-        if (any_flag || min(listed_limit[0], listed_limit[1]) <= piece.tail_begin) hide(token, stage);
+        if (any_flag || passes_lists) hide(token, stage);
     }
 
-    // The rare part: broken pages, the hole, and listed tokens past a row's limit.
+    // The rare part: broken pages, the hole, and listed tokens past a row's limit. All lanes of the warp.
     __device__ __forceinline__ void hide(int32_t token, uint32_t stage) {
         constexpr int kOwn = Config::kColumns / 4;  // columns of this thread
         constexpr int kEach = rows_of_gatherer<Config>();
@@ -536,7 +538,6 @@ struct ShortListConsumer {
             flags.z = __shfl_sync(~0u, flags.z, at.rank);
             flags.w = __shfl_sync(~0u, flags.w, at.rank);
         }
-        const bool compares = min(listed_limit[0], listed_limit[1]) <= piece.tail_begin;
         const int32_t* list = list_of(args, at.request, at.kv_head);
         const int32_t inside = (1 << args.list_shift) - 1;
         uint32_t hidden[2] = {0, 0};  // by row, a bit for each column
@@ -551,7 +552,7 @@ struct ShortListConsumer {
             } else {
                 hides = hides || (flags.x >> offset / Config::kBox & 1u) != 0;
             }
-            const int32_t unit = compares && position < piece.list_end ? list[position >> args.list_shift] : INT32_MIN;
+            const int32_t unit = passes_lists && position < piece.list_end ? list[position >> args.list_shift] : INT32_MIN;
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
                 const bool is_past = unit > (listed_limit[r] - 1 - (position & inside)) >> args.list_shift;
@@ -949,7 +950,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     }
     __syncwarp();
     ShortListMerge<Config>(args, at, shared).finish([&] {
-        device::named_barrier(kPieceBarrier, Config::kThreads);  // the records of this CTA are written
+        __syncthreads();  // the records of this CTA are written
         device::mbarrier_wait(device::shared_address(&shared.merged), 0);
         // What others have of this CTA's rows has come: its own are where they belong once all can say so.
         __syncwarp();
