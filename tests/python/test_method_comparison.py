@@ -12,6 +12,7 @@ from mage_ext import cli
 from mage_ext.denoise import DenoiseConfig, generate, prefill
 from mage_ext.evaluation import method_comparison as comparison
 from mage_ext.evaluation import needles
+from mage_ext.evaluation.forced_blocks import ForcedBlocks
 from mage_ext.evaluation.method_comparison import METHODS, Setting
 from mage_ext.sampling import SamplerConfig
 from mage_ext.selection import SelectionConfig
@@ -173,8 +174,95 @@ def test_methods_differ_as_their_names_say():
     assert all(config.dense_layers == (0, 1) and config.selection.k == 16 for config in found.values())
     assert [name for name, config in found.items() if config.mode == "method"] == ["quest", "tidal"]
     assert [name for name, config in found.items() if config.selection.sinks] == ["recency", "random"]
-    with pytest.raises(ValueError, match=r"names must be of exact, mage, .*, got 'oracle'"):
-        comparison.configs(loaded.model, state.batch.cache, Setting(16, 1, 2), base, ["oracle"])
+    with pytest.raises(ValueError, match=r"names must be of exact, mage, .*, got 'best'"):
+        comparison.configs(loaded.model, state.batch.cache, Setting(16, 1, 2), base, ["best"])
+
+
+def test_variants_differ_from_mage_in_what_their_names_say():
+    loaded = _loaded()
+    state = prefill(loaded.model, _prompts(loaded.model, (40,)))
+    base = DenoiseConfig(sampler=SAMPLER)
+    found = comparison.configs(loaded.model, state.batch.cache, Setting(32, 16, 1), base, comparison.ALL_METHODS)
+    assert tuple(found) == comparison.ALL_METHODS
+    mage = found["mage"]
+    for name, changes in (
+        ("mage_max", dict(score="max")),
+        ("mage_all", dict(score_rows="all")),
+        ("mage_prefix", dict(norm="prefix")),
+        ("v1", dict(rule="layer")),
+        ("joint", dict(rule="joint")),
+        ("mass", dict(rule="mass", capacity=2)),
+    ):
+        selection = dataclasses.replace(mage.selection, **changes)
+        assert found[name] == dataclasses.replace(mage, selection=selection), name
+    assert found["carry"] == dataclasses.replace(mage, refresh="blocks", refresh_blocks=2)
+    only = comparison.configs(loaded.model, state.batch.cache, Setting(32, 16, 1), base, ["v1"])
+    assert only == {"v1": found["v1"]}
+
+
+def _attend_own_top(config, tokens, K):
+    """attend() over a dense window whose last block lists, in every layer and KV head, its own K heaviest tokens."""
+    size, group = config.block_size, config.num_heads // config.num_kv_heads
+    start = tokens - size
+    causal = torch.arange(tokens)[None] // size <= torch.arange(tokens)[:, None] // size
+
+    def attend(layer, q, k, v):
+        out = torch.zeros_like(q)
+        for head in range(config.num_heads):
+            scores = q[0, :, head] @ k[0, :, head // group].T * config.head_dim**-0.5
+            if head % group == 0:
+                mine = range(head, head + group)
+                all_scores = torch.stack([q[0, start:, h] @ k[0, :, head // group].T for h in mine])
+                mass = torch.softmax(all_scores * config.head_dim**-0.5, -1).mean((0, 1))[:start]
+                kept = torch.zeros(tokens, dtype=torch.bool)
+                kept[mass.sort(descending=True).indices[:K]] = True
+                kept[start:] = True
+            seen = causal.clone()
+            seen[start:] &= kept
+            shares = torch.softmax(scores.masked_fill(~seen, -torch.inf), -1)
+            out[0, :, head] = shares @ v[0, :, head // group]
+        return out
+
+    return attend
+
+
+@pytest.mark.parametrize("variant", ["sdar_b16", "llama_shift"])
+def test_own_lists_against_a_dense_window(variant):
+    model = _model(variant)
+    config, size = model.config, model.config.block_size
+    (prompt,) = _prompts(model, (80,))
+    state = prefill(model, [prompt])
+    forced = ForcedBlocks(model, state)
+    block = torch.full((1, size), config.mask_id)
+    block[0, ::3] = 5
+    method = comparison.OwnLists(SelectionConfig(k=16, g=1))
+    window = torch.tensor([prompt + block[0].tolist()])
+    with torch.no_grad():
+        hidden = forced.hidden(block, layers={i: i for i in range(config.num_layers)}, method=method)
+        expected = model.hidden(window, torch.arange(96)[None], _attend_own_top(config, 96, 16))
+        exact = forced.hidden(block)
+    torch.testing.assert_close(hidden, expected[:, 80:], atol=1e-3, rtol=1e-3)
+    assert (hidden - exact).abs().max() > 0.1
+    assert method.tokens_read(80, 96) == 96
+    forced.close()
+
+
+def test_every_variant_generates():
+    loaded = _loaded("llama_shift")
+    names = comparison.VARIANTS
+    found = comparison.compare(loaded, _cases(loaded.model), [Setting(32, 1, 0)], names, sampler=SAMPLER)
+    rows = found.rows("needle", 64)
+    assert [row["method"] for row in rows] == ["exact", *names]
+    by = {row["method"]: row for row in rows}
+    assert by["oracle"]["kept_mass"] is None and by["oracle"]["kv_share"] == 1
+    assert by["mage_max"]["kept_mass"] is None
+    for name in names[1:]:
+        assert by[name]["kv_share"] < 1, name
+        if name != "mage_max":
+            assert 0 < by[name]["kept_mass"] <= 1 + 1e-6, name
+    assert by["mass"]["kv_share"] <= by["mage_max"]["kv_share"]
+    with_mage = comparison.compare(loaded, _cases(loaded.model), [Setting(32, 1, 0)], ["mage", "v1"], sampler=SAMPLER)
+    assert "p_mage" in with_mage.rows("needle", 64)[2]
 
 
 def test_budgets_that_hold_a_whole_prefix_are_refused():
@@ -218,8 +306,8 @@ def test_a_suite_joins_its_batches(monkeypatch):
     assert rows[1]["recall"] == pytest.approx(whole["recall"])
     with pytest.raises(ValueError, match="tasks_wanted must be of needle, four_keys, four_of_eight, got 'lines'"):
         list(comparison.suite(runner, 1, wanted, ["lines"]))
-    with pytest.raises(ValueError, match=r"methods_wanted must be of exact, .*, got 'oracle'"):
-        list(comparison.suite(runner, 1, wanted, ["needle"], ["oracle"]))
+    with pytest.raises(ValueError, match=r"methods_wanted must be of exact, .*, got 'best'"):
+        list(comparison.suite(runner, 1, wanted, ["needle"], ["best"]))
 
 
 def test_mcnemar_and_holm_against_hand_worked_values():

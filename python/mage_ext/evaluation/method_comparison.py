@@ -28,10 +28,15 @@ from mage_ext.sampling import SamplerConfig
 from mage_ext.selection import BlockSelection, SelectionConfig
 
 METHODS = ("exact", "mage", "quest", "tidal", "sparsed", "recency", "random")
+# What else is compared on demand; see `configs`.
+VARIANTS = ("oracle", "carry", "mage_max", "mage_all", "mage_prefix", "v1", "joint", "mass")
+ALL_METHODS = METHODS + VARIANTS
 TASKS = {"needle": (1, 0), "four_keys": (4, 0), "four_of_eight": (4, 4)}  # asked facts, distractors
 STATIC = SamplerConfig(name="low_confidence_static", tokens_per_step=4)
 _FLOORS, _FLOOR_SINKS = ("recency", "random"), 4
-_LISTED_ONCE = ("mage", "sparsed", *_FLOORS)  # methods whose statistics have the mass that their lists keep
+# Methods whose lists change with every forward, or whose scores are no shares: their lists keep no mass of their own.
+_NO_KEPT_MASS = ("quest", "tidal", "oracle", "mage_max")
+_MASS_SHARE = 0.95
 
 
 @dataclass(frozen=True)
@@ -72,21 +77,79 @@ def configs(
 ) -> dict[str, DenoiseConfig]:
     """The configuration of each named method at one setting.
 
+    Beside METHODS, which are those of `baselines.methods`:
+
+        oracle       every forward attends its own top K, by the mean mass of all rows: `OwnLists`
+        carry        MAGE that lets every second block go by the lists of the block before
+        mage_max     MAGE by the largest share of any row. mage_all: all rows count, decided or not.
+        mage_prefix  MAGE by shares of the prefix alone
+        v1           MAGE v1: rule "layer", ranked by votes of the rows, K on average over the layers
+        joint        rule "joint": the KV heads of a layer share their budgets
+        mass         rule "mass": the fewest units that keep 95 %, at most K
+
     Args:
         model, cache: as `baselines.methods` takes them. setting: budget, units and dense layers.
-        base: sampler and length; its mode, selection and dense layers are replaced. names: of METHODS.
+        base: sampler and length; its mode, selection and dense layers are replaced. names: of ALL_METHODS.
     Raises:
         ValueError: an unknown name, a page that is no multiple of g, or a dense layer that the model lacks.
     """
-    for name in names:
-        if name not in METHODS:
-            raise ValueError(f"configs: names must be of {', '.join(METHODS)}, got {name!r}")
+    check_choices("configs", "names", names, ALL_METHODS)
     chosen = SelectionConfig(k=setting.K, g=setting.g)
     config = dataclasses.replace(base, selection=chosen, dense_layers=tuple(range(setting.dense_layers)))
-    found = baselines.methods(model, cache, config)
-    for name in _FLOORS:
-        found[name] = dataclasses.replace(found[name], selection=dataclasses.replace(chosen, sinks=_FLOOR_SINKS))
+    found: dict[str, DenoiseConfig] = {}
+    if set(names) & set(METHODS):  # Quest's bounds take memory
+        found = baselines.methods(model, cache, config)
+        for name in _FLOORS:
+            found[name] = dataclasses.replace(found[name], selection=dataclasses.replace(chosen, sinks=_FLOOR_SINKS))
+    mage = dataclasses.replace(config, mode="mage")
+    for name, changes in {
+        "mage_max": {"score": "max"},
+        "mage_all": {"score_rows": "all"},
+        "mage_prefix": {"norm": "prefix"},
+        "v1": {"rule": "layer"},
+        "joint": {"rule": "joint"},
+        "mass": {"rule": "mass", "p": _MASS_SHARE, "capacity": setting.K // setting.g},
+    }.items():
+        found[name] = dataclasses.replace(mage, selection=dataclasses.replace(chosen, **changes))
+    found["carry"] = dataclasses.replace(mage, refresh="blocks", refresh_blocks=2)
+    found["oracle"] = dataclasses.replace(mage, mode="method", method=OwnLists(chosen))
     return {name: found[name] for name in names}
+
+
+def check_choices(owner: str, name: str, values: Sequence[str], choices: Sequence[str]) -> None:
+    """Raises ValueError where a value is none of the choices."""
+    for value in values:
+        if value not in choices:
+            raise ValueError(f"{owner}: {name} must be of {', '.join(choices)}, got {value!r}")
+
+
+class OwnLists:
+    """An AttentionMethod whose every forward attends the lists that its own exact attention gives: the most that lists
+    of K tokens can do, at the cost of exact attention.
+
+    Args:
+        config: of the lists; rule "fixed". All rows count.
+    """
+
+    def __init__(self, config: SelectionConfig):
+        self._config = config
+
+    def prepare(self) -> None:
+        """Nothing: a forward knows all it needs."""
+
+    def written(self, forward: PagedForward, layer: int, k: Tensor, k_cache: Tensor) -> None:
+        """See AttentionMethod. Nothing is kept of K."""
+
+    def attend(self, forward: PagedForward, layer: int, q: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+        """See AttentionMethod."""
+        emission = Emission(self._config, None, forward.prefix_lens)
+        forward.emit(emission, q, k_cache, v_cache, forward.seq_lens)
+        lists = selection.select(emission.mass(), forward.prefix_lens, self._config)
+        return forward.attend_lists(q, k_cache, v_cache, forward.seq_lens, lists.layer(0), self._config.g)
+
+    def tokens_read(self, prefix_len: int, num_tokens: int) -> float:
+        """See AttentionMethod. Its lists cost exact attention."""
+        return num_tokens
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -254,14 +317,14 @@ class Comparison:
         Beside those of `Score.row`: "T"; "prefix_tokens", the mean prefix before the first block; "mage_only" and
         "method_only", cases that MAGE alone or this method alone answered at the same setting, and "p_mage", McNemar's
         exact two-sided p of that; in MAGE's rows what `Recall.row` has. "kept_mass" is None where a method's lists
-        change with every forward.
+        change with every forward or its scores are no shares; that of "mage_prefix" is of the prefix alone.
         """
         prefix = sum(self.prefixes) / max(len(self.prefixes), 1)
         more = {"T": self.T, "tokens": tokens, "distractors": TASKS[task][1], "prefix_tokens": prefix}
         rows = [self.exact.row(task, None, **more)]
         for (setting, name), score in self.scores.items():
             row = score.row(task, self.exact, **more)
-            if name not in _LISTED_ONCE:
+            if name in _NO_KEPT_MASS:
                 row["kept_mass"] = None
             mage = self.scores.get((setting, "mage"))
             if name == "mage":
@@ -305,7 +368,7 @@ def compare(
 
     Args:
         loaded: model and tokenizer. cases: of `needles.CaseMaker`, all in one batch; their prefixes must be longer than
-            every K, or the blocks would be exact. wanted: of `settings`. names: of METHODS; exact always runs, and
+            every K, or the blocks would be exact. wanted: of `settings`. names: of ALL_METHODS; exact always runs, and
             recall is measured with "mage". tell: takes a line per setting.
     Raises:
         ValueError: naming the argument.
@@ -363,17 +426,12 @@ def suite(
 
     Args:
         runner: of the model. n: cases per task, seeds 0 .. n - 1. wanted: of `settings`. tasks_wanted: of TASKS.
-        methods_wanted: of METHODS, beside "exact", which the others are held against. tokens: per prompt, about.
+        methods_wanted: of ALL_METHODS, beside "exact", which the others are held against. tokens: per prompt, about.
     Raises:
         ValueError: naming the argument.
     """
-    for name, values, choices in (
-        ("tasks_wanted", tasks_wanted, tuple(TASKS)),
-        ("methods_wanted", methods_wanted, METHODS),
-    ):
-        for value in values:
-            if value not in choices:
-                raise ValueError(f"suite: {name} must be of {', '.join(choices)}, got {value!r}")
+    check_choices("suite", "tasks_wanted", tasks_wanted, tuple(TASKS))
+    check_choices("suite", "methods_wanted", methods_wanted, ALL_METHODS)
     done: list[dict[str, Any]] = []
     for task in tasks_wanted:
         work = functools.partial(_work, task=task, wanted=wanted, names=methods_wanted, tokens=tokens)
@@ -418,7 +476,7 @@ def table(rows: Sequence[dict[str, Any]]) -> list[str]:
         id(row): ("-" if row["mage_only"] > row["method_only"] else "+") if differs else " "
         for row, differs in zip(tested, held, strict=True)
     }
-    names = [name for name in METHODS if name != "exact" and any(row["method"] == name for row in rows)]
+    names = [name for name in ALL_METHODS if name != "exact" and any(row["method"] == name for row in rows)]
     lines: list[str] = []
     groups = dict.fromkeys((row["task"], row["dense_layers"], row["g"]) for row in rows if row["K"])
     for task, dense, g in groups:
@@ -428,14 +486,14 @@ def table(rows: Sequence[dict[str, Any]]) -> list[str]:
             f"[{100 * exact['ci_low']:.1f}, {100 * exact['ci_high']:.1f}], n = {exact['n']}, "
             f"prefix {exact['prefix_tokens']:.0f}"
         )
-        lines.append("     K  K/prefix" + "".join(f"{name:>9}" for name in names) + "    recall")
+        lines.append("     K  K/prefix" + "".join(f"{name:>12}" for name in names) + "    recall")
         inside = [row for row in rows if (row["task"], row["dense_layers"], row["g"]) == (task, dense, g)]
         for k in sorted({row["K"] for row in inside}):
             at = {row["method"]: row for row in inside if row["K"] == k}
             line = f"{k:6d}  {100 * k / exact['prefix_tokens']:6.1f} %"
             for name in names:
                 row = at.get(name)
-                line += f"{100 * row['score']:8.1f}{marks.get(id(row), ' ')}" if row is not None else " " * 9
+                line += f"{100 * row['score']:11.1f}{marks.get(id(row), ' ')}" if row is not None else " " * 12
             share = at["mage"].get("recall") if "mage" in at else None
             lines.append(line + (f"{100 * share:8.1f} %" if share is not None else ""))
     return lines

@@ -293,7 +293,7 @@ def _work(seeds: range, *, methods: Sequence[Method], num_tokens: int, asked: in
 def write_rows(
     path: str | Path, name: str, model: str, device: str, commit: str, rows: Sequence[dict[str, Any]]
 ) -> None:
-    """Writes an evaluation file: JSON, as bench/results/ keeps them.
+    """Writes an evaluation file: JSON, as bench/results/ keeps them, a line per row.
 
     Raises:
         ValueError: path is in a folder "h100" and device names no H100.
@@ -301,10 +301,11 @@ def write_rows(
     if "h100" in Path(path).parts and "H100" not in device:
         raise ValueError(f"write_rows: path must be outside of folders named h100 on {device}, got {str(path)!r}")
     n = max((row["n"] for row in rows), default=0)
-    whole = {"name": name, "model": model, "device": device, "commit": commit, "n": n, "rows": list(rows)}
+    head = {"name": name, "model": model, "device": device, "commit": commit, "n": n}
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(whole, indent=1) + "\n")
+    lines = ",\n".join("  " + json.dumps(row) for row in rows)
+    path.write_text(json.dumps(head, indent=1)[:-2] + f',\n "rows": [\n{lines}\n ]\n}}\n')
 
 
 def suite(

@@ -1,0 +1,382 @@
+"""Recall, kept mass, queries and budgets along a block. Run: pytest tests/python/test_attention_study.py"""
+
+import functools
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from mage_ext import cli
+from mage_ext.denoise import DenoiseConfig, generate, prefill
+from mage_ext.evaluation import attention_study as attention
+from mage_ext.evaluation import method_comparison as comparison
+from mage_ext.evaluation import needles
+from mage_ext.evaluation.attention_study import Look
+from mage_ext.evaluation.forced_blocks import ForcedBlocks, rows_of
+from mage_ext.models.huggingface import LoadedModel
+from mage_ext.models.transformer import rotary_frequencies
+from mage_ext.sampling import SamplerConfig
+from mage_ext.selection import BlockSelection, SelectionConfig
+from mage_ext.testing.plain_loop import PlainWindow, block_causal_mask
+from mage_ext.testing.tiny import tiny_config, tiny_model
+
+SAMPLER = SamplerConfig("low_confidence_static", tokens_per_step=4)
+
+
+@functools.cache
+def _loaded(variant):
+    model = tiny_model(tiny_config(variant), seed=1)
+    return LoadedModel(model.config, model, None)
+
+
+def _prompts(lengths, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(1, 96, (n,), generator=generator).tolist() for n in lengths]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Formulas
+
+
+def _one_list(units, tail, g=1):
+    return BlockSelection.from_units([[[units]]], [tail], g)
+
+
+def test_recall_and_kept_mass_of_hand_worked_lists():
+    # A prefix of 4 tokens, two tokens of the block. The own list is {0, 2}.
+    mass = torch.tensor([[[[0.4, 0.1, 0.3, 0.1, 0.05, 0.05]]]])
+    own = _one_list([0, 2], 4)
+    recall, kept, kept_own = attention.compare_lists(_one_list([0, 1], 4), own, mass)
+    assert recall.item() == 0.5
+    assert kept.item() == pytest.approx(0.6) and kept_own.item() == pytest.approx(0.8)
+    # Lists of an earlier block attend everything from their own tail on, here tokens 2 and 3.
+    recall, kept, _ = attention.compare_lists(_one_list([1], 2), own, mass)
+    assert recall.item() == 0.5 and kept.item() == pytest.approx(0.6)
+    # Nobody there: no mass, no lists.
+    recall, kept, kept_own = attention.compare_lists(own, _one_list([], 4), torch.zeros_like(mass))
+    assert recall.item() == kept.item() == kept_own.item() == 0
+
+
+def test_tokens_needed_counts_the_heaviest_first():
+    mass = torch.tensor([0.1, 0.4, 0.2, 0.0, 0.2, 0.1]).view(1, 1, 1, 6)
+    four = torch.tensor([4], dtype=torch.int32)
+    # The block's two tokens have 0.3; with 0.4 that is 0.7, with 0.2 it is 0.9, with 0.1 it is 1.
+    for share, count in ((0.3, 0), (0.5, 1), (0.7, 1), (0.85, 2), (0.95, 3), (1.0, 3)):
+        assert attention.tokens_needed(mass, four, share - 1e-6).item() == count, share
+    assert attention.tokens_needed(mass, torch.tensor([0], dtype=torch.int32), 0.9).item() == 0
+
+
+def test_layer_scores_are_those_of_the_paper():
+    union = torch.tensor([[[4, 10]], [[6, 2]]], dtype=torch.int32)  # [2 layers, 1 request, 2 heads]
+    coverage = torch.tensor([[[0.5, 1.0]], [[math.exp(-1), 1.0]]])
+    # max(4 (1 + ln 2), 10) = 10 and max(6 * 2, 2) = 12
+    torch.testing.assert_close(attention.layer_scores(union, coverage), torch.tensor([[10.0], [12.0]]))
+
+
+def test_spearman_against_hand_worked_values():
+    one = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    assert attention.spearman(one, one * 5 - 3).item() == pytest.approx(1)
+    assert attention.spearman(one, -one).item() == pytest.approx(-1)
+    # Ranks 1 2 3 4 and 2 1 4 3: 1 - 6 * 4 / (4 * 15) = 0.6
+    assert attention.spearman(one, torch.tensor([2.0, 1.0, 9.0, 7.0])).item() == pytest.approx(0.6)
+    # Ties share their mean rank: 1.5 1.5 3.5 3.5 with 1 2 3 4 gives 4 / sqrt(4 * 5).
+    tied = torch.tensor([0.0, 0.0, 1.0, 1.0])
+    assert attention.spearman(one, tied).item() == pytest.approx(4 / math.sqrt(20))
+    assert attention.spearman(one, torch.zeros(4)).isnan()
+    both = attention.spearman(torch.stack((one, one), 1), torch.stack((one, -one), 1))
+    torch.testing.assert_close(both, torch.tensor([1.0, -1.0], dtype=torch.float64))
+
+
+def test_probe_rows():
+    assert attention.probe_rows(32, 1) == [16]
+    assert attention.probe_rows(32, 5) == [0, 8, 16, 23, 31]  # those of BitSieve
+    assert attention.probe_rows(8, 5) == [0, 2, 4, 5, 7]
+
+
+def test_intervals_are_of_contexts_and_not_of_blocks():
+    # Context 7 has four blocks of 1, context 3 one of 0: means of contexts are 1 and 0.
+    blocks = attention.Blocks(torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0])[:, None], torch.tensor([7, 7, 7, 7, 3]))
+    assert blocks.interval() == (0.0, 1.0)
+    one = attention.Blocks(torch.full((3, 2), 0.25), torch.tensor([1, 2, 3]))
+    assert one.interval() == (0.25, 0.25)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is seen of a forward
+
+
+@pytest.mark.parametrize("variant", ["sdar_b16", "llama_shift"])
+def test_a_probe_sees_what_a_plain_window_shows(variant):
+    loaded = _loaded(variant)
+    model, config = loaded.model, loaded.config
+    size, shift = config.block_size, config.token_shift
+    lengths = (64, 96)
+    prompts = _prompts(lengths)
+    state = prefill(model, prompts)
+    forced = ForcedBlocks(model, state)
+    is_open = torch.zeros(2, size, dtype=torch.bool)
+    is_open[0, 1:], is_open[1, 5:12] = True, True
+    rows = rows_of(is_open, shift)
+    tokens = torch.full((2, size), config.mask_id)
+    look = Look((16,), (1, 16))
+    layers = {layer: layer for layer in range(config.num_layers)}
+    probe = attention._Probe(look, rows, True, {}, model)
+    with torch.no_grad():
+        hidden = forced.hidden(tokens, layers=layers, method=probe)
+        plain_hidden = forced.hidden(tokens)
+    torch.testing.assert_close(hidden, plain_hidden)
+    seen = probe.seen.stack()
+    for request, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
+        whole = [*prompt, *tokens[request].tolist()]
+        window = PlainWindow(model, len(whole))
+        mask = block_causal_mask(len(whole), size)[None]
+        with torch.no_grad():
+            logits = window.forward(whole, list(range(len(whole))), lambda layer, mask=mask: mask)
+        torch.testing.assert_close(model.logits(hidden[request]), logits[length:], atol=2e-4, rtol=1e-3)
+        where = [length + i - shift for i in is_open[request].nonzero().flatten().tolist()]
+        for layer, shares in enumerate(window.shares):  # [Hkv, G, rows, T]
+            counted = shares[:, :, where].flatten(1, 2)  # [Hkv, R', T]
+            inside = counted[..., :length]
+            everything = shares[:, :, length:].flatten(1, 2)
+            middle = shares[:, :, length + size // 2].mean(1)
+            probes = shares[:, :, [length + r for r in attention.probe_rows(size, 5)]].flatten(1, 2).mean(1)
+            expected = {
+                "mage_all": everything.mean(1),
+                "mage_max": counted.amax(1),
+                "mage_prefix": (inside / inside.sum(-1, keepdim=True)).mean(1),
+                "probe1": middle,
+                "probe5": probes,
+            }
+            end = len(whole)
+            torch.testing.assert_close(seen.mass[layer, request][:, :end], counted.mean(1), atol=1e-5, rtol=1e-3)
+            assert not seen.mass[layer, request][:, end:].any()
+            for name, value in expected.items():
+                score = seen.scores[name, 1][layer, request]
+                torch.testing.assert_close(score[:, : value.shape[1]], value, atol=1e-5, rtol=1e-3)
+                assert not score[:, value.shape[1] :].any(), name
+            by_unit = counted.unflatten(-1, (-1, 16)).sum(-1).amax(1)
+            score = seen.scores["mage_max", 16][layer, request]
+            torch.testing.assert_close(score[:, : by_unit.shape[1]], by_unit, atol=1e-5, rtol=1e-3)
+            # Votes: every counted row's own 16 tokens of the prefix.
+            best = inside.sort(dim=-1, descending=True, stable=True).indices[..., :16]  # [Hkv, R', 16]
+            votes = torch.zeros(inside.shape[0], length, dtype=torch.int32)
+            votes.scatter_add_(1, best.flatten(1), torch.ones_like(best.flatten(1), dtype=torch.int32))
+            found, union, coverage = (part[layer, request] for part in seen.v1[16])
+            assert (found[:, :length] != votes).float().mean() < 0.02  # a tie may fall otherwise
+            assert (union - (votes > 0).sum(1)).abs().max() <= 1
+            covered = torch.where((votes > 0)[:, None], inside, 0.0).sum(-1).mean(1)
+            torch.testing.assert_close(coverage, covered, atol=5e-3, rtol=0)
+    forced.close()
+
+
+def test_queries_are_turned_back():
+    loaded = _loaded("llama_shift")
+    model, config = loaded.model, loaded.config
+    size, half = config.block_size, config.head_dim // 2
+    state = prefill(model, _prompts((48,)))
+    forced = ForcedBlocks(model, state)
+    rows = torch.zeros(1, size, dtype=torch.bool)
+    rows[0, [2, 9]] = True
+    probe = attention._Probe(Look((16,), (1,), ("mage",)), rows, True, {}, model)
+    raw = []
+    hook = model.layers[1].self_attn.q_proj.register_forward_hook(lambda *call: raw.append(call[2]))
+    with torch.no_grad():
+        tokens = torch.full((1, size), config.mask_id)
+        forced.hidden(tokens, layers={i: i for i in range(config.num_layers)}, method=probe)
+    hook.remove()
+    seen = probe.seen.stack()
+    q = raw[0][0].view(size, config.num_heads, config.head_dim)  # no norm of q in this family
+    torch.testing.assert_close(seen.unrotated[1, 0], q[[2, 9]].mean(0), atol=1e-4, rtol=1e-4)
+    turned = []
+    for row in (2, 9):
+        angle = (48 + row) * rotary_frequencies(config.head_dim, config.rope_theta, q.device)
+        first, second = q[row, :, :half], q[row, :, half:]
+        real, imaginary = first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()
+        turned.append(torch.cat((real, imaginary), -1))
+    torch.testing.assert_close(seen.query[1, 0], (turned[0] + turned[1]) / 2, atol=1e-4, rtol=1e-4)
+    forced.close()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Trajectories and whole studies
+
+
+@pytest.mark.parametrize("variant", ["sdar_b16", "llama_shift", "fast_dllm_v2"])
+def test_trajectories_are_those_of_the_loop(variant):
+    loaded = _loaded(variant)
+    model, size, shift = loaded.model, loaded.config.block_size, loaded.config.token_shift
+    prompts = _prompts((3 * size, 3 * size + 5))
+    config = DenoiseConfig(max_new_tokens=2 * size, sampler=SAMPLER, ignore_eos=True)
+    state = prefill(model, prompts, config)
+    blocks = attention.trajectories(model, state, config)
+    results = generate(model, state, config)
+    assert len(blocks) == 3  # the second prompt's tail takes a part of the first block
+    for request, result in enumerate(results):
+        tail = len(prompts[request]) % size
+        written = torch.cat([block.tokens[request] for block in blocks if block.forwards[0][2][request]])
+        assert written[tail : tail + 2 * size].tolist() == result.tokens
+        forwards = sum(bool(live[request]) for block in blocks for _, _, live in block.forwards)
+        assert forwards == result.stats.num_forwards - result.stats.forwards["commit"]
+    first = blocks[0]
+    _, is_open, _ = first.forwards[0]
+    assert is_open.sum(1).tolist() == [size - shift, size - 5]
+    for (tokens, is_open, live), (_, later, still) in zip(first.forwards, first.forwards[1:], strict=False):
+        assert (tokens[is_open] == loaded.config.mask_id).all() and not (later & ~is_open).any()
+        decided = (is_open.sum(1) - later.sum(1))[live & still]
+        assert (decided >= 1).all() and (decided <= 4).all()
+    assert first.finished.tolist() == [True, True]
+    assert not blocks[-1].finished[0]  # it has ended
+
+
+@pytest.mark.parametrize("variant", ["sdar_b16", "llama_shift"])
+@pytest.mark.parametrize("g", [1, 16])
+def test_recall_is_that_of_the_comparison_of_methods(variant, g):
+    """The first block, against another implementation: masses of the loop's own forwards, units summed by the op."""
+    loaded = _loaded(variant)
+    prompts = _prompts((96, 128))
+    base = DenoiseConfig(max_new_tokens=loaded.config.block_size, sampler=SAMPLER, ignore_eos=True)
+    state = prefill(loaded.model, prompts, base)
+    masses = comparison.exact_masses(loaded.model, state, base, g)
+    lens = torch.tensor(state.prefix_lens, dtype=torch.int32)
+    expected = comparison.recall(masses, lens, SelectionConfig(k=32, g=g))
+    tally = attention.study(loaded, prompts, Look((32,), (g,), ("mage", "oracle")), 1, SAMPLER, ignore_eos=True)
+    forwards = len(masses) - 1
+    heads = loaded.config.num_kv_heads
+    along = tally.along["recall", "mage", 32, g]
+    assert along.weights[:forwards].tolist() == [2] * forwards
+    torch.testing.assert_close(along.totals[:forwards] * heads, expected.shared.sum(1) / 3, atol=1e-3, rtol=0)
+    oracle = tally.blocks["recall", "oracle", 32, g].values
+    assert oracle.shape == (2, 3, heads) and (oracle == 1).all()
+    assert (tally.blocks["kept", "oracle", 32, g].values == 1).all()
+    assert (tally.blocks["kept", "mage", 32, g].values <= 1 + 1e-5).all()
+
+
+def test_a_study_of_several_blocks():
+    loaded = _loaded("sdar_b16")
+    look = Look((16, 32), (1, 16))
+    tally = attention.study(loaded, _prompts((96, 130, 128)), look, 3, SAMPLER, ignore_eos=True)
+    rows = attention.rows(tally, look, task="prose", tokens=128, control="none", forwards=4)
+    assert json.loads(json.dumps(rows)) == rows
+    by = {(row["method"], row["K"], row["g"]): row for row in rows if row["study"] == "recall"}
+    assert len(by) == 2 * 2 * len(attention.LISTS) - 2  # v1 has units of one token
+    for (name, k, g), row in by.items():
+        assert row["n"] == 3 and len(row["x"]) == 4 == len(row["recall_by_forward"])
+        assert row["x"] == sorted(row["x"]) and row["x"][-1] == 1 and row["x"][0] > 0
+        assert row["blocks"] == (10 if name != "carry" else 7)  # the last block of 130 + 48 tokens has 2 wanted ones
+        assert row["recall_p5"] <= row["score"] <= by["oracle", k, g]["score"] == 1
+        assert row["ci_low"] <= row["score"] <= row["ci_high"]
+        assert row["recall_worst_layer"] <= row["score"] + 1e-4 and row["kept_worst_layer"] <= row["kept"] + 1e-4
+        if name != "carry":  # which attends the block before, too
+            assert row["kept"] <= 1 + 1e-4 and row["kept_mass"] <= row["own_mass"] + 1e-4
+        if name == "random":
+            assert row["score"] == pytest.approx(row["chance"], abs=0.12)
+    assert by["mage", 16, 1]["score"] > by["random", 16, 1]["score"] + 0.2
+    assert len(by["mage", 16, 1]["recall_by_layer"]) == 3
+    assert by["tidal", 16, 1]["recall_by_forward"] != by["mage", 16, 1]["recall_by_forward"]
+    alignment = {row["method"]: row for row in rows if row["study"] == "alignment"}
+    for row in alignment.values():
+        assert -1 <= row["other_text"] <= 1 and -1 <= row["next_block"] <= 1 and len(row["next_block_by_layer"]) == 3
+        assert row["score"] == pytest.approx(sum(row["cosine_by_layer"]) / 3, abs=1e-3)
+    budgets = [row for row in rows if row["study"] == "budget"]
+    assert [row.get("K", row.get("p")) for row in budgets] == [16, 32, 0.9, 0.95]
+    for row in budgets:
+        assert row["x"][0] == 0 and len(row["by_forward_layer"]) == 5 == len(row["spearman"]) + 1
+        assert len(row["by_forward_layer"][0]) == 3
+    assert budgets[3]["by_forward_layer"][0][0] >= budgets[2]["by_forward_layer"][0][0]
+    assert attention.table(rows)[0].startswith("prose, 128 tokens, g = 1, control none, 3 contexts")
+
+
+def test_lists_of_the_block_before_are_carried():
+    loaded = _loaded("sdar_b16")
+    prompts = _prompts((96,))
+    tally = attention.study(loaded, prompts, Look((32,), (1,), ("mage", "carry")), 2, SAMPLER, ignore_eos=True)
+    assert tally.blocks["recall", "mage", 32, 1].values.shape[0] == 2
+    assert tally.blocks["recall", "carry", 32, 1].values.shape[0] == 1
+    config = DenoiseConfig(max_new_tokens=32, sampler=SAMPLER, ignore_eos=True)
+    state = prefill(loaded.model, prompts, config)
+    blocks = attention.trajectories(loaded.model, state, config)
+    # The same with a cache that holds the first block already.
+    longer = [prompts[0] + blocks[0].tokens[0].tolist()]
+    masses = [
+        comparison.exact_masses(loaded.model, prefill(loaded.model, ids, config), config, 1)
+        for ids in (prompts, longer)
+    ]
+    first = torch.zeros(3, 1, 1, 112, dtype=torch.bool)
+    top = masses[0][0][..., :96].sort(dim=-1, descending=True, stable=True).indices[..., :32]
+    first.scatter_(-1, top, True)
+    first[..., 96:] = True  # what was committed since
+    expected = []
+    for mass in masses[1][1:]:
+        own = mass[..., :112].sort(dim=-1, descending=True, stable=True).indices[..., :32]
+        expected.append(first.gather(-1, own).double().mean())
+    found = tally.along["recall", "carry", 32, 1].means()[: len(expected)]
+    torch.testing.assert_close(found, torch.stack(expected), atol=0.011, rtol=0)  # one of 96 units by rounding
+
+
+def test_shuffled_weights_have_the_same_entries():
+    model = _loaded("llama_shift").model
+    other = attention.shuffled(model)
+    assert other.lm_head.weight is other.embed_tokens.weight
+    changed = 0
+    for (name, one), two in zip(model.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(one.flatten().sort().values, two.flatten().sort().values, atol=0, rtol=0)
+        changed += not torch.equal(one, two)
+        assert torch.equal(one, two) == (one.dim() == 1), name
+    assert changed and torch.equal(attention.shuffled(model).norm.weight, other.norm.weight)
+
+
+def test_a_suite_joins_its_batches(monkeypatch):
+    loaded = _loaded("llama_shift")
+    prompts = _prompts((96, 112, 96, 100))
+    encode = lambda text, add_special_tokens: [ord(c) % 90 + 1 for c in text]  # noqa: E731
+    maker = SimpleNamespace(
+        case=lambda seed, tokens, asked, distractors: (None, prompts[seed]),
+        sentences=None,
+        tokenizer=SimpleNamespace(encode=encode),
+    )
+    monkeypatch.setattr(needles, "_worker", {"loaded": loaded, "maker": maker})
+    monkeypatch.setattr(attention, "_control", {})
+    runner = object.__new__(needles.Runner)
+    lines = []
+    runner.jobs, runner.batch, runner.progress, runner._pool = 1, 2, lines.append, None
+    look = Look((16,), (1,), ("mage", "random"))
+    steps = list(attention.suite(runner, 3, look, ["prose", "needle"], [128], 1))
+    assert [steps[i][-1]["n"] for i in range(4)] == [2, 3, 2, 3]
+    rows = steps[-1]
+    assert [row["task"] for row in rows if row["study"] == "recall"] == ["prose"] * 2 + ["needle"] * 2
+    assert lines[0].startswith("prose, 128 tokens: 2/3 contexts, mage K=16 g=1 recall ")
+    alone = attention.study(loaded, prompts[:3], look, 1, comparison.STATIC)
+    told = dict(task="needle", tokens=128, control="none", forwards=4)
+    whole = attention.rows(alone, look, **told)
+    got = next(row for row in rows if row["task"] == "needle" and row["method"] == "mage")
+    assert got["score"] == pytest.approx(whole[0]["score"], abs=2e-3)
+    shuffled = list(attention.suite(runner, 2, look, ["prose"], [128], 1, control="shuffled"))[-1]
+    assert {row["control"] for row in shuffled} == {"shuffled"}
+    for arguments, message in (
+        (dict(tasks_wanted=["lines?"]), r"tasks_wanted must be of prose, needle, .*, got 'lines\?'"),
+        (dict(control="none?"), r"control must be of none, base, shuffled, got 'none\?'"),
+        (dict(look=Look((16,), (1,), ("x",))), "look.methods must be of mage, .*, got 'x'"),
+        (dict(look=Look((16,), (32,))), r"look.ks must hold a multiple of one of gs = \[32\], got \[16\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            list(attention.suite(runner, 1, **{"look": look, **arguments}))
+    with pytest.raises(ValueError, match=r"look\.ks must be below every prefix, the shortest of which has 96 tokens"):
+        attention.study(loaded, prompts, Look((96,), (1,)), 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--k", "7", "--g", "16"], "eval: k must hold a multiple of one of gs = [16], got [7]"),
+        (["--tokens", "100"], "tokens must be in [512, 8032]"),
+        (["--blocks", "0"], "blocks must be in [1, 32], got 0"),
+        (["--tokens-per-step", "40"], "tokens_per_step must be in [1, 32], got 40"),
+        (["--n", "0"], "n must be at least 1, got 0"),
+    ],
+)
+def test_mistakes_on_the_command_line_name_the_argument(arguments, message, capsys):
+    assert cli.main(["eval", "recall", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("mage: error: ") and error.count("\n") == 1 and message in error
