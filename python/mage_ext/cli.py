@@ -192,9 +192,11 @@ def _eval_methods(args: argparse.Namespace) -> int:
     from mage_ext.evaluation import method_comparison
 
     wanted = _eval_settings(args)
-    _check_prompts([args.tokens], 8000)
+    _check_prompts(args.tokens, 8000)
+    _check_steps(args.tokens_per_step)
     runner, write = _eval_start(args)
-    for rows in method_comparison.suite(runner, args.n, wanted, args.tasks, args.methods, args.tokens):
+    options = (args.tasks, args.methods, args.tokens, args.tokens_per_step)
+    for rows in method_comparison.suite(runner, args.n, wanted, *options):
         write("eval/methods", rows)
     runner.close()
     print("\n".join(method_comparison.table(rows)))
@@ -205,9 +207,9 @@ def _eval_recall(args: argparse.Namespace) -> int:
     from mage_ext.evaluation import attention_study
 
     _eval_settings(args, dense_layers=[0])
-    for name in ("blocks", "tokens_per_step"):
-        if not 1 <= getattr(args, name) <= 32:
-            raise ValueError(f"eval: {name} must be in [1, 32], got {getattr(args, name)}")
+    if not 1 <= args.blocks <= 32:
+        raise ValueError(f"eval: blocks must be in [1, 32], got {args.blocks}")
+    _check_steps([args.tokens_per_step])
     _check_prompts(args.tokens, 8192 - 32 * (args.blocks + 1))
     look = attention_study.Look(tuple(args.k), tuple(args.g), tuple(args.methods))
     runner, write = _eval_start(args)
@@ -227,8 +229,7 @@ def _eval_prose(args: argparse.Namespace) -> int:
     for tokens in args.tokens:
         if tokens % 32:
             raise ValueError(f"eval: tokens must be multiples of the block of 32, got {tokens}")
-    if not 1 <= args.tokens_per_step <= 32:
-        raise ValueError(f"eval: tokens_per_step must be in [1, 32], got {args.tokens_per_step}")
+    _check_steps([args.tokens_per_step])
     for share in args.t:
         if not 0 < share <= 1:
             raise ValueError(f"eval: t must be in (0, 1], got {share}")
@@ -262,6 +263,37 @@ def _eval_figures(args: argparse.Namespace) -> int:
     return 0
 
 
+def _eval_heatmap(args: argparse.Namespace) -> int:
+    from mage_ext.evaluation import sweeps
+
+    wanted = _eval_settings(args)
+    _check_prompts(args.tokens, 8000)
+    if not 2 <= args.depths <= 101:
+        raise ValueError(f"eval: depths must be in [2, 101], got {args.depths}")
+    runner, write = _eval_start(args)
+    for rows in sweeps.heatmap(runner, args.n, wanted, args.methods, args.tokens, args.depths):
+        write("eval/heatmap", rows)
+    runner.close()
+    print("\n".join(sweeps.heatmap_table(rows)))
+    return 0
+
+
+def _eval_thresholds(args: argparse.Namespace) -> int:
+    from mage_ext.evaluation import sweeps
+
+    wanted = _eval_settings(args)
+    _check_prompts(args.tokens, 8000)
+    for level in args.thresholds:
+        if not 0 <= level <= 1:
+            raise ValueError(f"eval: thresholds must be in [0, 1], got {level}")
+    runner, write = _eval_start(args)
+    for rows in sweeps.thresholds(runner, args.n, wanted, args.tasks, args.methods, args.tokens, args.thresholds):
+        write("eval/thresholds", rows)
+    runner.close()
+    print("\n".join(sweeps.thresholds_table(rows)))
+    return 0
+
+
 def _eval_settings(args: argparse.Namespace, dense_layers: "Sequence[int] | None" = None) -> "list[Setting]":
     """--k, --g and --dense-layers of a suite, all combinations."""
     from mage_ext.evaluation import method_comparison
@@ -270,6 +302,12 @@ def _eval_settings(args: argparse.Namespace, dense_layers: "Sequence[int] | None
         return method_comparison.settings(args.k, args.g, args.dense_layers if dense_layers is None else dense_layers)
     except ValueError as error:
         raise ValueError(str(error).replace("settings: ks", "eval: k").replace("settings: gs", "eval: g")) from None
+
+
+def _check_steps(tokens_per_step: Sequence[int]) -> None:
+    for each in tokens_per_step:
+        if not 1 <= each <= 32:
+            raise ValueError(f"eval: tokens_per_step must be in [1, 32], got {each}")
 
 
 def _check_prompts(tokens: Sequence[int], most: int) -> None:
@@ -623,19 +661,28 @@ def make_parser() -> argparse.ArgumentParser:
     names = ["exact", "mage", "quest", "tidal", "sparsed", "recency", "random"]
     variants = ["oracle", "carry", "mage_max", "mage_all", "mage_prefix", "v1", "joint", "mass"]
     choices = names + variants
-    told = f"exact always runs; the others are held against it. Default: {' '.join(names)}; also: {' '.join(variants)}"
+    told = f"exact always runs; the others are held against it. Of {' '.join(names + variants)}"
+    tasks = ["needle", "four_keys", "four_of_eight", "lines", "four_lines"]
     add = compared.add_argument
-    add("--tasks", nargs="+", default=["needle", "four_keys"], choices=["needle", "four_keys", "four_of_eight"])
+    add("--tasks", nargs="+", default=["needle", "four_keys"], choices=tasks)
     add("--methods", nargs="+", default=names, choices=choices, metavar="METHOD", help=told)
     add("--k", nargs="+", type=int, default=[16, 32, 64, 128, 256], help="prefix tokens per layer and KV head")
     add("--g", nargs="+", type=int, default=[1, 16, 32], help="tokens per unit; a K that is no multiple is left out")
     add("--dense-layers", nargs="+", type=int, default=[0, 2], metavar="N", help="the first N layers stay exact")
-    add("--tokens", type=int, default=2048, help="length of the prompt (default 2048)")
+    add("--tokens", nargs="+", type=int, default=[2048], help="lengths of the prompt (default 2048)")
+    add(
+        "--tokens-per-step",
+        nargs="+",
+        type=int,
+        default=[4],
+        metavar="N",
+        help="decided in every forward (default 4); T = 32 / N",
+    )
     compared.set_defaults(run=_eval_methods)
 
     recall = suites.add_parser("recall", help="how far a block's first forward foretells the attention of the others")
     add = recall.add_argument
-    add("--tasks", nargs="+", default=["prose", "four_keys"], choices=["prose", "needle", "four_keys", "four_of_eight"])
+    add("--tasks", nargs="+", default=["prose", "four_keys"], choices=["prose", *tasks])
     lists = ["mage", "mage_max", "mage_all", "mage_prefix", "probe1", "probe5", "v1", "carry", "tidal", "quest"]
     lists += ["recency", "random", "oracle"]
     add("--methods", nargs="+", default=lists, choices=lists, metavar="METHOD", help=f"of {' '.join(lists)}")
@@ -662,15 +709,38 @@ def make_parser() -> argparse.ArgumentParser:
     add("--t", nargs="+", type=float, default=[1.0, 0.75, 0.5, 0.25], help="shares of a block that are masked")
     add("--tokens-per-step", type=int, default=4, metavar="N", help="gives T, of which sparsed takes a fifth exactly")
     prose.set_defaults(run=_eval_prose)
-    for suite in (needle, compared, recall, prose):
+
+    heatmap = suites.add_parser("heatmap", help="one fact at every depth of texts of several lengths")
+    add = heatmap.add_argument
+    add("--methods", nargs="+", default=["mage", "quest", "tidal"], choices=choices, metavar="METHOD", help=told)
+    add("--k", nargs="+", type=int, default=[128], help="prefix tokens per layer and KV head (default 128)")
+    add("--g", nargs="+", type=int, default=[1], help="tokens per unit (default 1)")
+    add("--dense-layers", nargs="+", type=int, default=[2], metavar="N", help="the first N layers stay exact")
+    add("--tokens", nargs="+", type=int, default=[1024, 2048], help="lengths of the prompt (default 1024 2048)")
+    add("--depths", type=int, default=11, metavar="N", help="evenly from the start to the end (default 11)")
+    heatmap.set_defaults(run=_eval_heatmap)
+
+    thresholds = suites.add_parser("thresholds", help="accuracy and forwards against the threshold of the sampler")
+    add = thresholds.add_argument
+    add("--tasks", nargs="+", default=["needle", "four_keys"], choices=tasks)
+    add("--methods", nargs="+", default=["mage"], choices=choices, metavar="METHOD", help=told)
+    add("--k", nargs="+", type=int, default=[128], help="prefix tokens per layer and KV head (default 128)")
+    add("--g", nargs="+", type=int, default=[1], help="tokens per unit (default 1)")
+    add("--dense-layers", nargs="+", type=int, default=[2], metavar="N", help="the first N layers stay exact")
+    add("--tokens", nargs="+", type=int, default=[2048], help="lengths of the prompt (default 2048)")
+    add("--thresholds", nargs="+", type=float, default=[0.5, 0.7, 0.8, 0.9, 0.95, 0.99], metavar="P")
+    thresholds.set_defaults(run=_eval_thresholds)
+    for suite in (needle, compared, recall, prose, heatmap, thresholds):
         add = suite.add_argument
         add("--text", nargs="+", metavar="FILE", help="prose; of more than 9 texts the held-out tenth is used")
-        add("--n", type=int, default=200, help="cases per task (default 200)")
+        add("--n", type=int, default=200, help="cases per task, length and depth (default %(default)s)")
         _add_device_arguments(suite)
         add("--jobs", type=int, default=1, help="processes that share the cores")
         add("--batch", type=int, default=1, help="cases per batch")
         add("--adapter", metavar="FILE", help="an adapter of `mage train` in place of the shipped one")
         add("--out", metavar="FILE", help="evaluation file (JSON) to write")
+    recall.set_defaults(n=64)
+    heatmap.set_defaults(n=20)
 
     report = suites.add_parser("report", help="evaluation files as one HTML page: tables, figures, the model's card")
     report.add_argument("--out", required=True, metavar="FILE", help="page to write; it needs nothing but a browser")

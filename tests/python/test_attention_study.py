@@ -48,14 +48,14 @@ def test_recall_and_kept_mass_of_hand_worked_lists():
     # A prefix of 4 tokens, two tokens of the block. The own list is {0, 2}.
     mass = torch.tensor([[[[0.4, 0.1, 0.3, 0.1, 0.05, 0.05]]]])
     own = _one_list([0, 2], 4)
-    recall, kept, kept_own = attention.compare_lists(_one_list([0, 1], 4), own, mass)
-    assert recall.item() == 0.5
+    recall, kept, kept_own, free = attention.compare_lists(_one_list([0, 1], 4), own, mass)
+    assert recall.item() == 0.5 and free.item() == pytest.approx(0.1)
     assert kept.item() == pytest.approx(0.6) and kept_own.item() == pytest.approx(0.8)
     # Lists of an earlier block attend everything from their own tail on, here tokens 2 and 3.
-    recall, kept, _ = attention.compare_lists(_one_list([1], 2), own, mass)
+    recall, kept, *_ = attention.compare_lists(_one_list([1], 2), own, mass)
     assert recall.item() == 0.5 and kept.item() == pytest.approx(0.6)
     # Nobody there: no mass, no lists.
-    recall, kept, kept_own = attention.compare_lists(own, _one_list([], 4), torch.zeros_like(mass))
+    recall, kept, kept_own, _ = attention.compare_lists(own, _one_list([], 4), torch.zeros_like(mass))
     assert recall.item() == kept.item() == kept_own.item() == 0
 
 
@@ -269,7 +269,8 @@ def test_a_study_of_several_blocks():
         assert row["ci_low"] <= row["score"] <= row["ci_high"]
         assert row["recall_worst_layer"] <= row["score"] + 1e-4 and row["kept_worst_layer"] <= row["kept"] + 1e-4
         if name != "carry":  # which attends the block before, too
-            assert row["kept"] <= 1 + 1e-4 and row["kept_mass"] <= row["own_mass"] + 1e-4
+            assert row["kept_prefix"] <= row["kept"] + 1e-4 <= 1 + 2e-4
+            assert row["kept_mass"] <= row["own_mass"] + 1e-4
         if name == "random":
             assert row["score"] == pytest.approx(row["chance"], abs=0.12)
     assert by["mage", 16, 1]["score"] > by["random", 16, 1]["score"] + 0.2

@@ -301,13 +301,31 @@ def test_a_suite_joins_its_batches(monkeypatch):
     rows = steps[-1]
     assert [row["method"] for row in rows] == ["exact", "mage", "random"] * 2
     assert rows[0]["task"] == "needle" and rows[3]["task"] == "four_of_eight" and rows[3]["distractors"] == 4
-    assert any(line.startswith("needle: 3/3 cases, exact 2") for line in lines)
+    assert any(line.startswith("needle, 2048 tokens, T = 1: 3/3 cases, exact 2") for line in lines)
     whole = comparison.compare(loaded, cases, wanted, ["mage"]).rows("needle", 2048)[1]
     assert rows[1]["recall"] == pytest.approx(whole["recall"])
-    with pytest.raises(ValueError, match="tasks_wanted must be of needle, four_keys, four_of_eight, got 'lines'"):
-        list(comparison.suite(runner, 1, wanted, ["lines"]))
+    with pytest.raises(ValueError, match=r"tasks_wanted must be of needle, four_keys, .*, got 'topics'"):
+        list(comparison.suite(runner, 1, wanted, ["topics"]))
     with pytest.raises(ValueError, match=r"methods_wanted must be of exact, .*, got 'best'"):
         list(comparison.suite(runner, 1, wanted, ["needle"], ["best"]))
+
+
+def test_a_suite_of_several_lengths_and_steps(monkeypatch):
+    loaded = _loaded()
+    cases = {length: _cases(loaded.model, (length, length + 8)) for length in (52, 80)}
+    maker = SimpleNamespace(
+        case=lambda seed, tokens, asked, distractors: cases[tokens][seed],
+        register=lambda seed, tokens, asked: cases[tokens][seed],
+    )
+    monkeypatch.setattr(needles, "_worker", {"loaded": loaded, "maker": maker})
+    runner = object.__new__(needles.Runner)
+    runner.jobs, runner.batch, runner.progress, runner._pool = 1, 2, None, None
+    rows = list(comparison.suite(runner, 2, [Setting(16, 1, 0)], ["lines"], ["mage"], [52, 80], [1, 2]))[-1]
+    assert [(row["tokens"], row["T"], row["method"]) for row in rows] == [
+        (tokens, steps, method) for tokens in (52, 80) for steps in (4, 2) for method in ("exact", "mage")
+    ]
+    assert {row["task"] for row in rows} == {"lines"} and rows[0]["tokens_per_step"] == 1
+    assert len([line for line in comparison.table(rows) if line.startswith("lines, ")]) == 4
 
 
 def test_mcnemar_and_holm_against_hand_worked_values():
@@ -321,7 +339,8 @@ def test_mcnemar_and_holm_against_hand_worked_values():
 
 def test_table_marks_what_differs_from_mage():
     def row(method, k, score, **more):
-        base = {"task": "needle", "method": method, "K": k, "g": 1, "dense_layers": 0 if k else -1, "score": score}
+        base = {"task": "needle", "method": method, "K": k, "g": int(k > 0), "dense_layers": 0 if k else -1}
+        base |= {"score": score, "tokens": 1024, "T": 8}
         return base | {"ci_low": 0.9, "ci_high": 1.0, "n": 100, "prefix_tokens": 1000.0} | more
 
     rows = [
@@ -331,7 +350,9 @@ def test_table_marks_what_differs_from_mage():
         row("random", 16, 0.89, mage_only=1, method_only=0, p_mage=1.0),
     ]
     head, names, line = comparison.table(rows)
-    assert head == "needle, g = 1, 0 dense layers: exact 100.0 % [90.0, 100.0], n = 100, prefix 1000"
+    assert (
+        head == "needle, 1024 tokens, T = 8, g = 1, 0 dense layers: exact 100.0 % [90.0, 100.0], n = 100, prefix 1000"
+    )
     assert names.split() == ["K", "K/prefix", "mage", "quest", "random", "recall"]
     assert line.split() == ["16", "1.6", "%", "90.0", "50.0-", "89.0", "85.0", "%"]
 
@@ -345,6 +366,7 @@ def test_table_marks_what_differs_from_mage():
         (["--dense-layers", "-1"], "dense_layers must be at least 0, got -1"),
         (["--tokens", "100"], "tokens must be in [512, 8000]"),
         (["--n", "0"], "n must be at least 1, got 0"),
+        (["--tokens-per-step", "4", "0"], "tokens_per_step must be in [1, 32], got 0"),
         (["--out", "no/such/folder/x.json"], "out must be in a folder that exists"),
     ],
 )

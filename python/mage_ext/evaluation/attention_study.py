@@ -22,8 +22,10 @@ each later forward would make by its mean mass over the rows open at the start:
     score, ci_low, ci_high      mean recall over layers, heads, blocks and later forwards; interval over contexts
     exact                1.0, the oracle's
     recall_worst_layer, recall_p5      least mean of a layer; 5th percentile over (layer, head, block)
-    kept, kept_worst_layer, kept_p5    mass that is attended as a share of what the own list attends
-    kept_mass, own_mass  the two masses of that share, means
+    kept, kept_worst_layer, kept_p5    mass that is attended, the block's own tokens included, as a share of what the
+                         own list attends
+    kept_prefix          the same without the block's tokens and what else nobody lists
+    kept_mass, own_mass  the two masses of the share `kept`, means
     recall_by_forward, kept_by_forward      along x
     recall_by_layer, kept_by_layer          layers from the first on
 
@@ -63,7 +65,7 @@ from mage_ext.denoise import DenoiseConfig, DenoiseState, generate, prefill
 from mage_ext.evaluation import needles
 from mage_ext.evaluation.baselines import Quest
 from mage_ext.evaluation.forced_blocks import ForcedBlocks, bootstrap, prose, rows_of
-from mage_ext.evaluation.method_comparison import STATIC, TASKS, check_choices
+from mage_ext.evaluation.method_comparison import STATIC, TASKS, check_choices, make_case
 from mage_ext.models.builtin import load_base
 from mage_ext.models.huggingface import LoadedModel
 from mage_ext.models.transformer import Transformer, rotary, rotate
@@ -134,7 +136,9 @@ def trajectories(model: Transformer, state: DenoiseState, config: DenoiseConfig)
         places = torch.tensor(places, device=device)
 
         def spread(values: Tensor, fill: int) -> Tensor:
-            return torch.full(shape, fill, dtype=values.dtype, device=device).index_copy(0, where, values[places])
+            whole = torch.full(shape, fill, dtype=values.dtype, device=device)
+            whole[where] = values[places]
+            return whole
 
         decided, still_open = spread(info.decided, False), spread(info.open, False)
         tokens = spread(info.tokens, mask_id)
@@ -309,14 +313,15 @@ def attended(lists: BlockSelection, num_units: int) -> Tensor:
     return listed(lists, num_units) | (unit >= lists.tail_start.view(1, -1, 1, 1))
 
 
-def compare_lists(lists: BlockSelection, own: BlockSelection, mass: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def compare_lists(lists: BlockSelection, own: BlockSelection, mass: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What lists share with the own lists of a forward.
 
     Args:
         lists, own: of the same g. mass: [L, A, Hkv, n], float32, of the forward.
     Returns:
         recall: share of the units in `own` that `lists` attend. kept, kept_own: mass that `lists` and `own` attend as a
-        share of all. Each [L, A, Hkv], float32; where nothing is listed in `own` (or there is no mass) 0.
+        share of all; free: the part of it from the tail of `own` on. Each [L, A, Hkv], float32; where nothing is listed
+        in `own` (or there is no mass) 0.
     """
     num_units = mass.shape[-1]
     held, wanted = attended(lists, num_units), listed(own, num_units)
@@ -324,7 +329,8 @@ def compare_lists(lists: BlockSelection, own: BlockSelection, mass: Tensor) -> t
     recall = (held & wanted).sum(-1) / wanted.sum(-1).clamp(min=1)
     kept = torch.where(held, mass, 0.0).sum(-1) / whole
     kept_own = torch.where(attended(own, num_units), mass, 0.0).sum(-1) / whole
-    return recall, kept, kept_own
+    free = torch.where(attended(own, num_units) & ~wanted, mass, 0.0).sum(-1) / whole
+    return recall, kept, kept_own, free
 
 
 def tokens_needed(mass: Tensor, prefix_lens: Tensor, share: float) -> Tensor:
@@ -502,9 +508,11 @@ class _BlockStudy:
                 lists = self._later_lists(name, k, g, own, seen)
                 if lists is None:
                     continue
-                recall, kept, kept_own = compare_lists(lists, own, mass)
-                ratio = kept / kept_own.clamp(min=torch.finfo(kept.dtype).tiny)
-                values = {"recall": recall, "kept": ratio, "kept_mass": kept, "own_mass": kept_own}
+                recall, kept, kept_own, free = compare_lists(lists, own, mass)
+                tiny = torch.finfo(kept.dtype).tiny
+                values = {"recall": recall, "kept": kept / kept_own.clamp(min=tiny)}
+                values["kept_prefix"] = (kept - free) / (kept_own - free).clamp(min=tiny)
+                values |= {"kept_mass": kept, "own_mass": kept_own}
                 for what, value in values.items():  # [L, A, Hkv]
                     key = (what, name, k, g)
                     value = torch.where(live[:, None], value, 0.0)
@@ -577,7 +585,7 @@ class _BlockStudy:
             return
         for key, total in self._sums.items():
             values = total.movedim(1, 0)[who] / self._count[who].view(-1, *[1] * (total.dim() - 1))  # [blocks, L, ...]
-            if key[0] in ("kept_mass", "own_mass"):  # nobody asks for single layers of these
+            if key[0] in ("kept_prefix", "kept_mass", "own_mass"):  # nobody asks for single layers of these
                 values = values.mean((1, 2))[:, None]
             self._tally.add_blocks(key, values, self._contexts[who])
         self._tally.add_blocks(("prefix",), self._start[who].float()[:, None], self._contexts[who])
@@ -691,8 +699,8 @@ def rows(tally: Tally, look: Look, *, task: str, tokens: int, control: str, forw
                     row["kept"] = _rounded(values.mean())
                 row[f"{what}_worst_layer"] = _rounded(values.mean((0, 2)).amin())
                 row[f"{what}_p5"] = _rounded(torch.quantile(_thinned(values), 0.05))
-            row["kept_mass"] = _rounded(tally.blocks["kept_mass", name, k, g].values.mean())
-            row["own_mass"] = _rounded(tally.blocks["own_mass", name, k, g].values.mean())
+            for what in ("kept_prefix", "kept_mass", "own_mass"):
+                row[what] = _rounded(tally.blocks[what, name, k, g].values.mean())
             row["x"] = x
             for what in ("recall", "kept"):
                 row[f"{what}_by_forward"] = _rounded(tally.along[what, name, k, g].means()[known])
@@ -795,7 +803,7 @@ def _work(
     if task == "prose":
         prompts = [prose(maker, seed, tokens // size * size) for seed in seeds]
     else:
-        prompts = [maker.case(seed, tokens, *TASKS[task])[1] for seed in seeds]
+        prompts = [make_case(maker, task, seed, tokens)[1] for seed in seeds]
     loaded = _controlled(loaded, control)
     tally = study(loaded, prompts, look, num_blocks, sampler, list(seeds), ignore_eos=task == "prose")
     return tally, sampler.max_forwards(size - shift)

@@ -291,10 +291,9 @@ def measure(
 
             # 3. Every method on the same masks.
             for setting in wanted:
-                for name in names:
-                    if name == "exact":
-                        continue
-                    (config,) = configs(model, forced.cache, setting, base, [name]).values()
+                found_configs = configs(model, forced.cache, setting, base, [name for name in names if name != "exact"])
+                for name in list(found_configs):
+                    config = found_configs.pop(name)
                     layers = config.selecting_layers(model_config.num_layers)
                     lists, last = None, 1.0
                     if config.method is not None:

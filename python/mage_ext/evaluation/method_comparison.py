@@ -9,6 +9,7 @@ Test: pytest tests/python/test_method_comparison.py
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from mage_ext import selection
 from mage_ext.cache import PagedCache
 from mage_ext.denoise import DenoiseConfig, DenoiseState, generate, prefill
 from mage_ext.evaluation import baselines, needles
+from mage_ext.evaluation.tasks import Case
 from mage_ext.models.huggingface import LoadedModel
 from mage_ext.models.transformer import Transformer
 from mage_ext.paged_forward import Emission, PagedForward
@@ -31,7 +33,9 @@ METHODS = ("exact", "mage", "quest", "tidal", "sparsed", "recency", "random")
 # What else is compared on demand; see `configs`.
 VARIANTS = ("oracle", "carry", "mage_max", "mage_all", "mage_prefix", "v1", "joint", "mass")
 ALL_METHODS = METHODS + VARIANTS
-TASKS = {"needle": (1, 0), "four_keys": (4, 0), "four_of_eight": (4, 4)}  # asked facts, distractors
+# Asked facts, and distractors of the same form; the contexts of the last two are registers, of lines alone.
+TASKS = {"needle": (1, 0), "four_keys": (4, 0), "four_of_eight": (4, 4), "lines": (1, 0), "four_lines": (4, 0)}
+_REGISTERS = ("lines", "four_lines")
 STATIC = SamplerConfig(name="low_confidence_static", tokens_per_step=4)
 _FLOORS, _FLOOR_SINKS = ("recency", "random"), 4
 # Methods whose lists change with every forward, or whose scores are no shares: their lists keep no mass of their own.
@@ -114,6 +118,14 @@ def configs(
     found["carry"] = dataclasses.replace(mage, refresh="blocks", refresh_blocks=2)
     found["oracle"] = dataclasses.replace(mage, mode="method", method=OwnLists(chosen))
     return {name: found[name] for name in names}
+
+
+def make_case(maker: needles.CaseMaker, task: str, seed: int, tokens: int) -> tuple[Case, list[int]]:
+    """The case of a task (of TASKS) and a seed, and its prompt's ids, of about so many tokens."""
+    asked, distractors = TASKS[task]
+    if task in _REGISTERS:
+        return maker.register(seed, tokens, asked)
+    return maker.case(seed, tokens, asked, distractors)
 
 
 def check_choices(owner: str, name: str, values: Sequence[str], choices: Sequence[str]) -> None:
@@ -311,6 +323,15 @@ class Comparison:
             self.recalls[key] += more
         self.prefixes += other.prefixes
 
+    def of(self, cases: Sequence[int]) -> "Comparison":
+        """The same of some cases, by number; without recalls."""
+
+        def pick(score: needles.Score) -> needles.Score:
+            return needles.Score(score.method, [score.found[i] for i in cases], [score.results[i] for i in cases])
+
+        scores = {key: pick(score) for key, score in self.scores.items()}
+        return Comparison(pick(self.exact), scores, {}, [self.prefixes[i] for i in cases], self.T)
+
     def rows(self, task: str, tokens: int) -> list[dict[str, Any]]:
         """The rows of an evaluation file.
 
@@ -363,13 +384,14 @@ def compare(
     names: Sequence[str] = METHODS,
     sampler: SamplerConfig = STATIC,
     tell: Callable[[str], None] | None = None,
+    with_recall: bool = True,
 ) -> Comparison:
     """Every method at every setting on a batch of cases; prefill is done once and forked.
 
     Args:
         loaded: model and tokenizer. cases: of `needles.CaseMaker`, all in one batch; their prefixes must be longer than
             every K, or the blocks would be exact. wanted: of `settings`. names: of ALL_METHODS; exact always runs, and
-            recall is measured with "mage". tell: takes a line per setting.
+            recall is measured with "mage", unless with_recall is off. tell: takes a line per setting.
     Raises:
         ValueError: naming the argument.
     """
@@ -393,7 +415,7 @@ def compare(
         return needles.Score(needles.Method(name, base, *told), found, results)
 
     recalls: dict[tuple[int, int], Recall] = {}
-    if "mage" in names:
+    if "mage" in names and with_recall:
         prefix_lens = torch.tensor(state.prefix_lens, dtype=torch.int32, device=cache.device)
         for g in dict.fromkeys(setting.g for setting in wanted):
             masses = exact_masses(loaded.model, state, base, g)
@@ -420,21 +442,24 @@ def suite(
     wanted: Sequence[Setting],
     tasks_wanted: Sequence[str] = ("needle", "four_keys"),
     methods_wanted: Sequence[str] = METHODS,
-    tokens: int = 2048,
+    tokens: Sequence[int] = (2048,),
+    tokens_per_step: Sequence[int] = (4,),
 ) -> Iterator[list[dict[str, Any]]]:
     """All rows so far, after every batch of cases.
 
     Args:
         runner: of the model. n: cases per task, seeds 0 .. n - 1. wanted: of `settings`. tasks_wanted: of TASKS.
-        methods_wanted: of ALL_METHODS, beside "exact", which the others are held against. tokens: per prompt, about.
+        methods_wanted: of ALL_METHODS, beside "exact", which the others are held against. tokens: lengths of a prompt,
+            about. tokens_per_step: numbers of tokens that are decided in every forward.
     Raises:
         ValueError: naming the argument.
     """
     check_choices("suite", "tasks_wanted", tasks_wanted, tuple(TASKS))
     check_choices("suite", "methods_wanted", methods_wanted, ALL_METHODS)
     done: list[dict[str, Any]] = []
-    for task in tasks_wanted:
-        work = functools.partial(_work, task=task, wanted=wanted, names=methods_wanted, tokens=tokens)
+    for task, length, per_step in itertools.product(tasks_wanted, tokens, tokens_per_step):
+        sampler = dataclasses.replace(STATIC, tokens_per_step=per_step)
+        work = functools.partial(_work, task=task, wanted=wanted, names=methods_wanted, tokens=length, sampler=sampler)
         if runner.jobs == 1:
             work = functools.partial(work, tell=runner.progress)
         whole = None
@@ -444,9 +469,10 @@ def suite(
             else:
                 whole.extend(part)
             if runner.progress is not None:
-                runner.progress(f"{task}: {whole.exact.cases}/{n} cases, exact {whole.exact.whole}")
-            yield done + whole.rows(task, tokens)
-        done += whole.rows(task, tokens)
+                told = f"{task}, {length} tokens, T = {whole.T}"
+                runner.progress(f"{told}: {whole.exact.cases}/{n} cases, exact {whole.exact.whole}")
+            yield done + whole.rows(task, length)
+        done += whole.rows(task, length)
 
 
 def _work(
@@ -456,16 +482,16 @@ def _work(
     wanted: Sequence[Setting],
     names: Sequence[str],
     tokens: int,
+    sampler: SamplerConfig,
     tell: Callable[[str], None] | None = None,
 ) -> Comparison:
     loaded, maker = needles.worker()
-    asked, distractors = TASKS[task]
-    cases = [maker.case(seed, tokens, asked, distractors) for seed in seeds]
-    return compare(loaded, cases, wanted, names, tell=tell)
+    cases = [make_case(maker, task, seed, tokens) for seed in seeds]
+    return compare(loaded, cases, wanted, names, sampler, tell)
 
 
 def table(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Scores in percent by task, dense layers, g and K, as lines of text.
+    """Scores in percent by task, length, T, dense layers, g and K, as lines of text.
 
     A mark stands behind the score of a method that differs from MAGE's at the same setting: "-" below, "+" above, by
     McNemar's exact test at 5 % for all comparisons of these rows together (Holm).
@@ -478,16 +504,19 @@ def table(rows: Sequence[dict[str, Any]]) -> list[str]:
     }
     names = [name for name in ALL_METHODS if name != "exact" and any(row["method"] == name for row in rows)]
     lines: list[str] = []
-    groups = dict.fromkeys((row["task"], row["dense_layers"], row["g"]) for row in rows if row["K"])
-    for task, dense, g in groups:
-        exact = next(row for row in rows if row["task"] == task and not row["K"])
+    groups = dict.fromkeys((row["task"], row["tokens"], row["T"], row["dense_layers"], row["g"]) for row in rows)
+    for task, tokens, steps, dense, g in groups:
+        same = [row for row in rows if (row["task"], row["tokens"], row["T"]) == (task, tokens, steps)]
+        if not g:
+            continue  # exact alone
+        exact = next(row for row in same if not row["K"])
         lines.append(
-            f"{task}, g = {g}, {dense} dense layers: exact {100 * exact['score']:.1f} % "
+            f"{task}, {tokens} tokens, T = {steps}, g = {g}, {dense} dense layers: exact {100 * exact['score']:.1f} % "
             f"[{100 * exact['ci_low']:.1f}, {100 * exact['ci_high']:.1f}], n = {exact['n']}, "
             f"prefix {exact['prefix_tokens']:.0f}"
         )
         lines.append("     K  K/prefix" + "".join(f"{name:>12}" for name in names) + "    recall")
-        inside = [row for row in rows if (row["task"], row["dense_layers"], row["g"]) == (task, dense, g)]
+        inside = [row for row in same if (row["dense_layers"], row["g"]) == (dense, g)]
         for k in sorted({row["K"] for row in inside}):
             at = {row["method"]: row for row in inside if row["K"] == k}
             line = f"{k:6d}  {100 * k / exact['prefix_tokens']:6.1f} %"

@@ -174,8 +174,11 @@ class CaseMaker:
     def _count(self, text: str) -> int:
         return len(self.tokenizer.encode(text, add_special_tokens=False))
 
-    def case(self, seed: int, num_tokens: int, asked: int = 1, distractors: int = 0) -> tuple[tasks.Case, list[int]]:
-        """The case of a seed and its prompt's ids. An answer of several lines starts a block and fits in it."""
+    def case(
+        self, seed: int, num_tokens: int, asked: int = 1, distractors: int = 0, depth: float | None = None
+    ) -> tuple[tasks.Case, list[int]]:
+        """The case of a seed and its prompt's ids. An answer of several lines starts a block and fits in it.
+        depth: see `tasks.make_case`."""
         rng = random.Random(f"{seed}/{num_tokens}/{asked}/{distractors}")
         case = tasks.make_case(
             rng,
@@ -187,8 +190,33 @@ class CaseMaker:
             self.block,
             align=asked > 1,
             overhead=self._overhead,
+            depth=depth,
         )
-        return case, self.tokenizer.chat([{"role": "user", "content": case.prompt}])
+        return case, self._ids(case)
+
+    def register(self, seed: int, num_tokens: int, asked: int = 1) -> tuple[tasks.Case, list[int]]:
+        """A register whose prompt has as many lines as num_tokens tokens hold, and its ids.
+
+        Raises:
+            ValueError: num_tokens hold fewer than 8 lines.
+        """
+
+        def of(lines: int) -> tuple[tasks.Case, list[int]]:
+            case = tasks.make_register_case(random.Random(f"register/{seed}/{asked}"), lines, asked)
+            return case, self._ids(case)
+
+        few, more = len(of(8)[1]), len(of(24)[1])
+        if few > num_tokens:
+            raise ValueError(f"register: num_tokens must hold 8 lines, {few} tokens, got {num_tokens}")
+        lines = 8 + (num_tokens - few) * 16 // (more - few) + 2  # lines are of about one length
+        while True:
+            case, ids = of(lines)
+            if len(ids) <= num_tokens:
+                return case, ids
+            lines -= max(1, (len(ids) - num_tokens) * 16 // (more - few))
+
+    def _ids(self, case: tasks.Case) -> list[int]:
+        return self.tokenizer.chat([{"role": "user", "content": case.prompt}])
 
 
 def compare(

@@ -279,6 +279,7 @@ def make_case(
     overhead: int = 0,
     tail_tokens: int = 128,
     wording: int | None = 0,
+    depth: float | None = None,
 ) -> Case:
     """A text of about `num_tokens` tokens that hides `asked` + `distractors` held-out facts and asks for the former.
 
@@ -287,6 +288,8 @@ def make_case(
     Args:
         rng: source of every choice.
         count_tokens: number of tokens of a string.
+        depth: where all facts stand, as near as sentences allow: 0 is the start of the context, 1 the last place before
+            its last `tail_tokens` tokens. None: each at a random one. The text is the same at every depth.
         num_tokens: wanted length of the prompt (context + question + overhead). Pieces are counted one by one, so the
             result may be a few tokens longer; it may be a word shorter, with `align` by all that is cut.
         asked, distractors: facts that the question asks for, and further ones it does not.
@@ -294,8 +297,11 @@ def make_case(
         align, block, overhead: align=True cuts words at the end of the context so that context + question + `overhead`
             (the tokens of the chat template) is a multiple of `block`: the answer starts a block.
     Raises:
-        ValueError: num_tokens is too small for the facts, a count is out of range, or `sentences` gives no prose.
+        ValueError: num_tokens is too small for the facts, a count or depth is out of range, or `sentences` gives no
+            prose.
     """
+    if depth is not None and not 0 <= depth <= 1:
+        raise ValueError(f"make_case: depth must be None or in [0, 1], got {depth}")
     for name, value, least in (("asked", asked, 1), ("distractors", distractors, 0), ("block", block, 1)):
         if value < least:
             raise ValueError(f"make_case: {name} must be at least {least}, got {value}")
@@ -304,7 +310,8 @@ def make_case(
     for _ in range(32):  # a cut can come too close to the last fact: then the case is drawn again
         facts = draw_facts(rng, asked + distractors, held_out=True, wording=wording)
         question = ask(facts[:asked])
-        context, depths = _hide(rng, count_tokens, num_tokens - overhead, facts, question, sentences, tail_tokens)
+        room = num_tokens - overhead
+        context, depths = _hide(rng, count_tokens, room, facts, question, sentences, tail_tokens, depth)
         if align:
             context = _cut_to_multiple(context, question, count_tokens, overhead, block) or ""
         ends = [context.rfind(fact.statement) + len(fact.statement) for fact in facts]
@@ -342,8 +349,9 @@ def _hide(
     question: str,
     sentences: Sequence[str] | None,
     tail_tokens: int,
+    depth: float | None,
 ) -> tuple[str, dict[str, float]]:
-    """A context with `facts` at random places of its prose, and the depth of each key.
+    """A context with `facts` at places of its prose, and the depth of each key.
 
     Args: as of make_case; num_tokens: of context and question.
     """
@@ -363,7 +371,8 @@ def _hide(
     def place_at(share: float) -> int:
         return min(places, key=lambda i: abs((total - after[i]) - share * (total - tail_tokens)))
 
-    drawn = [(place_at(rng.random()), rng.random(), fact) for fact in facts]
+    drawn = [(rng.random(), rng.random(), fact) for fact in facts]
+    drawn = [(place_at(share if depth is None else depth), tie, fact) for share, tie, fact in drawn]
     order = sorted(drawn, key=lambda t: t[:2])
     pieces: list[str] = []
     for i in range(len(prose) + 1):
