@@ -9,16 +9,10 @@ import argparse
 import json
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-
+from mage_ext.evaluation.figures import COLORS, context_axis, panels, save
 from mage_ext.evaluation.speed import break_even_context
 
-COLORS = {"exact": "#4c4c4c", "FA3": "#c44e52", "mage": "#1f77b4"}
 MODEL_COLORS = {"1.5B": "#1f77b4", "7B": "#2ca02c", "8B": "#9467bd"}
-MAX_BYTES = 150_000
 
 
 def rows_of(rows: list[dict], **wanted) -> list[dict]:
@@ -37,26 +31,9 @@ def by_context(rows: list[dict], value) -> tuple[list[int], list[float]]:
     return [x for x, _ in points], [y for _, y in points]
 
 
-def context_axis(axis, contexts: list[int]) -> None:
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(contexts, [f"{context}K" for context in contexts])
-    axis.set_xlabel("context, tokens")
-    axis.grid(alpha=0.3)
-
-
-def save(figure, path: Path) -> None:
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
-    size = path.stat().st_size
-    if size > MAX_BYTES:
-        raise ValueError(f"{path} must have at most {MAX_BYTES} bytes, got {size}")
-    print(f"written: {path}")
-
-
 def step_time(rows: list[dict], contexts: list[int], path: Path) -> None:
     """Milliseconds of an exact and of a sparse forward, one panel per model, batch 1 and 8."""
-    figure, axes = plt.subplots(1, len(MODEL_COLORS), figsize=(11, 3.4))
+    figure, (axes,) = panels(1, len(MODEL_COLORS), 3.7, 3.4)
     for axis, model in zip(axes, MODEL_COLORS, strict=True):
         for batch, style in ((1, "-"), (8, "--")):
             for method, kind in (("exact", "exact"), ("mage", "sparse")):
@@ -73,7 +50,7 @@ def step_time(rows: list[dict], contexts: list[int], path: Path) -> None:
 
 def speed_up(rows: list[dict], contexts: list[int], path: Path) -> None:
     """Block time exact / mage by context and T, one panel per model at its largest batch in all contexts."""
-    figure, axes = plt.subplots(1, len(MODEL_COLORS), figsize=(11, 3.4), sharey=True)
+    figure, (axes,) = panels(1, len(MODEL_COLORS), 3.7, 3.4, sharey=True)
     for axis, model in zip(axes, MODEL_COLORS, strict=True):
         batches = sorted({row["case"]["batch"] for row in rows_of(rows, model=model, method="mage", T=8)})
         full = [b for b in batches if len(rows_of(rows, model=model, batch=b, method="mage", T=8)) == len(contexts)]
@@ -93,7 +70,7 @@ def breakdown(rows: list[dict], path: Path) -> None:
     """Where the time of a block goes, by kind of forward, T = 8, at the places where every method ran."""
     places = [("1.5B", 8, 131072), ("7B", 4, 65536), ("8B", 4, 65536)]
     kinds = {"exact": "#4c4c4c", "select": "#ff7f0e", "sparse": "#1f77b4", "commit": "#b0b0b0"}
-    figure, axis = plt.subplots(figsize=(9, 3.8))
+    figure, ((axis,),) = panels(1, 1, 9, 3.8)
     labels, seen = [], set()
     for model, batch, context in places:
         for method in ("FA3", "exact", "mage", "mage fused", "quest", "tidal", "sparsed"):
@@ -116,7 +93,7 @@ def breakdown(rows: list[dict], path: Path) -> None:
 
 def break_even(rows: list[dict], path: Path) -> None:
     """Context from which MAGE's blocks are faster than exact ones, by batch and T."""
-    figure, axis = plt.subplots(figsize=(6, 3.4))
+    figure, ((axis,),) = panels(1, 1, 6, 3.4)
     for model, color in MODEL_COLORS.items():
         for T, style in ((32, "-"), (8, ":")):
             points = []

@@ -91,8 +91,14 @@ def open_page(path: Path, profile: Path, address: str = "") -> Opened:
     Raises:
         RuntimeError: the browser failed, with the end of what it said.
     """
-    command = [chromium(), "--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
-    command += [f"--user-data-dir={profile}", "--virtual-time-budget=10000", "--dump-dom", path.as_uri() + address]
+    command = [chromium(), "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+    command += [
+        "--enable-logging=stderr",
+        f"--user-data-dir={profile}",
+        "--virtual-time-budget=10000",
+        "--dump-dom",
+        path.as_uri() + address,
+    ]
     result = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=False, timeout=120)
     if result.returncode or not result.stdout.strip():
         raise RuntimeError(f"chromium: status {result.returncode}: {result.stderr[-2000:]}")

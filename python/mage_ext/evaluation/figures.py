@@ -1,0 +1,538 @@
+"""Figures of evaluation files and of bench/results/<gpu>/generate.json, drawn from their rows alone.
+
+    recall_*, alignment_*, layer_budget_*     eval/recall: MAGE paper's figures 1 and 2, and the queries behind them
+    budget_*                                  eval/methods: accuracy against K (figure 4)
+    needle_*                                  eval/heatmap: accuracy by length and depth
+    prose_*                                   eval/prose: cross entropy and KL divergence against K
+    thresholds_*                              eval/thresholds: forwards and accuracy against the sampler's threshold
+    step_latency_*                            generate: milliseconds per forward by context (figure 5)
+
+One figure for every combination of what its axes don't show, such as task and dense layers; the file's name says which.
+Needs matplotlib.
+
+Test: pytest tests/python/test_report.py
+"""
+
+import contextlib
+import dataclasses
+import functools
+import io
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Row = dict[str, Any]
+
+MAX_BYTES = 150_000  # of a PNG
+# The one home of what a method looks like. "FA3" is exact attention by FlashAttention-3.
+COLORS = {
+    "exact": "#4c4c4c",
+    "mage": "#1f77b4",
+    "quest": "#d62728",
+    "tidal": "#2ca02c",
+    "sparsed": "#9467bd",
+    "recency": "#8c564b",
+    "random": "#b0b0b0",
+    "oracle": "#111111",
+    "carry": "#17becf",
+    "v1": "#ff7f0e",
+    "mage_max": "#e377c2",
+    "mage_all": "#98df8a",
+    "mage_prefix": "#bcbd22",
+    "joint": "#c5b0d5",
+    "mass": "#ffbb78",
+    "probe1": "#f7b6d2",
+    "probe5": "#9edae5",
+    "FA3": "#c44e52",
+    "FlashInfer": "#c49c94",
+    "mage fused": "#aec7e8",
+}
+_OTHER_COLOR = "#7f7f7f"
+RELIABLE = 0.8  # exact's score from which on a method's means anything
+
+
+@dataclass(frozen=True)
+class ResultFile:
+    """A JSON file of an evaluation or a bench.
+
+    Fields: path. name: of the suite, such as "eval/methods". head: everything but the rows. rows.
+    """
+
+    path: Path
+    name: str
+    head: dict[str, Any]
+    rows: list[Row]
+
+
+def read(paths: Sequence[str | Path]) -> list[ResultFile]:
+    """The files, in order.
+
+    Raises:
+        FileNotFoundError, ValueError: naming the file that is missing, is no JSON object with "name" and "rows", or has
+            rows that are no objects; files of several models.
+    """
+    found = []
+    for path in map(Path, paths):
+        if not path.is_file():
+            raise FileNotFoundError(f"files: must name files that exist, got {str(path)!r}")
+        try:
+            whole = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"files: {path.name} must be JSON, got: {error}") from None
+        if not isinstance(whole, dict) or not isinstance(whole.get("name"), str):
+            raise ValueError(f'files: {path.name} must be an object with a text "name"')
+        rows = whole.get("rows")
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise ValueError(f'files: {path.name} must have "rows", a list of objects')
+        head = {key: value for key, value in whole.items() if key != "rows"}
+        found.append(ResultFile(path, whole["name"], head, rows))
+    models = {file.head["model"] for file in found if "model" in file.head}
+    if len(models) > 1:
+        raise ValueError(f"files: must be of one model, got {', '.join(sorted(map(str, models)))}")
+    return found
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure that can be drawn. Fields: stem of its file's name; title, plain text; suite; draw."""
+
+    stem: str
+    title: str
+    suite: str
+    draw: Callable[[], "Figure"]
+
+
+def drawings(files: Sequence[ResultFile]) -> Iterator[Drawing]:
+    """Every figure that the files have rows for. Rows of files of one suite are drawn together.
+
+    Raises:
+        ValueError: a file lacks a key of its suite; naming file and key. The same when a figure is drawn.
+    """
+    for suite, find in _SUITES.items():
+        own = [file for file in files if file.name == suite]
+        rows = [row for file in own for row in file.rows]
+        with _keys_of(suite, own):
+            found = list(find(suite, rows))
+        for drawing in found:
+            yield dataclasses.replace(drawing, draw=functools.partial(_drawn, drawing, own))
+
+
+def _drawn(drawing: Drawing, files: Sequence[ResultFile]) -> "Figure":
+    with _keys_of(drawing.suite, files):
+        return drawing.draw()
+
+
+@contextlib.contextmanager
+def _keys_of(suite: str, files: Sequence[ResultFile]) -> Iterator[None]:
+    """Names the files whose rows lack a key."""
+    try:
+        yield
+    except KeyError as error:
+        names = ", ".join(file.path.name for file in files)
+        raise ValueError(f"files: rows of {names} must have the key {error} of {suite}") from None
+
+
+def write(files: Sequence[ResultFile], folder: str | Path) -> list[Path]:
+    """Draws every figure as a PNG in a folder, which is made.
+
+    Raises:
+        ValueError: a figure of more than MAX_BYTES; what `drawings` raises. ModuleNotFoundError: matplotlib is missing.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for drawing in drawings(files):
+        written.append(folder / f"{drawing.stem}.png")
+        save(drawing.draw(), written[-1])
+    return written
+
+
+def png(figure: "Figure") -> bytes:
+    """The figure as a PNG of 256 colours, which has a third of the bytes. Raises ValueError beyond MAX_BYTES."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from PIL import Image  # matplotlib brings it
+
+    figure.set_dpi(100)
+    figure.tight_layout()
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    image = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])
+    data = io.BytesIO()
+    image.quantize(256, dither=Image.Dither.NONE).save(data, "PNG", optimize=True)
+    if data.tell() > MAX_BYTES:
+        raise ValueError(f"figure: must have at most {MAX_BYTES} bytes as PNG, got {data.tell()}")
+    return data.getvalue()
+
+
+def save(figure: "Figure", path: Path) -> None:
+    """Writes the figure as a PNG and says so."""
+    path.write_bytes(png(figure))
+    print(f"written: {path}")
+
+
+def panels(
+    num_rows: int, num_columns: int, width: float = 3.6, height: float = 3.0, **options: Any
+) -> "tuple[Figure, list[list[Axes]]]":
+    """A figure and its axes [row][column]; width and height of each in inches, options of matplotlib's `subplots`.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is missing.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError('figures: need matplotlib: pip install "mage_ext[plot]"') from None
+    figure = Figure(figsize=(max(width * num_columns, 4.2), height * num_rows))
+    return figure, [list(row) for row in figure.subplots(num_rows, num_columns, squeeze=False, **options)]
+
+
+def color(method: str) -> str:
+    """Of a method, the same in every figure."""
+    return COLORS.get(method, _OTHER_COLOR)
+
+
+def line(axis: "Axes", method: str, x: Sequence[float], y: Sequence[float], **options: Any) -> None:
+    """A method's line in its colour; ceilings and peers are dashed, MAGE's is thick."""
+    style = {"oracle": "--", "random": ":", "FA3": "--"}.get(method, "-")
+    options = {"color": color(method), "marker": "o", "ms": 3, "ls": style, "label": method} | options
+    axis.plot(x, y, lw=2.4 if method == "mage" else 1.4, zorder=4 if method == "mage" else 2, **options)
+
+
+def context_axis(axis: "Axes", contexts: Sequence[int]) -> None:
+    """Contexts in K tokens on a logarithmic axis."""
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(contexts, [f"{context}K" for context in contexts])
+    axis.set_xlabel("context, tokens")
+    axis.grid(alpha=0.3)
+
+
+def _budget_axis(axis: "Axes", rows: Sequence[Row]) -> None:
+    """K on a logarithmic axis, below it the share of the prefix."""
+    ks = sorted({row["K"] for row in rows if row["K"]})
+    prefix = next(row["prefix_tokens"] for row in rows)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(ks, [f"{k}\n{100 * k / prefix:.1f} %" for k in ks], fontsize=8)
+    axis.minorticks_off()
+    axis.set_xlabel("K; share of the prefix", fontsize=8)
+    axis.grid(alpha=0.3)
+
+
+def groups(rows: Sequence[Row], *keys: str) -> dict[tuple, list[Row]]:
+    """Rows by the values of keys, in order of first appearance. A key that a row lacks counts as None."""
+    found: dict[tuple, list[Row]] = {}
+    for row in rows:
+        found.setdefault(tuple(row.get(key) for key in keys), []).append(row)
+    return found
+
+
+def of_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Rows by method: exact, MAGE and the other known ones first."""
+    found = groups(rows, "method")
+    order = sorted(found, key=lambda key: list(COLORS).index(key[0]) if key[0] in COLORS else len(COLORS))
+    return {key[0]: found[key] for key in order}
+
+
+def _single(rows: Sequence[Row]) -> Row:
+    """The row of a case. Raises ValueError if the files have it twice."""
+    if len(rows) > 1:
+        case = {key: value for key, value in rows[0].items() if isinstance(value, (str, int)) and key != "n"}
+        raise ValueError(f"files: must have a case once, got {len(rows)} rows of {case}")
+    return rows[0]
+
+
+def _stem(*parts: object) -> str:
+    """A file's name of words and numbers."""
+    text = "_".join(f"{part:g}" if isinstance(part, float) else str(part) for part in parts if part is not None)
+    return "".join(c if c.isalnum() or c in "._-" else "-" for c in text)
+
+
+def _setting(row: Row) -> str:
+    return f"g = {row['g']}, dense layers {row['dense_layers']}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# eval/recall
+
+
+def _recall(suite: str, rows: Sequence[Row]) -> Iterator[Drawing]:
+    kinds = {"recall": _recall_along, "alignment": _alignment, "budget": _layer_budget}
+    names = {"recall": "recall", "alignment": "alignment", "budget": "layer_budget"}
+    titles = {
+        "recall": "What the first forward's lists share with those of later forwards",
+        "alignment": "The block's mean query against that of its first forward",
+        "budget": "What each layer wants, forward by forward",
+    }
+    for kind, draw in kinds.items():
+        own = [row for row in rows if row["study"] == kind]
+        keys = ("task", "tokens", "control", *(("g",) if kind == "recall" else ()))
+        for values, inside in groups(own, *keys).items():
+            task, tokens, control = values[:3]
+            g = f"g{values[3]}" if kind == "recall" else None
+            name = _stem(names[kind], task, tokens, g, None if control == "none" else control)
+            about = f"{task}, {tokens} tokens" + (f", g = {values[3]}" if g else "")
+            about += "" if control == "none" else f", control: {control}"
+            yield Drawing(name, f"{titles[kind]}: {about}", suite, lambda draw=draw, inside=inside: draw(inside))
+
+
+def _recall_along(rows: Sequence[Row]) -> "Figure":
+    """Recall and kept mass along denoising, a column per K."""
+    ks = sorted({row["K"] for row in rows})
+    figure, axes = panels(2, len(ks))
+    for column, k in enumerate(ks):
+        inside = [row for row in rows if row["K"] == k]
+        for method, found in of_method(inside).items():
+            row = _single(found)
+            line(axes[0][column], method, row["x"], row["recall_by_forward"])
+            line(axes[1][column], method, row["x"], row["kept_by_forward"])
+        chance = sum(row["chance"] for row in inside) / len(inside)
+        axes[0][column].axhline(chance, color="black", ls=":", lw=0.9, label="chance")
+        axes[0][column].set_title(f"K = {k} ({100 * k / inside[0]['prefix_tokens']:.1f} % of the prefix)", fontsize=9)
+        axes[0][column].set_ylim(0, 1.03)
+        least = min(min(row["kept_by_forward"]) for row in inside if row["method"] not in ("recency", "random"))
+        axes[1][column].set_ylim(max(0.0, least - 0.05), 1.05)
+        for axis in (axes[0][column], axes[1][column]):
+            axis.set_xlabel("share of the block that is decided", fontsize=8)
+            axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("recall of the later forward's own list", fontsize=8)
+    axes[1][0].set_ylabel("mass attended / by the own list", fontsize=8)
+    axes[0][-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.4))
+    return figure
+
+
+def _alignment(rows: Sequence[Row]) -> "Figure":
+    """Cosines along denoising with their controls."""
+    figure, ((axis,),) = panels(1, 1, 5.2, 3.4)
+    for row, tint in zip(rows, ("#1f77b4", "#ff7f0e"), strict=False):
+        axis.plot(row["x"], row["cosine_by_forward"], color=tint, marker="o", ms=3, label=row["method"])
+        for key, style in (("next_block", "--"), ("other_text", ":")):
+            if row[key] is not None:
+                axis.axhline(row[key], color=tint, ls=style, lw=1, label=f"{row['method']}: {key.replace('_', ' ')}")
+    axis.set_xlabel("share of the block that is decided")
+    axis.set_ylabel("cosine, mean over layers and heads", fontsize=9)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7)
+    return figure
+
+
+def _layer_budget(rows: Sequence[Row]) -> "Figure":
+    """Wants by layer, a line per forward, a panel per measure."""
+    from matplotlib import colormaps
+
+    figure, axes = panels(1, len(rows), 3.8, 3.2)
+    shades = colormaps["viridis"]
+    for axis, row in zip(axes[0], rows, strict=True):
+        steps = row["x"]
+        for step, (share, values) in enumerate(zip(steps, row["by_forward_layer"], strict=True)):
+            label = f"{100 * share:.0f} % decided" if step in (0, len(steps) // 2, len(steps) - 1) else None
+            axis.plot(range(len(values)), values, color=shades(0.9 * share), lw=1.2, label=label)
+        score = "" if row["score"] is None else f", rank correlation {row['score']:.2f}"
+        what = f"v1's score, K = {row['K']}" if row["method"] == "v1_score" else f"tokens for {row['p']:g} of the mass"
+        axis.set_title(what + score, fontsize=8)
+        axis.set_xlabel("layer")
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+    axes[0][0].legend(fontsize=7)
+    return figure
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Accuracy
+
+
+def _methods(suite: str, rows: Sequence[Row]) -> Iterator[Drawing]:
+    sparse = [row for row in rows if row["K"]]
+    for (task, tokens, g, dense), inside in groups(sparse, "task", "tokens", "g", "dense_layers").items():
+        name = _stem("budget", task, tokens, f"g{g}", f"dense{dense}")
+        title = f"Accuracy against K: {task}, {tokens} tokens, {_setting(inside[0])}"
+        yield Drawing(name, title, suite, lambda inside=inside: _accuracy(inside))
+
+
+def _accuracy(rows: Sequence[Row]) -> "Figure":
+    """Scores with their intervals against K, a panel per number of tokens decided in a forward."""
+    speeds = groups(rows, "tokens_per_step")
+    speeds = {key[0]: speeds[key] for key in sorted(speeds, key=lambda key: key[0] or math.inf)}
+    figure, axes = panels(1, len(speeds), 3.9, 3.3)
+    for axis, (speed, inside) in zip(axes[0], speeds.items(), strict=True):
+        axis.axhline(inside[0]["exact"], color=COLORS["exact"], lw=1.2, label="exact")
+        if inside[0]["exact"] < RELIABLE:
+            axis.set_facecolor("#e4e4e4")
+        for method, found in of_method(inside).items():
+            found = sorted(found, key=lambda row: row["K"])
+            x = [row["K"] for row in found]
+            line(axis, method, x, [row["score"] for row in found])
+            low, high = ([row[key] for row in found] for key in ("ci_low", "ci_high"))
+            axis.fill_between(x, low, high, color=color(method), alpha=0.12, lw=0)
+        _budget_axis(axis, inside)
+        axis.set_ylim(-0.03, 1.05)
+        what = f"tokens per forward: {speed}" if speed is not None else str(inside[0].get("sampler"))
+        axis.set_title(f"{what}, n = {inside[0]['n']}", fontsize=9)
+    axes[0][0].set_ylabel("found, share of the cases", fontsize=9)
+    axes[0][-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    return figure
+
+
+def _heatmap(suite: str, rows: Sequence[Row]) -> Iterator[Drawing]:
+    exact = [row for row in rows if not row["K"]]
+    for (k, g, dense), inside in groups([row for row in rows if row["K"]], "K", "g", "dense_layers").items():
+        name, title = (
+            _stem("needle", f"k{k}", f"g{g}", f"dense{dense}"),
+            f"Needles found: K = {k}, {_setting(inside[0])}",
+        )
+        yield Drawing(name, title, suite, lambda inside=inside: _needles(exact + inside))
+
+
+def _needles(rows: Sequence[Row]) -> "Figure":
+    """Scores by length and depth, a panel per method; hatched where exact attention is below RELIABLE."""
+    lengths, depths = (sorted({row[key] for row in rows}) for key in ("tokens", "depth"))
+    methods = of_method(rows)
+    columns = min(len(methods), 4)
+    figure, axes = panels(-(-len(methods) // columns), columns, 3.4, 1.2 + 0.3 * len(depths))
+    flat = [axis for row in axes for axis in row]
+    for axis in flat[len(methods) :]:
+        axis.set_axis_off()
+    for axis, (method, found) in zip(flat, methods.items(), strict=False):
+        score = [[math.nan] * len(lengths) for _ in depths]
+        for row in found:
+            i, j = depths.index(row["depth"]), lengths.index(row["tokens"])
+            score[i][j] = row["score"]
+            axis.text(j, i, f"{100 * row['score']:.0f}", ha="center", va="center", fontsize=7)
+            if row["exact"] < RELIABLE:
+                axis.fill(
+                    [j - 0.5, j + 0.5, j + 0.5, j - 0.5],
+                    [i - 0.5, i - 0.5, i + 0.5, i + 0.5],
+                    fc="#c4c4c4",
+                    ec="#a0a0a0",
+                    hatch="//",
+                )
+        axis.imshow(score, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
+        axis.set_xticks(range(len(lengths)), lengths, fontsize=7)
+        axis.set_yticks(range(len(depths)), [f"{100 * depth:.0f} %" for depth in depths], fontsize=7)
+        axis.set_title(f"{method}, n = {found[0]['n']} each", fontsize=9)
+        axis.set_xlabel("tokens", fontsize=8)
+    flat[0].set_ylabel("depth of the fact", fontsize=8)
+    return figure
+
+
+def _thresholds(suite: str, rows: Sequence[Row]) -> Iterator[Drawing]:
+    exact = groups([row for row in rows if not row["K"]], "task", "tokens")
+    sparse = [row for row in rows if row["K"]]
+    for (task, tokens, k, g, dense), inside in groups(sparse, "task", "tokens", "K", "g", "dense_layers").items():
+        name = _stem("thresholds", task, tokens, f"k{k}", f"g{g}", f"dense{dense}")
+        title = f"Forwards and accuracy against the threshold: {task}, {tokens} tokens, K = {k}, {_setting(inside[0])}"
+        mine = exact.get((task, tokens), []) + inside
+        yield Drawing(name, title, suite, lambda mine=mine: _by_threshold(mine))
+
+
+def _by_threshold(rows: Sequence[Row]) -> "Figure":
+    """Forwards per answer, and scores with their intervals, against the threshold."""
+    figure, (axes,) = panels(1, 2, 4.4, 3.3)
+    for method, found in of_method(rows).items():
+        found = sorted(found, key=lambda row: row["threshold"])
+        x = [row["threshold"] for row in found]
+        line(axes[0], method, x, [row["forwards"] for row in found])
+        line(axes[1], method, x, [row["score"] for row in found])
+        axes[1].fill_between(
+            x,
+            [row["ci_low"] for row in found],
+            [row["ci_high"] for row in found],
+            color=color(method),
+            alpha=0.12,
+            lw=0,
+        )
+    axes[0].set_ylabel("forwards per answer")
+    axes[0].set_ylim(bottom=0)
+    axes[1].set_ylabel("found, share of the cases")
+    axes[1].set_ylim(-0.03, 1.05)
+    for axis in axes:
+        axis.set_xlabel("threshold of the sampler")
+        axis.grid(alpha=0.3)
+    axes[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    return figure
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# eval/prose
+
+
+def _prose(suite: str, rows: Sequence[Row]) -> Iterator[Drawing]:
+    sparse = [row for row in rows if row["K"]]
+    for (tokens, g, dense), inside in groups(sparse, "tokens", "g", "dense_layers").items():
+        name = _stem("prose", tokens, f"g{g}", f"dense{dense}")
+        title = f"Held-out prose, cost in cross entropy and KL: {tokens} tokens, {_setting(inside[0])}"
+        yield Drawing(name, title, suite, lambda inside=inside: _cost(inside))
+
+
+def _cost(rows: Sequence[Row]) -> "Figure":
+    """Cross entropy minus exact's, and KL, with their intervals, against K; a column per masked share."""
+    shares = sorted({row["t"] for row in rows}, reverse=True)
+    figure, axes = panels(2, len(shares), 3.2, 2.9)
+    for column, share in enumerate(shares):
+        inside = [row for row in rows if row["t"] == share]
+        for method, found in of_method(inside).items():
+            found = sorted(found, key=lambda row: row["K"])
+            for axis, key in ((axes[0][column], "delta"), (axes[1][column], "kl")):
+                x = [row["K"] for row in found]
+                line(axis, method, x, [row[key] for row in found])
+                low, high = ([row[f"{key}_{end}"] for row in found] for end in ("low", "high"))
+                axis.fill_between(x, low, high, color=color(method), alpha=0.12, lw=0)
+        axes[0][column].axhline(0, color=COLORS["exact"], lw=1)
+        axes[0][column].set_title(f"{100 * share:.0f} % masked, exact {inside[0]['exact']:.2f} nats", fontsize=8)
+        axes[1][column].set_yscale("log")
+        for axis in (axes[0][column], axes[1][column]):
+            _budget_axis(axis, inside)
+    axes[0][0].set_ylabel("cross entropy - exact, nats", fontsize=8)
+    axes[1][0].set_ylabel("KL(exact || method), nats", fontsize=8)
+    axes[0][-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.3))
+    return figure
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# generate
+
+
+def _generate(suite: str, rows: Sequence[Row]) -> Iterator[Drawing]:
+    rows = [{**row, **row["case"]} for row in rows]
+    rows = [row for row in rows if row["method"] not in ("autoregressive", "published")]  # loops of other forwards
+    for (model, batch), inside in groups(rows, "model", "batch").items():
+        first = [row for row in inside if row.get("dense_layers", 0) == 0]
+        if len({row["context"] for row in first}) > 1:
+            title = f"Milliseconds per forward by context: {model}, batch {batch}"
+            yield Drawing(
+                _stem("step_latency", model, f"batch{batch}"), title, suite, lambda first=first: _latency(first)
+            )
+
+
+def _latency(rows: Sequence[Row]) -> "Figure":
+    """Time of a block over its T forwards, first one and commit included, a panel per T."""
+    steps = sorted({row["T"] for row in rows if row["T"]}, reverse=True)
+    figure, axes = panels(1, len(steps), 3.8, 3.3)
+    for axis, T in zip(axes[0], steps, strict=True):
+        inside = [row for row in rows if row["T"] == T]
+        for method, found in of_method(inside).items():
+            found = sorted(found, key=lambda row: row["context"])
+            line(axis, method, [row["context"] / 1024 for row in found], [row["us"] / 1e3 / T for row in found])
+        context_axis(axis, sorted({row["context"] // 1024 for row in inside}))
+        axis.set_ylim(bottom=0)
+        axis.set_title(f"T = {T}", fontsize=9)
+    axes[0][0].set_ylabel("ms per block / T")
+    axes[0][-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    return figure
+
+
+_SUITES: dict[str, Callable[[str, Sequence[Row]], Iterator[Drawing]]] = {
+    "eval/recall": _recall,
+    "eval/methods": _methods,
+    "eval/heatmap": _heatmap,
+    "eval/prose": _prose,
+    "eval/thresholds": _thresholds,
+    "generate": _generate,
+}

@@ -1,0 +1,407 @@
+"""Evaluation files as one HTML report: what ran, tables, figures, the model's card. It needs nothing but a browser.
+
+A score stands beside exact attention's on the same cases, with its 95 % interval and K as a share of the prefix. Where
+exact is below 80 % a cell is grey, since a method can't be judged there. A mark says that a method differs from MAGE at
+the same setting by McNemar's exact test, at 5 % for all comparisons of its file together (Holm 1979).
+
+Test: pytest tests/python/test_report.py
+"""
+
+import base64
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from mage_ext.evaluation import figures, pages
+from mage_ext.evaluation.figures import RELIABLE, ResultFile, Row, groups, of_method
+from mage_ext.evaluation.method_comparison import holm
+from mage_ext.models import builtin
+
+_TITLES = {
+    "eval/needles": "Hidden facts: the gates of the shipped model",
+    "eval/methods": "Methods at equal K",
+    "eval/heatmap": "Hidden facts by length and depth",
+    "eval/thresholds": "Forwards and accuracy against the sampler's threshold",
+    "eval/prose": "Held-out prose: cross entropy on given blocks",
+    "eval/recall": "How far a block's first forward foretells the later ones",
+    "generate": "Times of whole generations",
+}
+_CARD = Path(builtin.__file__).parent / "weights" / "MODEL_CARD.md"
+_LONG = 12  # rows of a table that has none of its own are shown whole up to here
+
+
+def report(files: Sequence[ResultFile], card: str | None = None) -> str:
+    """The report of a run as an HTML document.
+
+    Args:
+        files: of `figures.read`, at least one. card: text of the model's card; None: that of the shipped model where
+            a file is of it, else none.
+    Raises:
+        ValueError: no file, or rows that lack a key, naming it. ModuleNotFoundError: matplotlib is missing.
+    """
+    if not files:
+        raise ValueError("report: files must be at least one, got none")
+    model = next((str(file.head["model"]) for file in files if "model" in file.head), None)
+    if card is None and model == builtin.NAME:
+        card = _CARD.read_text(encoding="utf-8")
+    ordered = sorted(files, key=lambda file: list(_TITLES).index(file.name) if file.name in _TITLES else len(_TITLES))
+    body = [
+        f"<h1>Evaluation of {pages.escape(model or 'a run')}</h1>",
+        _LEGEND,
+        _runs(ordered),
+        _contents(ordered, card),
+    ]
+    drawn = {name: [] for name in dict.fromkeys(file.name for file in ordered)}
+    for drawing in figures.drawings(ordered):
+        image = base64.b64encode(figures.png(drawing.draw())).decode("ascii")
+        title = pages.escape(drawing.title)
+        drawn[drawing.suite].append(
+            f'<figure><img alt="{title}" src="data:image/png;base64,{image}"><figcaption>{title}</figcaption></figure>'
+        )
+    for name, pictures in drawn.items():
+        body.append(f'<h2 id="{_anchor(name)}">{pages.escape(_TITLES.get(name, name))}</h2>')
+        body += pictures
+        for file in ordered:
+            if file.name == name:
+                body.append(_section(file))
+    if card is not None:
+        lines = "\n".join(pages.escape(each) for each in card.splitlines())
+        body.append(f'<h2 id="card">The model\'s card</h2>\n<pre class="card">{lines}</pre>')
+    return pages.page(f"Evaluation of {model or 'a run'}", "\n".join(body), style=_STYLE)
+
+
+def _anchor(name: str) -> str:
+    return "suite-" + "".join(c if c.isalnum() else "-" for c in name)
+
+
+def _runs(files: Sequence[ResultFile]) -> str:
+    """What ran, file by file: the heads, and what all rows have in common."""
+    keys = list(dict.fromkeys(key for file in files for key in file.head))
+    lines = []
+    for file in files:
+        common = ", ".join(f"{key} {_plain(value)}" for key, value in _constants(file.rows).items())
+        lines.append([file.path.name, *(_plain(file.head.get(key)) for key in keys), str(len(file.rows)), common])
+    return _table(["file", *keys, "rows", "the same in all rows"], lines, "run")
+
+
+def _constants(rows: Sequence[Row]) -> Row:
+    """What all rows say alike, among what describes a case."""
+    told = (
+        "task",
+        "sampler",
+        "tokens_per_step",
+        "T",
+        "tokens",
+        "distractors",
+        "control",
+        "dense_layers",
+        "g",
+        "K",
+        "n",
+    )
+    found = {}
+    for key in told:
+        values = [row[key] for row in rows if key in row and (row.get("K") or key not in ("dense_layers", "g", "K"))]
+        if values and all(value == values[0] for value in values) and values[0] is not None:
+            found[key] = values[0]
+    return found
+
+
+def _contents(files: Sequence[ResultFile], card: str | None) -> str:
+    links = {_anchor(file.name): _TITLES.get(file.name, file.name) for file in files}
+    links |= {} if card is None else {"card": "The model's card"}
+    return "<p>" + " · ".join(f'<a href="#{name}">{pages.escape(text)}</a>' for name, text in links.items()) + "</p>"
+
+
+def _section(file: ResultFile) -> str:
+    """The tables of a file."""
+    try:
+        tables = _TABLES.get(file.name, _any_rows)(file.rows)
+    except KeyError as error:
+        raise ValueError(f"files: rows of {file.path.name} must have the key {error} of {file.name}") from None
+    return f'<p class="dim">{pages.escape(file.path.name)}</p>\n' + "\n".join(tables)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Cells
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f}"
+
+
+def _plain(value: Any) -> str:
+    """A value of a row as text."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "" if value is None else str(value)
+
+
+def _interval(row: Row, key: str, low: str, high: str, text: Callable[[float], str]) -> str:
+    return f"{text(row[key])} <small>[{text(row[low])}, {text(row[high])}]</small>"
+
+
+def score_cell(row: Row, mark: str = "") -> str:
+    """A table cell: score with its interval, in percent; grey where exact is below RELIABLE.
+
+    Args:
+        row: of an evaluation file, with score, exact, ci_low and ci_high. mark: "", "-" or "+".
+    """
+    told = f"{row['method']} {_percent(row['score'])} %, exact {_percent(row['exact'])} % on the same {row['n']} cases"
+    if row.get("kv_share") is not None:
+        told += f", K/V read {_percent(row['kv_share'])} %"
+    if mark:
+        told += f", MAGE alone found {row['mage_only']}, this one alone {row['method_only']}"
+    classes = "score grey" if row["exact"] < RELIABLE else "score"
+    text = _interval(row, "score", "ci_low", "ci_high", _percent)
+    sign = {"": "", "-": ' <b class="below">\u2212</b>', "+": ' <b class="above">+</b>'}[mark]
+    return f'<td class="{classes}" title="{pages.escape(told)}">{text}{sign}</td>'
+
+
+def marks(rows: Sequence[Row]) -> tuple[dict[int, str], int]:
+    """Which rows differ from MAGE's at the same setting: id of the row -> "-" or "+"; and the size of the family.
+
+    Args:
+        rows: those with p_mage are tested, all of them together (Holm, 5 %).
+    """
+    tested = [row for row in rows if row.get("p_mage") is not None]
+    held = holm([row["p_mage"] for row in tested])
+    signs = {
+        id(row): "-" if row["mage_only"] > row["method_only"] else "+"
+        for row, differs in zip(tested, held, strict=True)
+        if differs
+    }
+    return signs, len(tested)
+
+
+def _cell(text: str) -> str:
+    return text if text.startswith("<td") else f"<td>{pages.escape(text)}</td>"
+
+
+def _table(head: Sequence[str], lines: Iterable[Sequence[str]], kind: str = "", caption: str = "") -> str:
+    """A table. Cells that begin with "<td" are HTML, all else is text."""
+    top = "".join(f"<th>{pages.escape(text)}</th>" for text in head)
+    body = "\n".join(
+        "<tr>" + "".join(_cell(text) for _, text in zip(head, line, strict=True)) + "</tr>" for line in lines
+    )
+    above = f"<caption>{pages.escape(caption)}</caption>" if caption else ""
+    inner = f"{above}<thead><tr>{top}</tr></thead>\n<tbody>{body}</tbody>"
+    return f'<div class="wide"><table class="{kind}">{inner}</table></div>'
+
+
+def _budget(row: Row) -> str:
+    """K and, where the prefix is known, its share of it."""
+    prefix = row.get("prefix_tokens") or row.get("tokens")
+    return f"{row['K']}" + (f" ({100 * row['K'] / prefix:.1f} %)" if prefix else "")
+
+
+def _exact_cell(row: Row, exact: Sequence[Row]) -> str:
+    """Exact's cell on a row's cases: from exact's own row, or, without one, the score alone."""
+    for each in exact:
+        if each["n"] == row["n"] and each["score"] == row["exact"]:
+            return score_cell(each)
+    grey = " grey" if row["exact"] < RELIABLE else ""
+    return f'<td class="score{grey}">{_percent(row["exact"])}</td>'
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tables of the suites
+
+
+def _score_tables(rows: Sequence[Row], *, by: Sequence[str], across: str = "K") -> list[str]:
+    """Tables of scores: one per combination of `by`, a line per value of `across`, a column per method."""
+    signs, family = marks(rows)
+    tables = []
+    for values, inside in groups([row for row in rows if row["K"]], *by).items():
+        told = dict(zip(by, values, strict=True))
+        # Exact rows have no K, g and dense layers of their own.
+        same = [key for key in by if key not in ("K", "g", "dense_layers")]
+        exact = [row for row in rows if not row["K"] and all(row.get(key) == told[key] for key in same)]
+        methods = list(of_method(inside))
+        has_recall = any(row.get("recall") is not None for row in inside)
+        lines = []
+        for (value,), at in groups(inside, across).items():
+            found = {row["method"]: row for row in at}
+            here = [row for row in exact if across == "K" or row.get(across) == value]
+            line = [_budget(at[0]) if across == "K" else _plain(value), _exact_cell(at[0], here)]
+            line += [
+                score_cell(found[name], signs.get(id(found[name]), "")) if name in found else "" for name in methods
+            ]
+            if has_recall:
+                line.append(_percent(found.get("mage", {}).get("recall")))
+            lines.append(line)
+        caption = ", ".join(
+            f"{key.replace('_', ' ')} {_plain(value)}" for key, value in told.items() if value is not None
+        )
+        caption += f"; n = {inside[0]['n']}; % of the cases [95 % interval]"
+        if family:
+            caption += f"; \u2212 and +: differs from MAGE, {family} comparisons together"
+        head = ["K (of the prefix)" if across == "K" else across, "exact", *methods, *(["recall, %"] * has_recall)]
+        tables.append(_table(head, lines, "scores", caption))
+    return tables
+
+
+def _needles(rows: Sequence[Row]) -> list[str]:
+    """A line per row: samplers and tasks differ from row to row."""
+    lines = []
+    for row in rows:
+        setting = (
+            ["exact", "", ""] if not row["K"] else [row["method"], _budget(row), f"{row['g']}, {row['dense_layers']}"]
+        )
+        line = [row["task"], str(row["tokens"]), str(row["distractors"]), row["sampler"], *setting, score_cell(row)]
+        lines.append([*line, _percent(row["exact"]), _percent(row["found_of_exact"]), _percent(row["kv_share"])])
+    head = ["task", "tokens", "distractors", "sampler", "method", "K (of the prefix)", "g, dense layers"]
+    head += ["found, % [95 % interval]", "exact, %", "found of what exact finds, %", "K/V read, %"]
+    return [_table(head, lines, "scores", f"n = {rows[0]['n']} cases a line" if rows else "")]
+
+
+def _methods(rows: Sequence[Row]) -> list[str]:
+    return _score_tables(rows, by=("task", "tokens", "tokens_per_step", "dense_layers", "g"))
+
+
+def _heatmap(rows: Sequence[Row]) -> list[str]:
+    by = ("tokens", "K", "g", "dense_layers")
+    return _score_tables(rows, by=by, across="depth")
+
+
+def _thresholds(rows: Sequence[Row]) -> list[str]:
+    tables = _score_tables(rows, by=("task", "tokens", "K", "g", "dense_layers"), across="threshold")
+    lines = []
+    for row in rows:
+        if row["K"]:
+            keys = ("forwards_ratio", "forwards_ratio_low", "forwards_ratio_high")
+            ratio = f"<td>{_interval(row, *keys, lambda value: f'{value:.3f}')}</td>"
+            told = [row["task"], str(row["tokens"]), row["method"], _budget(row)]
+            told += [f"{row['g']}, {row['dense_layers']}", _plain(row["threshold"])]
+            lines.append([*told, f"{row['forwards']:.2f}", f"{row['exact_forwards']:.2f}", ratio])
+    head = ["task", "tokens", "method", "K (of the prefix)", "g, dense layers", "threshold"]
+    head += ["forwards", "of exact", "ratio"]
+    return [*tables, _table(head, lines, "", "Forwards per answer, commits included; ratio [95 % interval]")]
+
+
+def _prose(rows: Sequence[Row]) -> list[str]:
+    """Cross entropy minus exact's, KL and agreement: a table per length, dense layers, g and masked share."""
+    tables = []
+    nats = lambda value: f"{value:.4f}"  # noqa: E731
+    for (tokens, dense, g, share), inside in groups(
+        [row for row in rows if row["K"]], "tokens", "dense_layers", "g", "t"
+    ).items():
+        lines = []
+        for row in sorted(inside, key=lambda row: row["K"]):
+            cells = [
+                f"<td>{_interval(row, key, f'{key}_low', f'{key}_high', text)}</td>"
+                for key, text in (("delta", nats), ("kl", nats), ("agreement", _percent))
+            ]
+            lines.append([_budget(row), row["method"], nats(row["score"]), nats(row["exact"]), *cells])
+        head = [
+            "K (of the prefix)",
+            "method",
+            "cross entropy",
+            "exact's",
+            "difference, nats",
+            "KL, nats",
+            "agreement, %",
+        ]
+        caption = (
+            f"{tokens} tokens before the block, {100 * share:.0f} % masked, g = {g}, dense layers {dense}; "
+            f"n = {inside[0]['n']} contexts; [95 % interval]"
+        )
+        tables.append(_folded(_table(head, lines, "", caption), len(lines)))
+    return tables
+
+
+def _recall(rows: Sequence[Row]) -> list[str]:
+    tables = []
+    recalls = [row for row in rows if row["study"] == "recall"]
+    for (task, tokens, control, g), inside in groups(recalls, "task", "tokens", "control", "g").items():
+        lines = []
+        for row in sorted(inside, key=lambda row: row["K"]):
+            recall = f"<td>{_interval(row, 'score', 'ci_low', 'ci_high', _percent)}</td>"
+            own = (
+                "exact",
+                "chance",
+                "recall_worst_layer",
+                "recall_p5",
+                "kept",
+                "kept_worst_layer",
+                "kept_mass",
+                "own_mass",
+            )
+            lines.append([_budget(row), row["method"], recall, *(_percent(row[key]) for key in own)])
+        head = [
+            "K (of the prefix)",
+            "method",
+            "recall [95 % interval]",
+            "oracle's",
+            "chance",
+            "worst layer",
+            "5th percentile",
+        ]
+        head += ["kept / own list's", "worst layer", "kept mass", "own list's mass"]
+        caption = f"{task}, {tokens} tokens, g = {g}, control {control}, n = {inside[0]['n']} contexts; all in %"
+        tables.append(_table(head, lines, "", caption))
+    others = [row for row in rows if row["study"] != "recall"]
+    if others:
+        lines = []
+        for row in others:
+            told = [row["study"], row["task"], str(row["tokens"]), row["control"], row["method"]]
+            values = [row.get("K", row.get("p")), row["score"]]
+            values += [row.get(key) for key in ("next_block", "other_text", "spearman_contexts")]
+            lines.append([*told, *map(_plain, values)])
+        head = ["study", "task", "tokens", "control", "measure", "K or p", "score", "next block", "other text"]
+        caption = "alignment: mean cosine with the first forward; budget: mean rank correlation over layers with it"
+        tables.append(_table([*head, "of single contexts"], lines, "", caption))
+    return tables
+
+
+def _generate(rows: Sequence[Row]) -> list[str]:
+    lines = []
+    for row in rows:
+        case = row["case"]
+        told = [str(case[key]) for key in ("model", "batch", "context", "T", "method")]
+        told += [_plain(case.get(key)) for key in ("K", "g", "dense_layers")]
+        lines.append([*told, f"{row['us'] / 1e3:.2f}", _plain(row.get("peer")), _plain(row.get("ratio"))])
+    head = ["model", "batch", "context", "T", "method", "K", "g", "dense layers", "ms per block", "peer", "peer / it"]
+    return [_folded(_table(head, lines), len(lines))]
+
+
+def _any_rows(rows: Sequence[Row]) -> list[str]:
+    """Rows of a suite that has no table of its own: every plain value."""
+    flat = [{**{k: v for k, v in row.items() if k != "case"}, **row.get("case", {})} for row in rows]
+    plain = (str, int, float, bool, type(None))
+    keys = [k for k in dict.fromkeys(k for row in flat for k in row) if all(isinstance(r.get(k), plain) for r in flat)]
+    return [_folded(_table(keys, [[_plain(row.get(key)) for key in keys] for row in flat]), len(flat))]
+
+
+def _folded(table: str, num_lines: int) -> str:
+    return table if num_lines <= _LONG else f"<details><summary>{num_lines} rows</summary>{table}</details>"
+
+
+_TABLES: dict[str, Callable[[Sequence[Row]], list[str]]] = {
+    "eval/needles": _needles,
+    "eval/methods": _methods,
+    "eval/heatmap": _heatmap,
+    "eval/thresholds": _thresholds,
+    "eval/prose": _prose,
+    "eval/recall": _recall,
+    "generate": _generate,
+}
+
+_LEGEND = f"""<p>Every score stands beside the one of exact attention on the same cases, with its 95 % interval
+(Wilson for rates, bootstrap over contexts elsewhere). K is what a sparse forward reads of the prefix per layer and KV
+head, with its share of the prefix. <span class="grey">Grey</span>: exact attention finds less than
+{100 * RELIABLE:.0f} %, so a method can't be judged there.
+<b class="below">&#8722;</b> below and <b class="above">+</b> above MAGE at the same setting: McNemar's exact test on
+the same cases, at 5 % for all comparisons of the file together (Holm).</p>"""
+
+_STYLE = """
+table { border-collapse: collapse; margin: 0.6em 0 1.2em; font-size: 0.9em; font-variant-numeric: tabular-nums; }
+th, td { border-bottom: 1px solid var(--line); padding: 0.15em 0.7em; text-align: left; vertical-align: top; }
+th { border-bottom: 2px solid var(--dim); } caption { text-align: left; color: var(--dim); padding-bottom: 0.2em; }
+td { white-space: nowrap; } table.run td { white-space: normal; }
+.grey { background: #d9d9d9; color: #6a6a6a; } small { color: var(--dim); }
+.below { color: #c0392b; } .above { color: #1e8449; } .wide { overflow-x: auto; }
+figure { margin: 0.8em 1em 0.8em 0; display: inline-block; vertical-align: top; }
+img { max-width: 100%; } figcaption { color: var(--dim); font-size: 0.9em; }
+pre.card { white-space: pre-wrap; border: 1px solid var(--line); padding: 0.8em; font-size: 0.85em; }
+"""
