@@ -348,10 +348,10 @@ def test_report_has_what_ran_and_the_card(write):
 
 def test_an_unknown_suite_and_odd_texts(write):
     rows = [
-        {"task": "</td><script>alert(1)</script>", "value": 0.123456, "list": [1, 2], "case": {"model": "\u202ex\x00"}}
+        {"task": "<td><script>alert(1)</script>", "value": 0.123456, "list": [1, 2], "case": {"model": "\u202ex\x00"}}
     ]
     text = report.report(figures.read([write("eval/new", rows * 20, model="<b>&\"'\n")]))
-    assert "&lt;/td&gt;&lt;script&gt;alert(1)&lt;/script&gt;" in text and "<script>" not in text
+    assert "&lt;td&gt;&lt;script&gt;alert(1)&lt;/script&gt;" in text and "<script>" not in text
     assert "0.1235" in text and "\u27e8U+202E\u27e9x\u2400" in text and "<summary>20 rows</summary>" in text
     assert "Evaluation of &lt;b&gt;&amp;&quot;&#x27;\u21b5" in text
 

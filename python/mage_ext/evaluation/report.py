@@ -126,6 +126,10 @@ def _section(file: ResultFile) -> str:
 # Cells
 
 
+class _Cell(str):
+    """A cell that is HTML already; whoever made it has escaped what it quotes."""
+
+
 def _percent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.1f}"
 
@@ -138,11 +142,12 @@ def _plain(value: Any) -> str:
 
 
 def _interval(row: Row, key: str, low: str, high: str, text: Callable[[float], str]) -> str:
+    """HTML of a value with its interval."""
     return f"{text(row[key])} <small>[{text(row[low])}, {text(row[high])}]</small>"
 
 
-def score_cell(row: Row, mark: str = "") -> str:
-    """A table cell: score with its interval, in percent; grey where exact is below RELIABLE.
+def score_cell(row: Row, mark: str = "") -> _Cell:
+    """A cell: score with its interval, in percent; grey where exact is below RELIABLE.
 
     Args:
         row: of an evaluation file, with score, exact, ci_low and ci_high. mark: "", "-" or "+".
@@ -155,7 +160,7 @@ def score_cell(row: Row, mark: str = "") -> str:
     classes = "score grey" if row["exact"] < RELIABLE else "score"
     text = _interval(row, "score", "ci_low", "ci_high", _percent)
     sign = {"": "", "-": ' <b class="below">\u2212</b>', "+": ' <b class="above">+</b>'}[mark]
-    return f'<td class="{classes}" title="{pages.escape(told)}">{text}{sign}</td>'
+    return _Cell(f'<td class="{classes}" title="{pages.escape(told)}">{text}{sign}</td>')
 
 
 def marks(rows: Sequence[Row]) -> tuple[dict[int, str], int]:
@@ -175,11 +180,11 @@ def marks(rows: Sequence[Row]) -> tuple[dict[int, str], int]:
 
 
 def _cell(text: str) -> str:
-    return text if text.startswith("<td") else f"<td>{pages.escape(text)}</td>"
+    return text if isinstance(text, _Cell) else f"<td>{pages.escape(text)}</td>"
 
 
 def _table(head: Sequence[str], lines: Iterable[Sequence[str]], kind: str = "", caption: str = "") -> str:
-    """A table. Cells that begin with "<td" are HTML, all else is text."""
+    """A table. Cells are text, or `_Cell`s."""
     top = "".join(f"<th>{pages.escape(text)}</th>" for text in head)
     body = "\n".join(
         "<tr>" + "".join(_cell(text) for _, text in zip(head, line, strict=True)) + "</tr>" for line in lines
@@ -195,13 +200,13 @@ def _budget(row: Row) -> str:
     return f"{row['K']}" + (f" ({100 * row['K'] / prefix:.1f} %)" if prefix else "")
 
 
-def _exact_cell(row: Row, exact: Sequence[Row]) -> str:
+def _exact_cell(row: Row, exact: Sequence[Row]) -> _Cell:
     """Exact's cell on a row's cases: from exact's own row, or, without one, the score alone."""
     for each in exact:
         if each["n"] == row["n"] and each["score"] == row["exact"]:
             return score_cell(each)
     grey = " grey" if row["exact"] < RELIABLE else ""
-    return f'<td class="score{grey}">{_percent(row["exact"])}</td>'
+    return _Cell(f'<td class="score{grey}">{_percent(row["exact"])}</td>')
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -270,7 +275,7 @@ def _thresholds(rows: Sequence[Row]) -> list[str]:
     for row in rows:
         if row["K"]:
             keys = ("forwards_ratio", "forwards_ratio_low", "forwards_ratio_high")
-            ratio = f"<td>{_interval(row, *keys, lambda value: f'{value:.3f}')}</td>"
+            ratio = _Cell(f"<td>{_interval(row, *keys, lambda value: f'{value:.3f}')}</td>")
             told = [row["task"], str(row["tokens"]), row["method"], _budget(row)]
             told += [f"{row['g']}, {row['dense_layers']}", _plain(row["threshold"])]
             lines.append([*told, f"{row['forwards']:.2f}", f"{row['exact_forwards']:.2f}", ratio])
@@ -289,7 +294,7 @@ def _prose(rows: Sequence[Row]) -> list[str]:
         lines = []
         for row in sorted(inside, key=lambda row: row["K"]):
             cells = [
-                f"<td>{_interval(row, key, f'{key}_low', f'{key}_high', text)}</td>"
+                _Cell(f"<td>{_interval(row, key, f'{key}_low', f'{key}_high', text)}</td>")
                 for key, text in (("delta", nats), ("kl", nats), ("agreement", _percent))
             ]
             lines.append([_budget(row), row["method"], nats(row["score"]), nats(row["exact"]), *cells])
@@ -316,7 +321,7 @@ def _recall(rows: Sequence[Row]) -> list[str]:
     for (task, tokens, control, g), inside in groups(recalls, "task", "tokens", "control", "g").items():
         lines = []
         for row in sorted(inside, key=lambda row: row["K"]):
-            recall = f"<td>{_interval(row, 'score', 'ci_low', 'ci_high', _percent)}</td>"
+            recall = _Cell(f"<td>{_interval(row, 'score', 'ci_low', 'ci_high', _percent)}</td>")
             own = (
                 "exact",
                 "chance",
