@@ -367,6 +367,29 @@ def test_a_suite_joins_its_batches(monkeypatch):
         attention.study(loaded, prompts, Look((96,), (1,)), 1)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("variant", ["sdar_b16", "llama_shift"])
+def test_a_study_on_cuda(variant):
+    shapes = {"sdar_b16": dict(num_heads=5, num_kv_heads=1), "llama_shift": dict(num_heads=9, num_kv_heads=3)}
+    config = tiny_config(variant, hidden_size=128, head_dim=64, **shapes[variant])
+    loaded = LoadedModel(config, tiny_model(config, seed=1, dtype=torch.bfloat16).cuda(), None)
+    look = Look((16, 32), (1, 16))
+    tally = attention.study(loaded, _prompts((160, 210, 200)), look, 2, SAMPLER, ignore_eos=True)
+    assert all(not value.values.is_cuda for value in tally.blocks.values())
+    rows = attention.rows(tally, look, task="prose", tokens=200, control="none", forwards=4)
+    by = {(row["method"], row["K"], row["g"]): row for row in rows if row["study"] == "recall"}
+    assert len(by) == 2 * 2 * len(attention.LISTS) - 2
+    for (name, k, g), row in by.items():
+        assert 0 <= row["score"] <= 1 and row["x"][-1] == 1
+        assert by["oracle", k, g]["score"] == by["oracle", k, g]["kept"] == 1
+        if name != "carry":
+            assert row["kept_mass"] <= row["own_mass"] + 1e-4 <= 1 + 2e-4
+        assert by["mage", k, g]["kept_mass"] > by["random", k, g]["kept_mass"]
+    for row in rows:
+        if row["study"] == "alignment":
+            assert all(-1.001 <= value <= 1.001 for value in row["cosine_by_layer"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -229,6 +229,24 @@ def test_a_list_of_the_whole_prefix_but_one_token_costs_little_and_oracle_least(
     assert kl(most, "oracle") < 0.3 * kl(8, "oracle") and kl(8, "oracle") < kl(8, "random")
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("variant", ["sdar_b16", "llama_shift"])
+def test_every_method_is_measured_on_cuda(variant):
+    shapes = {"sdar_b16": dict(num_heads=5, num_kv_heads=1), "llama_shift": dict(num_heads=9, num_kv_heads=3)}
+    config = tiny_config(variant, hidden_size=128, head_dim=64, **shapes[variant])
+    loaded = LoadedModel(config, tiny_model(config, seed=1, dtype=torch.bfloat16).cuda(), None)
+    wanted = comparison.settings([16, 128], [1, 16], [1])
+    found = forced_blocks.measure(loaded, _ids(4, 208), wanted, ALL_METHODS, (1.0, 0.5), SAMPLER)
+    rows = found.rows(192)
+    assert len(rows) == 2 + 4 * len(ALL_METHODS[1:]) * 2
+    by = {(row["method"], row["K"], row["g"], row["t"]): row for row in rows}
+    for (name, *_), row in by.items():
+        assert math.isfinite(row["score"]) and 0 <= row["agreement"] <= 1
+        assert row["kl"] == 0 if name == "exact" else row["kl"] > 0
+    for g in (1, 16):
+        assert by["oracle", 128, g, 0.5]["kl"] < by["oracle", 16, g, 0.5]["kl"]
+
+
 @pytest.mark.parametrize(
     ("contexts", "wanted", "shares", "message"),
     [

@@ -152,11 +152,17 @@ def bootstrap(values: Tensor, resamples: int = 2000, seed: int = 0) -> tuple[flo
     """95 % percentile interval of a mean (Efron 1979). values: [n], one per independent case; (nan, nan) for none."""
     if not len(values):
         return float("nan"), float("nan")
-    values = values.double().cpu()
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(len(values), (resamples, len(values)), generator=generator)
-    low, high = torch.quantile(values[drawn].mean(1), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    means = _resample(len(values), resamples, seed) @ values.double().cpu()
+    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return low, high
+
+
+@functools.lru_cache(maxsize=8)
+def _resample(count: int, resamples: int, seed: int) -> Tensor:
+    """[resamples, count], float64: the weight of each case in each resample."""
+    drawn = torch.randint(count, (resamples, count), generator=torch.Generator().manual_seed(seed))
+    weights = torch.zeros(resamples, count, dtype=torch.float64)
+    return weights.scatter_add_(1, drawn, torch.full(drawn.shape, 1 / count, dtype=torch.float64))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
