@@ -154,8 +154,6 @@ def _inspect(args: argparse.Namespace) -> int:
 
     _check_out("inspect", args.out)
     config = _config(args)
-    if args.block < 1:
-        raise ValueError(f"inspect: block must be at least 1, got {args.block}")
     if args.prompt is None and args.text is None and args.raw:
         raise ValueError("inspect: raw must come with --prompt or --text, got neither")
     parts = [text.strip() for _, text in tasks.read_texts(args.text)] if args.text else []
@@ -168,7 +166,7 @@ def _inspect(args: argparse.Namespace) -> int:
     else:
         text = "\n\n".join(parts)
         ids = loaded.tokenizer.encode(text) if args.raw else loaded.tokenizer.chat([{"role": "user", "content": text}])
-    found = inspection.inspect_block(loaded, ids, config, block=args.block - 1, seed=args.seed)
+    found = inspection.inspect_block(loaded, ids, config, block=args.block, seed=args.seed)
     facts = {"model": args.model, "device": _device_name(loaded.model.embed_tokens.weight.device), "commit": commit()}
     pages.write_page(args.out, inspection.page(found, loaded.tokenizer, facts))
     print(f"written: {args.out}, {os.path.getsize(args.out) / 1e6:.1f} MB")
@@ -639,7 +637,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     inspect.add_argument("--out", required=True, metavar="FILE", help="page to write; it needs nothing but a browser")
     inspect.add_argument(
-        "--block", type=int, default=1, metavar="N", help="of the answer; the prompt's end is in the first (default 1)"
+        "--block", type=int, default=0, metavar="N", help="of the answer, from 0, where the prompt's end is (default 0)"
     )
     inspect.add_argument("--raw", action="store_true", help="continue the prompt as it is, without the chat template")
     _add_model_arguments(inspect)

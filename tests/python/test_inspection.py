@@ -167,6 +167,16 @@ def test_refused(change, message):
         inspect_block(_loaded(), _prompt(40), dataclasses.replace(_config(), **change), block=3)
 
 
+def test_a_block_that_the_answer_does_not_have():
+    loaded, prompt = _loaded(), _prompt(40)
+    (answer,) = generate(loaded.model, [prompt], _config())
+    config = dataclasses.replace(loaded.config, eos_ids=(answer.tokens[1],))
+    ends = LoadedModel(config, tiny_model(config, seed=1), loaded.tokenizer)
+    assert len(inspect_block(ends, prompt, _config()).prefix) == 40
+    with pytest.raises(ValueError, match="block must be below 1, the answer's blocks, got 1"):
+        inspect_block(ends, prompt, _config(), block=1)
+
+
 def test_a_page_that_would_be_too_large_is_refused_before_the_prefill(monkeypatch):
     monkeypatch.setattr(inspection, "MAX_MASS_BYTES", 500)
     monkeypatch.setattr(inspection, "prefill", None)
@@ -398,7 +408,7 @@ def test_inspect_finds_the_fact_in_a_file(tmp_path, capsys):
     fact = "The secret code of the timid oyster is 4821973. "
     text.write_text("The ferryman counted the coins twice. " * 12 + fact + "It rained for a week. " * 8)
     question = "Question: What is the secret code of the timid oyster? Answer with the number only."
-    arguments = ["--text", str(text), "--prompt", question, "--max-new-tokens", "16", "-k", "32", "--block", "2"]
+    arguments = ["--text", str(text), "--prompt", question, "--max-new-tokens", "16", "-k", "32", "--block", "1"]
     assert cli.main(["inspect", *arguments, "--out", str(tmp_path / "page.html")]) == 0
     assert "written: " in capsys.readouterr().out
     opened = browser.open_page(tmp_path / "page.html", tmp_path / "profile", "#layer=14&step=1")

@@ -199,7 +199,7 @@ def inspect_block(
                 break
             context += finished.tokens
     if not infos:
-        raise ValueError(f"{owner}: block must be one of the {finished.index + 1} of the answer, got {block}")
+        raise ValueError(f"{owner}: block must be below {finished.index + 1}, the answer's blocks, got {block}")
     length = method.start + size
     masses = torch.stack([torch.stack(each)[..., :length].cpu() for each in method.masses])
     while len(infos) > 1 and not infos[-1].decided.any():  # a forward that a lagging flag cost
@@ -295,7 +295,7 @@ def page(inspection: Inspection, tokenizer: Tokenizer, facts: dict[str, str]) ->
         "mode": config.mode,
         "lists": f"{budget}, g = {chosen.g}, rule {chosen.rule}, dense layers {', '.join(map(str, dense)) or 'none'}",
         "prefix": f"{prefix} tokens",
-        "block of the answer": str(inspection.block + 1),
+        "block of the answer": str(inspection.block),
         "forwards": f"{steps} ({config.sampler.name})",
     }
     shown = " · ".join(f"{pages.escape(name)} <b>{pages.escape(value)}</b>" for name, value in facts.items())
