@@ -9,12 +9,15 @@ from safetensors.torch import load_file, save_file
 
 from mage_ext.models.adapter import (
     AdaptedLinear,
+    adapter_cut,
     adapter_tensors,
     add_adapter,
     apply_adapter,
+    cut_tensors,
     load_adapter,
     save_adapter,
 )
+from mage_ext.models.config import Cut
 from mage_ext.testing.tiny import tiny_config, tiny_model
 
 CONFIG = tiny_config("llama_shift", vocab_size=50, mask_id=3)
@@ -215,3 +218,42 @@ def test_add_adapter_refuses():
     add_adapter(model, 2)
     with pytest.raises(ValueError, match="add_adapter: model must be plain"):
         add_adapter(model, 2)
+
+
+# --- cuts -----------------------------------------------------------------------------------------------------------
+
+
+def test_file_says_what_was_cut(tmp_path):
+    _, wrapped, mask_row = random_tensors()
+    tensors, cut = adapter_tensors(wrapped, mask_row), Cut((1, 4, 6), 2.5e5, 4096)
+    path = tmp_path / "a.safetensors"
+    save_adapter(path, tensors, base="tiny.gguf", cut=cut)
+    assert adapter_cut(path) == cut and set(load_adapter(path, "tiny.gguf", cut)) == set(tensors)
+    for other in (None, Cut((1, 4, 7), 2.5e5, 4096)):
+        with pytest.raises(ValueError, match=r"load_adapter: cut must be .*, got Cut\(layers=\(1, 4, 6\)"):
+            load_adapter(path, "tiny.gguf", other)
+    save_adapter(path, tensors, base="tiny.gguf")
+    assert adapter_cut(path) is None
+    with pytest.raises(ValueError, match="got none"):
+        load_adapter(path, cut=cut)
+    for text in ("[]", "{", '{"layers": [2, 1], "rope_theta": 1.0, "max_positions": 1}', '{"layers": [2]}'):
+        save_file({"mask_row": mask_row}, path, metadata={"format": "mage-adapter-1", "base": "x", "cut": text})
+        with pytest.raises(ValueError, match="load_adapter: cut must be layers, rope_theta and max_positions, got"):
+            adapter_cut(path)
+
+
+def test_tensors_of_a_cut_are_those_of_its_layers():
+    _, wrapped, mask_row = random_tensors()
+    tensors = adapter_tensors(wrapped, mask_row)
+    last = CONFIG.num_layers - 1
+    kept = cut_tensors(tensors, Cut((last,), 1e4, 64))
+    assert len(kept) == 1 + 2 * LINEARS // CONFIG.num_layers and kept["mask_row"] is tensors["mask_row"]
+    for name, value in kept.items():
+        if name != "mask_row":
+            assert name.startswith("layers.0.") and value is tensors[name.replace("layers.0.", f"layers.{last}.")]
+
+
+@pytest.mark.parametrize("layers", [(), (1, 1), (2, 1), (-1, 0), [0, 1], (0, 1.0), (True,)])
+def test_cut_refuses(layers):
+    with pytest.raises(ValueError, match="Cut: layers must be ascending layer numbers, at least one, got"):
+        Cut(layers, 1e4, 64)

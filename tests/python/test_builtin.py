@@ -15,7 +15,8 @@ from mage_ext import models
 from mage_ext.denoise import DenoiseConfig, generate
 from mage_ext.evaluation import tasks
 from mage_ext.models import builtin
-from mage_ext.models.adapter import load_adapter, save_adapter
+from mage_ext.models.adapter import cut_tensors, load_adapter, save_adapter
+from mage_ext.models.config import Cut
 from mage_ext.sampling import SamplerConfig
 from mage_ext.selection import SelectionConfig
 
@@ -122,6 +123,25 @@ def test_another_adapter_in_place_of_the_shipped_one(base, tmp_path):
     rowless = builtin.load_builtin(adapter=tmp_path / "rowless.safetensors").model
     assert torch.equal(rowless.embed_tokens.weight, base[1].embed_tokens.weight)
     assert not torch.equal(rowless.layers[0].mlp.up_proj.weight, base[1].layers[0].mlp.up_proj.weight)
+
+
+def test_a_cut_model_is_loaded_by_the_name_of_its_file(base, loaded, tmp_path, monkeypatch):
+    cut = Cut((0, 5, 29), 2.5e5, 16384)
+    tensors = cut_tensors(load_adapter(ADAPTER), cut)
+    save_adapter(tmp_path / "three.safetensors", tensors, base=builtin.BASE_NAME, cut=cut)
+    monkeypatch.setattr(builtin, "WEIGHTS", tmp_path)
+    assert builtin.names() == ("three",)
+    three = models.load("three")
+    assert (three.config.num_layers, three.config.rope_theta, three.config.max_positions) == (3, 2.5e5, 16384)
+    whole = loaded.model.layers
+    for layer, kept in zip(three.model.layers, cut.layers, strict=True):
+        for name, value in layer.state_dict().items():
+            torch.testing.assert_close(value, whole[kept].state_dict()[name], rtol=0, atol=1e-5)
+    assert torch.equal(three.model.embed_tokens.weight, loaded.model.embed_tokens.weight)
+    other = builtin.load_builtin(adapter=tmp_path / "three.safetensors")
+    assert other.config == three.config
+    with pytest.raises(ValueError, match="load_builtin: name must be one of three, got 'four'"):
+        builtin.load_builtin(name="four")
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 Run: pytest tests/python/test_train.py
 """
 
+import dataclasses
 import json
 import random
 import re
@@ -15,7 +16,8 @@ import torch
 from mage_ext import cli
 from mage_ext.evaluation import tasks
 from mage_ext.models import builtin
-from mage_ext.models.adapter import adapter_tensors, apply_adapter, load_adapter
+from mage_ext.models.adapter import adapter_cut, adapter_tensors, apply_adapter, load_adapter, save_adapter
+from mage_ext.models.config import Cut
 from mage_ext.models.tokenizer import Tokenizer, byte_level_bpe
 from mage_ext.testing.tiny import tiny_config, tiny_model
 from mage_ext.train import adapt
@@ -465,6 +467,19 @@ def test_resume_continues_with_the_values_of_the_file(model, tokenizer, tmp_path
     assert trainer_of(make_model(tokenizer.vocab_size), tmp_path / "four", resume=tmp_path / "two/adapter.safetensors")
 
 
+def test_resume_with_a_larger_rank_is_the_same_model(model, tokenizer, tmp_path):
+    trainer = trainer_of(model, tmp_path / "one", rank=3)
+    trainer.run([Stage(SMALL, 1, max_steps=4)], tokenizer, None, None)
+    file = tmp_path / "one" / "adapter.safetensors"
+    grown = trainer_of(make_model(tokenizer.vocab_size), tmp_path / "two", resume=file, rank=7)
+    again = trainer_of(make_model(tokenizer.vocab_size), tmp_path / "three", resume=file, rank=3)
+    batch = RowMaker(tokenizer, None, SMALL, 2, MASK, END).batch(0)
+    with torch.no_grad():
+        torch.testing.assert_close(grown.losses(batch)[0], again.losses(batch)[0], rtol=1e-5, atol=0)
+    assert all(module.a.shape[0] == 7 and not module.b[:, 3:].any() for module in grown.wrapped.values())
+    assert all(module.a[3:].std() > 0 and module.b[:, :3].any() for module in grown.wrapped.values())
+
+
 def test_shipped_file_is_the_trained_model(model, tokenizer, tmp_path):
     trainer = trainer_of(model, tmp_path)
     trainer.run([Stage(SMALL, 1, max_steps=4)], tokenizer, None, None)
@@ -500,12 +515,17 @@ def test_losses_that_are_not_finite_end_training(model, tokenizer, tmp_path):
 def test_trainer_refuses(model, tokenizer, tmp_path):
     trainer_of(model, tmp_path / "a").save()
     saved = tmp_path / "a" / "adapter.safetensors"
+    save_adapter(tmp_path / "cut.safetensors", load_adapter(saved), "tiny.gguf", cut=Cut((1,), 1e4, 512))
     size = tokenizer.vocab_size
     no_shift = tiny_model(tiny_config("llama", eos_ids=(1,)))
     cases = [
         (
-            lambda: trainer_of(make_model(size), tmp_path / "b", saved, rank=8),
-            r"resume must hold .* \(rank 8\), got \[4",
+            lambda: trainer_of(make_model(size), tmp_path / "b", saved, rank=2),
+            r"resume must hold .* \(rank 2\), got \[4",
+        ),
+        (
+            lambda: trainer_of(make_model(size), tmp_path / "b", tmp_path / "cut.safetensors"),
+            r"resume must be of cut none, got Cut\(layers=\(1,\)",
         ),
         (
             lambda: Trainer(make_model(size), TrainConfig(1), tmp_path / "b", "x.gguf", resume=saved),
@@ -566,6 +586,15 @@ def test_curriculum_is_that_of_the_shipped_model():
     assert all(getattr(defaults, name) == value for name, value in start["config"].items())
 
 
+def test_cut_curriculum_fits_what_is_kept():
+    stages, cut = adapt.cut_curriculum(), adapt.CURRICULA["cut"].cut
+    assert all(stage.layout.trunk + stage.layout.branch_tokens <= cut.max_positions for stage in stages)
+    assert [stage.until for stage in stages] == sorted(stage.until for stage in stages) and stages[-1].until == 1
+    assert len(cut.layers) == 16 and cut.layers[-1] == 29
+    # No angle of the slowest rotary pair at its last position is larger than any that the base was trained to.
+    assert cut.max_positions * cut.rope_theta ** (-62 / 64) < 8192 * 100000.0 ** (-62 / 64)
+
+
 def test_long_curriculum_fits_the_base():
     """SmolLM2 has 8192 positions; a step has about as many tokens in each stage, less than twice the shipped run's."""
     stages = adapt.long_curriculum()
@@ -578,12 +607,12 @@ def test_long_curriculum_fits_the_base():
 
 @pytest.fixture
 def base(tmp_path, vocabulary):
-    """A GGUF file of a random Llama of one layer with the tokenizer above."""
+    """A GGUF file of a random Llama of three layers with the tokenizer above."""
     tokens, merges = vocabulary
     hidden, inner = 32, 48
     entries = [
         entry("general.architecture", STRING, "llama"),
-        entry("llama.block_count", UINT32, 1),
+        entry("llama.block_count", UINT32, 3),
         entry("llama.context_length", UINT32, 512),
         entry("llama.embedding_length", UINT32, hidden),
         entry("llama.feed_forward_length", UINT32, inner),
@@ -602,16 +631,19 @@ def base(tmp_path, vocabulary):
     shapes = {
         "token_embd": (len(tokens), hidden),
         "output_norm": (hidden,),
-        "blk.0.attn_norm": (hidden,),
-        "blk.0.attn_q": (hidden, hidden),
-        "blk.0.attn_k": (hidden // 2, hidden),
-        "blk.0.attn_v": (hidden // 2, hidden),
-        "blk.0.attn_output": (hidden, hidden),
-        "blk.0.ffn_norm": (hidden,),
-        "blk.0.ffn_gate": (inner, hidden),
-        "blk.0.ffn_up": (inner, hidden),
-        "blk.0.ffn_down": (hidden, inner),
     }
+    layer_shapes = {
+        "attn_norm": (hidden,),
+        "attn_q": (hidden, hidden),
+        "attn_k": (hidden // 2, hidden),
+        "attn_v": (hidden // 2, hidden),
+        "attn_output": (hidden, hidden),
+        "ffn_norm": (hidden,),
+        "ffn_gate": (inner, hidden),
+        "ffn_up": (inner, hidden),
+        "ffn_down": (hidden, inner),
+    }
+    shapes |= {f"blk.{layer}.{name}": shape for layer in range(3) for name, shape in layer_shapes.items()}
     table, data, rng = [], b"", np.random.default_rng(0)
     for name, shape in shapes.items():
         values = (rng.standard_normal(shape) * 0.2 + (len(shape) == 1)).astype("<f4").tobytes()
@@ -629,10 +661,13 @@ def command(base, tmp_path, monkeypatch):
         trunk=128, branches=2, branch_tokens=96, branch_blocks=2, trunk_blocks=2
     )  # blocks of 32, as shipped
     monkeypatch.setattr(Trainer, "answers_found", lambda self, test, count: {1: (7, 10)})
-    stages = {name: lambda rows: [Stage(layout, rows, gate=command.gate, max_steps=2)] for name in adapt.CURRICULA}
-    monkeypatch.setattr(
-        adapt, "CURRICULA", {name: (stages[name], settings) for name, (_, settings) in adapt.CURRICULA.items()}
-    )
+    for name, plan in adapt.CURRICULA.items():
+        short = dataclasses.replace(
+            plan,
+            stages=lambda rows: [Stage(layout, rows, gate=command.gate, max_steps=2)],
+            cut=plan.cut and Cut((0, 2), 5e5, 1024),
+        )
+        monkeypatch.setitem(adapt.CURRICULA, name, short)
     novels = [{"id": f"n{i}", "text": " ".join(tasks.filler(random.Random(i), 30))} for i in range(10)]
     (tmp_path / "novels.jsonl").write_text("\n".join(map(json.dumps, novels)))
 
@@ -667,6 +702,43 @@ def test_command_trains_and_its_adapter_loads(command, base, tmp_path, capsys):
         "registers": [7, 10],
     }
     assert [line["event"] for line in log_of(out) if line.get("event") in ("start", "end")] == ["start", "end"] * 2
+
+
+def test_command_cuts_and_takes_over_an_adapter_of_the_whole_base(command, base, tmp_path):
+    assert command("--lr", "1") == 0
+    whole = load_adapter(tmp_path / "out" / "adapter-int8.safetensors")
+    arguments = ("--resume", str(tmp_path / "out" / "adapter-int8.safetensors"), "--curriculum", "cut", "--rank", "3")
+    assert command(*arguments, "--lr", "1e-9") == 0
+    file = tmp_path / "out" / "adapter-int8.safetensors"
+    cut = adapter_cut(file)
+    assert cut == Cut((0, 2), 5e5, 1024)
+    with pytest.raises(ValueError, match=r"load_adapter: cut must be none, got Cut\(layers=\(0, 2\)"):
+        load_adapter(file)
+    tensors = load_adapter(file, "tiny.gguf", cut)
+    assert {name.split(".")[1] for name in tensors if name != "mask_row"} == {"0", "1"}
+    for here, there in ((0, 0), (1, 2)):
+        name, source = f"layers.{here}.mlp.up_proj", f"layers.{there}.mlp.up_proj"
+        assert tensors[name + ".a"].shape[0] == 3  # int8 of what int8 can hold is the same
+        torch.testing.assert_close(
+            tensors[name + ".b"] @ tensors[name + ".a"], whole[source + ".b"] @ whole[source + ".a"], rtol=0, atol=1e-5
+        )
+        assert (whole[source + ".b"] @ whole[source + ".a"]).abs().max() > 2e-3
+    config, model, _ = builtin.load_base(base, cut=cut)
+    apply_adapter(model, tensors)
+    assert (config.num_layers, config.rope_theta, config.max_positions) == (2, 5e5, 1024)
+
+
+def test_base_can_be_cut(base):
+    whole, cut = builtin.load_base(base)[1], builtin.load_base(base, cut=Cut((0, 2), 5e5, 1024))[1]
+    kept, all_ = cut.state_dict(), whole.state_dict()
+    assert len(cut.layers) == 2 and cut.config == dataclasses.replace(
+        whole.config, num_layers=2, rope_theta=5e5, max_positions=1024
+    )
+    for name, value in kept.items():
+        assert torch.equal(value, all_[name.replace("layers.1.", "layers.2.")])
+    assert not torch.equal(all_["layers.1.mlp.up_proj.weight"], all_["layers.2.mlp.up_proj.weight"])
+    with pytest.raises(ValueError, match="Cut: layers must be below the base's 3, got 3"):
+        builtin.load_base(base, cut=Cut((0, 3), 5e5, 1024))
 
 
 def test_command_tells_a_missed_gate_by_its_status(command, tmp_path):

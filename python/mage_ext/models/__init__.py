@@ -18,10 +18,10 @@ def load(
     device: "torch.device | str" = "cpu",
     **overrides: Any,
 ) -> "LoadedModel":
-    """The model in the box by its name, or the one in a Hugging Face folder.
+    """A model in the box by its name, or the one in a Hugging Face folder.
 
     Args:
-        path: `models.builtin.NAME`, or a folder; a folder of that name counts as a folder.
+        path: of `models.builtin.names()`, or a folder; a folder of that name counts as a folder.
         dtype: torch dtype or its name; None: for the model in the box float32, on CUDA bfloat16, else what config.json
             names. Generation on CUDA takes bfloat16 and float16.
         device: where the weights go.
@@ -34,9 +34,9 @@ def load(
     from mage_ext._arguments import check_device
     from mage_ext.models import builtin, huggingface
 
-    if str(path) != builtin.NAME or Path(path).exists():
+    if str(path) not in builtin.names() or Path(path).exists():
         return huggingface.load(path, dtype, device, **overrides)
     if overrides:
-        raise ValueError(f"load: overrides must not be given for {builtin.NAME}, got {', '.join(sorted(overrides))}")
+        raise ValueError(f"load: overrides must not be given for {path}, got {', '.join(sorted(overrides))}")
     device = check_device("load", device)
-    return builtin.load_builtin(None if dtype is None else huggingface.resolve_dtype(dtype), device)
+    return builtin.load_builtin(None if dtype is None else huggingface.resolve_dtype(dtype), device, name=str(path))

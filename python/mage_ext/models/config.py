@@ -1,7 +1,8 @@
 """What the project knows about a model: the one description that every family is read into."""
 
+import itertools
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 def _is_int(value: object) -> bool:
@@ -77,3 +78,36 @@ class ModelConfig:
         sub = self.sub_block_size
         if sub is not None and (not _is_int(sub) or sub < 1 or self.block_size % sub):
             raise ValueError(f"ModelConfig: sub_block_size must divide block_size ({self.block_size}), got {sub!r}")
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A base model without some of its layers, at other positions.
+
+    Fields:
+        layers: numbers of the layers that stay, ascending. rope_theta, max_positions: in place of the base's.
+    Raises:
+        ValueError: a layer that is no number, twice or out of order, or none; the others as in ModelConfig.
+    """
+
+    layers: tuple[int, ...]
+    rope_theta: float
+    max_positions: int
+
+    def __post_init__(self):
+        layers = self.layers
+        if not (
+            isinstance(layers, tuple)
+            and layers
+            and all(_is_int(layer) and layer >= 0 for layer in layers)
+            and all(a < b for a, b in itertools.pairwise(layers))
+        ):
+            raise ValueError(f"Cut: layers must be ascending layer numbers, at least one, got {layers!r}")
+
+    def of(self, config: ModelConfig) -> ModelConfig:
+        """The configuration of what is left of a base. Raises ValueError if it has no such layer."""
+        if self.layers[-1] >= config.num_layers:
+            raise ValueError(f"Cut: layers must be below the base's {config.num_layers}, got {self.layers[-1]}")
+        return replace(
+            config, num_layers=len(self.layers), rope_theta=self.rope_theta, max_positions=self.max_positions
+        )

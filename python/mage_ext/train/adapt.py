@@ -1,21 +1,25 @@
-"""How the shipped model is made: the built-in base, given texts, and a curriculum of context lengths.
+"""How the shipped models are made: the built-in base, given texts, and a curriculum of context lengths.
 
 "short": the base learns to denoise and to look facts up in 512 tokens first; when 90 % of the held-out answers are
 found there, the rest of the time goes to 2048 tokens. "long" goes on from such an adapter to all of the base's 8192
-positions, with registers of lines beside prose. `mage train adapter` runs this; the Trainer does the work. Made for one
-GPU: a CPU takes hours for what it does in minutes, and serves for checking a change.
+positions, with registers of lines beside prose. "cut" keeps 16 of the base's 30 layers, takes over what an adapter of
+the whole base knows about them, and goes from 512 to 16384 positions. `mage train adapter` runs this; the Trainer does
+the work. Made for one GPU: a CPU takes hours for what it does in minutes, and serves for checking a change.
 
 Test: pytest tests/python/test_train.py
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from mage_ext.evaluation import tasks
 from mage_ext.models import builtin
+from mage_ext.models.config import Cut
 from mage_ext.train.data import Corpus
 from mage_ext.train.packing import Layout
 from mage_ext.train.trainer import Stage, TrainConfig, Trainer
@@ -40,10 +44,40 @@ def long_curriculum(rows: int = 8) -> list[Stage]:
     ]
 
 
-# Stages, and settings that differ from TrainConfig's. Gates take seconds: "long" has them at the end of a stage only.
+# The layers that the losses of the adapted base miss least went first: ten in two rounds of five, then four one by one.
+# theta keeps the slowest rotary angle of position 16384 below that of 8192 in the base: theta^(62/64) / 16384 is above
+# 100000^(62/64) / 8192 from theta = 205000 on.
+CUT = Cut(layers=(0, 1, 2, 8, 9, 10, 11, 14, 15, 16, 19, 20, 23, 24, 28, 29), rope_theta=250000.0, max_positions=16384)
+
+
+def cut_curriculum(rows: int = 8) -> list[Stage]:
+    """512 (until 80 % of held-out answers are found; missed, the run ends), 2048, 8064 and 16256 tokens.
+
+    Half of the blocks of a trunk of 512 are noised: their loss is what joins the layers again. A next-token loss on the
+    clean text can't do it, since a clean block sees itself.
+    """
+    return [
+        Stage(Layout(trunk=512, branches=16, trunk_blocks=8), rows, gate=0.8, min_steps=200, until=0.25),
+        Stage(Layout(trunk=2048, branches=16), rows, until=0.42),
+        Stage(Layout(trunk=8064, branches=24), max(1, rows // 2), until=0.68),
+        Stage(Layout(trunk=16256, branches=24), max(1, rows // 4)),
+    ]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Stages by rows per step, settings that differ from TrainConfig's, and what is kept of the base (None: all)."""
+
+    stages: Callable[[int], list[Stage]]
+    settings: dict[str, Any] = field(default_factory=dict)
+    cut: Cut | None = None
+
+
+# Gates take seconds, so that long stages have them at their end only.
 CURRICULA = {
-    "short": (curriculum, {}),
-    "long": (long_curriculum, {"registers": 0.4, "eval_every": 10**6, "eval_batches": 1, "save_every_s": 75.0}),
+    "short": Plan(curriculum),
+    "long": Plan(long_curriculum, {"registers": 0.4, "eval_every": 10**6, "eval_batches": 1, "save_every_s": 75.0}),
+    "cut": Plan(cut_curriculum, {"registers": 0.4, "eval_every": 200, "eval_batches": 1, "save_every_s": 75.0}, CUT),
 }
 
 
@@ -68,8 +102,8 @@ def train_adapter(
             ten the gates use the project's own prose.
         out: folder, made if needed. minutes: of training, compilation included.
         device: "cuda" or "cpu". rank, lr, seed: see TrainConfig. rows: per step.
-        resume: adapter file to start from. workers: processes that make rows; None: from the number of cores.
-        base: a GGUF file; None: the installed one. curriculum: of CURRICULA.
+        resume: adapter file to start from, see Trainer. base: a GGUF file; None: the installed one.
+        workers: processes that make rows; None: from the number of cores. curriculum: of CURRICULA.
     Returns:
         Whether the last measured gate held.
     Raises:
@@ -85,17 +119,17 @@ def train_adapter(
         workers = 0 if device == "cpu" else max(1, min(MAX_WORKERS, (os.cpu_count() or 2) - 2))
     if curriculum not in CURRICULA:
         raise ValueError(f"train: curriculum must be one of {', '.join(CURRICULA)}, got {curriculum!r}")
-    stages, settings = CURRICULA[curriculum]
-    run = TrainConfig(minutes=minutes, rank=rank, lr=lr, seed=seed, workers=workers, **settings)
+    plan = CURRICULA[curriculum]
+    run = TrainConfig(minutes=minutes, rank=rank, lr=lr, seed=seed, workers=workers, **plan.settings)
     if Path(out).exists() and not Path(out).is_dir():
         raise ValueError(f"train: out must be a folder, got the file {str(out)!r}")
     train, held_out = tasks.held_out_texts(tasks.read_texts(texts))
     if not train:
         raise ValueError("train: text must name at least one file with a text, got none")
-    _, model, tokenizer = builtin.load_base(base)
+    _, model, tokenizer = builtin.load_base(base, cut=plan.cut)
     corpora = Corpus.build(train, tokenizer), Corpus.build(held_out, tokenizer) if held_out else None
     print(f"{len(train)} texts to train on ({len(corpora[0].tokens)} tokens), {len(held_out)} held out", flush=True)
     if device == "cuda":
         torch.set_float32_matmul_precision("high")
-    trainer = Trainer(model, run, out, Path(base).name if base else builtin.BASE_NAME, device, resume)
-    return trainer.run(stages(rows), tokenizer, *corpora)
+    trainer = Trainer(model, run, out, Path(base).name if base else builtin.BASE_NAME, device, resume, plan.cut)
+    return trainer.run(plan.stages(rows), tokenizer, *corpora)

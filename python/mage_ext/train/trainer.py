@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from mage_ext.models.adapter import adapter_tensors, add_adapter, load_adapter, save_adapter
+from mage_ext.models.adapter import adapter_cut, adapter_tensors, add_adapter, cut_tensors, load_adapter, save_adapter
+from mage_ext.models.config import Cut
 from mage_ext.models.tokenizer import Tokenizer
 from mage_ext.models.transformer import Transformer, rotary
 from mage_ext.train.data import Corpus, RowMaker, loader
@@ -136,7 +137,8 @@ class Trainer:
         model: a plain Transformer with the token shift and an end token; it is frozen and wrapped in place.
         config: of the run. out: folder of log.jsonl and the adapters, made if needed; the log is appended to.
         base: name of the base's file, which adapters carry. device: where to train.
-        resume: an adapter file to start from, of the same base and rank.
+        resume: an adapter file to start from, of the same base, of at most this rank: what it lacks starts as zero.
+        cut: what the model is of its base, if not the whole; `resume` may then be of the whole base.
     Raises:
         ValueError: the model can't be trained so, or `resume` does not fit.
     """
@@ -149,13 +151,14 @@ class Trainer:
         base: str,
         device: str | torch.device = "cpu",
         resume: str | Path | None = None,
+        cut: Cut | None = None,
     ):
         if not model.config.token_shift or not model.config.eos_ids:
             raise ValueError(
                 "Trainer: model must have the token shift and an end token, "
                 f"got token_shift {model.config.token_shift}, eos_ids {model.config.eos_ids}"
             )
-        self.config, self.out, self.base = config, Path(out), base
+        self.config, self.out, self.base, self.cut = config, Path(out), base, cut
         self.device = torch.device(device)
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         torch.manual_seed(config.seed)
@@ -189,9 +192,18 @@ class Trainer:
         print(line, flush=True)
 
     def _resume(self, path: str | Path) -> None:
-        tensors = load_adapter(path, base=self.base)
+        source = adapter_cut(path)
+        tensors = load_adapter(path, base=self.base, cut=source)
+        if self.cut is not None and source is None:
+            tensors = cut_tensors(tensors, self.cut)
+        elif source != self.cut:
+            raise ValueError(f"Trainer: resume must be of cut {self.cut or 'none'}, got {source or 'none'}")
         expected = {name: list(t.shape) for name, t in adapter_tensors(self.wrapped, self.mask_row).items()}
         got = {name: list(t.shape) for name, t in tensors.items()}
+        rank = min((t.shape[0] for name, t in tensors.items() if name.endswith(".a")), default=0)
+        for name, shape in expected.items():  # what the file's rank makes of our shapes
+            if 0 < rank < self.config.rank and name != "mask_row":
+                shape[0 if name.endswith(".a") else 1] = rank
         wrong = sorted(name for name in {*expected, *got} if expected.get(name) != got.get(name))
         if wrong:
             raise ValueError(
@@ -200,15 +212,15 @@ class Trainer:
             )
         with torch.no_grad():
             for name, module in self.wrapped.items():
-                module.a.copy_(tensors[name + ".a"])
-                module.b.copy_(tensors[name + ".b"] / module.scale)
+                module.a[:rank].copy_(tensors[name + ".a"])
+                module.b[:, :rank].copy_(tensors[name + ".b"] / module.scale)
             self.mask_row.copy_(tensors["mask_row"])
 
     def save(self, name: str = "adapter", int8: bool = False) -> Path:
         """Writes the adapter; bfloat16 to resume from, int8 to ship."""
         path = self.out / f"{name}.safetensors"
         part = path.with_suffix(".part")
-        save_adapter(part, adapter_tensors(self.wrapped, self.mask_row), self.base, int8=int8)
+        save_adapter(part, adapter_tensors(self.wrapped, self.mask_row), self.base, int8=int8, cut=self.cut)
         part.replace(path)
         return path
 
