@@ -331,6 +331,16 @@ def test_thresholds_have_their_forwards(write):
     assert scores[0] == ["threshold", "exact", *NAMES] and scores[2][0] == "0.9" and scores[2][3].startswith("80.0 [")
 
 
+def test_scores_of_benchmarks(write):
+    more = {"diff_low": -0.05, "diff_high": 0.01, "prompt_tokens": 9000.0, "K_share": 0.0625, "sparse_items": 0.9}
+    row = {key: value for key, value in _score("mage", 15, exact=16).items() if "tokens" not in key}
+    rows = [_exact(16, **more), {**row, "task": "hotpotqa", **more}]
+    text = report.report(figures.read([write("eval/longbench", rows)]))
+    cells = next(cells for caption, cells in _cells(text).items() if "Scores times 100" in caption)
+    assert cells[1][:7] == ["hotpotqa", "mage", "64 (6.2 %)", "1, 2", "50", "9000", "90.0"] and len(cells) == 2
+    assert cells[1][7].startswith("30.0 [") and cells[1][8:] == ["32.0", "-2.0 [-5.0, 1.0]"]
+
+
 def test_report_has_what_ran_and_the_card(write):
     paths = [write(suite, make()) for suite, make in SUITES.items()]
     text = report.report(figures.read(paths))

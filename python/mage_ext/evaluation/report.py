@@ -24,6 +24,8 @@ _TITLES = {
     "eval/thresholds": "Forwards and accuracy against the sampler's threshold",
     "eval/prose": "Held-out prose: cross entropy on given blocks",
     "eval/recall": "How far a block's first forward foretells the later ones",
+    "eval/longbench": "LongBench",
+    "eval/ruler": "RULER",
     "generate": "Times of whole generations",
 }
 _CARD = Path(builtin.__file__).parent / "weights" / "MODEL_CARD.md"
@@ -197,7 +199,8 @@ def _table(head: Sequence[str], lines: Iterable[Sequence[str]], kind: str = "", 
 def _budget(row: Row) -> str:
     """K and, where the prefix is known, its share of it."""
     prefix = row.get("prefix_tokens") or row.get("tokens")
-    return f"{row['K']}" + (f" ({100 * row['K'] / prefix:.1f} %)" if prefix else "")
+    share = row["K"] / prefix if prefix else row.get("K_share")
+    return f"{row['K']}" + (f" ({100 * share:.1f} %)" if share else "")
 
 
 def _exact_cell(row: Row, exact: Sequence[Row]) -> _Cell:
@@ -282,6 +285,21 @@ def _thresholds(rows: Sequence[Row]) -> list[str]:
     head = ["task", "tokens", "method", "K (of the prefix)", "g, dense layers", "threshold"]
     head += ["forwards", "of exact", "ratio"]
     return [*tables, _table(head, lines, "", "Forwards per answer, commits included; ratio [95 % interval]")]
+
+
+def _benchmark(rows: Sequence[Row]) -> list[str]:
+    """LongBench's and RULER's scores times 100, a line per row. Metrics that are no rates are never grey."""
+    lines = []
+    for row in rows:
+        if not row["K"]:
+            continue
+        low, high = 100 * row["diff_low"], 100 * row["diff_high"]
+        told = [row["task"], row["method"], _budget(row), f"{row['g']}, {row['dense_layers']}", str(row["n"])]
+        score = _Cell(f"<td>{_interval(row, 'score', 'ci_low', 'ci_high', _percent)}</td>")
+        told += [f"{row['prompt_tokens']:.0f}", _percent(row["sparse_items"]), score, _percent(row["exact"])]
+        lines.append([*told, f"{100 * (row['score'] - row['exact']):.1f} [{low:.1f}, {high:.1f}]"])
+    head = ["task", "method", "K (of the prefix)", "g, dense layers", "n", "tokens", "longer than K, %", "score"]
+    return [_table([*head, "exact's", "difference"], lines, "scores", "Scores times 100 [95 % interval]")]
 
 
 def _prose(rows: Sequence[Row]) -> list[str]:
@@ -389,6 +407,8 @@ _TABLES: dict[str, Callable[[Sequence[Row]], list[str]]] = {
     "eval/thresholds": _thresholds,
     "eval/prose": _prose,
     "eval/recall": _recall,
+    "eval/longbench": _benchmark,
+    "eval/ruler": _benchmark,
     "generate": _generate,
 }
 
