@@ -96,6 +96,8 @@ def finetune(
             start = load_adapter(resume, base=base)
     if not plain.config.eos_ids:
         raise ValueError("finetune: model must have an end token, got none")
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
     tuner = Finetuner(plain, config, layout_for(tokens, plain.config.block_size), device, rank, start)
     corpora = Corpus.build(train, tokenizer), Corpus.build(held_out, tokenizer) if held_out else None
     batches, tests = (
@@ -178,6 +180,8 @@ def measure(
     """
     block = model.config.block_size
     rank = _rank_for(model, rank)
+    if torch.device(device).type == "cuda":
+        torch.set_float32_matmul_precision("high")
     tuner = Finetuner(model, config, layout_for(max(tokens), block), device, rank)
     for length in tokens:
         tuner.layout = layout_for(length, block)

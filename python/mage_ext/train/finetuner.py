@@ -348,7 +348,7 @@ class Finetuner:
         began = time.monotonic()
 
         def log(**fields) -> None:
-            line = json.dumps({k: round(v, 5) if isinstance(v, float) else v for k, v in fields.items()})
+            line = json.dumps({k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in fields.items()})
             with (out / "log.jsonl").open("a") as file:
                 file.write(line + "\n")
             print(line, flush=True)
@@ -358,6 +358,22 @@ class Finetuner:
         log(event="check", step=self.step, **self.check(tests))
         window: list[dict[str, Tensor]] = []
         ended_by, tick = "steps", time.monotonic()
+
+        def tell() -> None:
+            nonlocal window, tick
+            means = {name: float(torch.stack([w[name] for w in window]).mean()) for name in window[0]}
+            if not all(map(math.isfinite, means.values())):
+                raise RuntimeError(f"finetune: losses must stay finite, got {means}; lower lr")
+            log(
+                step=self.step,
+                minutes=(time.monotonic() - began) / 60,
+                **means,
+                lr=rate,
+                seconds_per_step=(time.monotonic() - tick) / len(window),
+                memory_gib=self.memory_gib(),
+            )
+            window, tick = [], time.monotonic()
+
         for number in range(1, config.steps + 1):
             share = (number - 1) / config.steps
             if config.minutes is not None:
@@ -368,25 +384,15 @@ class Finetuner:
                 share = max(share, elapsed)
             rate = self.rate(share)
             window.append(self.train_step(self.prepare(next(batches)), rate))
-            if number == 1 or number % _LOG_EVERY == 0 or number == config.steps:
-                means = {name: float(torch.stack([w[name] for w in window]).mean()) for name in window[0]}
-                if not all(map(math.isfinite, means.values())):
-                    raise RuntimeError(f"finetune: losses must stay finite, got {means}; lower lr")
-                seconds = (time.monotonic() - tick) / len(window)
-                log(
-                    step=self.step,
-                    minutes=(time.monotonic() - began) / 60,
-                    **means,
-                    lr=rate,
-                    seconds_per_step=seconds,
-                    memory_gib=self.memory_gib(),
-                )
-                window, tick = [], time.monotonic()
+            if number == 1 or number % _LOG_EVERY == 0:
+                tell()
             if number % config.check_every == 0 and number < config.steps:
                 paused = time.monotonic()
                 log(event="check", step=self.step, **self.check(tests))
                 save()
                 tick += time.monotonic() - paused
+        if window:
+            tell()
         log(event="check", step=self.step, **self.check(tests))
         save()
         log(event="end", step=self.step, ended_by=ended_by, minutes=(time.monotonic() - began) / 60)
