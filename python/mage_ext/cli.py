@@ -190,7 +190,7 @@ def _eval_methods(args: argparse.Namespace) -> int:
     from mage_ext.evaluation import method_comparison
 
     wanted = _eval_settings(args)
-    _check_prompts(args.tokens, 8000)
+    _check_prompts(args, 192)
     _check_steps(args.tokens_per_step)
     runner, write = _eval_start(args)
     options = (args.tasks, args.methods, args.tokens, args.tokens_per_step)
@@ -208,7 +208,7 @@ def _eval_recall(args: argparse.Namespace) -> int:
     if not 1 <= args.blocks <= 32:
         raise ValueError(f"eval: blocks must be in [1, 32], got {args.blocks}")
     _check_steps([args.tokens_per_step])
-    _check_prompts(args.tokens, 8192 - 32 * (args.blocks + 1))
+    _check_prompts(args, 32 * (args.blocks + 1))
     look = attention_study.Look(tuple(args.k), tuple(args.g), tuple(args.methods))
     runner, write = _eval_start(args)
     options = (args.tasks, args.tokens, args.blocks, args.tokens_per_step, args.control, args.forced)
@@ -223,7 +223,7 @@ def _eval_prose(args: argparse.Namespace) -> int:
     from mage_ext.evaluation import forced_blocks
 
     wanted = _eval_settings(args)
-    _check_prompts(args.tokens, 8192 - 32)
+    _check_prompts(args, 32)
     for tokens in args.tokens:
         if tokens % 32:
             raise ValueError(f"eval: tokens must be multiples of the block of 32, got {tokens}")
@@ -265,7 +265,7 @@ def _eval_heatmap(args: argparse.Namespace) -> int:
     from mage_ext.evaluation import sweeps
 
     wanted = _eval_settings(args)
-    _check_prompts(args.tokens, 8000)
+    _check_prompts(args, 192)
     if not 2 <= args.depths <= 101:
         raise ValueError(f"eval: depths must be in [2, 101], got {args.depths}")
     runner, write = _eval_start(args)
@@ -280,7 +280,7 @@ def _eval_thresholds(args: argparse.Namespace) -> int:
     from mage_ext.evaluation import sweeps
 
     wanted = _eval_settings(args)
-    _check_prompts(args.tokens, 8000)
+    _check_prompts(args, 192)
     for level in args.thresholds:
         if not 0 <= level <= 1:
             raise ValueError(f"eval: thresholds must be in [0, 1], got {level}")
@@ -338,10 +338,16 @@ def _check_steps(tokens_per_step: Sequence[int]) -> None:
             raise ValueError(f"eval: tokens_per_step must be in [1, 32], got {each}")
 
 
-def _check_prompts(tokens: Sequence[int], most: int) -> None:
-    for each in tokens:
-        if not 512 <= each <= most:
-            raise ValueError(f"eval: tokens must be in [512, {most}] (the model has 8192 positions), got {each}")
+def _check_prompts(args: argparse.Namespace, spare: int) -> None:
+    """Refuses --tokens that leave no `spare` positions behind the prompt."""
+    from mage_ext.models import builtin
+
+    positions = builtin.positions(args.adapter)
+    for each in args.tokens:
+        if not 512 <= each <= positions - spare:
+            raise ValueError(
+                f"eval: tokens must be in [512, {positions - spare}] (the model has {positions} positions), got {each}"
+            )
 
 
 def _check_out(owner: str, path: str | None) -> None:
@@ -371,7 +377,8 @@ def _eval_start(args: argparse.Namespace) -> "tuple[Runner, Callable[[str, list]
 
     def write(name: str, rows: list) -> None:
         if args.out:
-            needles.write_rows(args.out, name, builtin.NAME, _device_name(device), commit(), rows)
+            model = builtin.NAME if args.adapter is None else os.path.basename(args.adapter).split(".")[0]
+            needles.write_rows(args.out, name, model, _device_name(device), commit(), rows)
 
     tell = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
     return needles.Runner(args.jobs, texts, args.adapter, args.batch, tell, device, dtype), write
@@ -644,7 +651,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--tokens", type=int, default=2048, help="length of the prompt (default 2048)")
     demo.add_argument("--seed", type=int, default=1, help="of text, facts and question")
-    demo.add_argument("--adapter", metavar="FILE", help="an adapter of `mage train` in place of the shipped one")
+    demo.add_argument("--adapter", metavar="FILE", help="an adapter of `mage train`, or the name of a shipped one")
     _add_device_arguments(demo)
     demo.set_defaults(run=_demo)
 
@@ -761,7 +768,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--g", nargs="+", type=int, default=[1], help="tokens per unit (default 1)")
     add("--dense-layers", nargs="+", type=int, default=[2], metavar="N", help="the first N layers stay exact")
     add("--tokens", nargs="+", type=int, default=[2048], help="lengths of the prompt (default 2048)")
-    add("--thresholds", nargs="+", type=float, default=[0.5, 0.7, 0.8, 0.9, 0.95, 0.99], metavar="P")
+    add("--thresholds", nargs="+", type=float, default=[0.5, 0.9, 0.99, 0.999, 0.9999, 1.0], metavar="P")
     thresholds.set_defaults(run=_eval_thresholds)
     for suite in (needle, compared, recall, prose, heatmap, thresholds):
         add = suite.add_argument
@@ -770,7 +777,7 @@ def make_parser() -> argparse.ArgumentParser:
         _add_device_arguments(suite)
         add("--jobs", type=int, default=1, help="processes that share the cores")
         add("--batch", type=int, default=1, help="cases per batch")
-        add("--adapter", metavar="FILE", help="an adapter of `mage train` in place of the shipped one")
+        add("--adapter", metavar="FILE", help="an adapter of `mage train`, or the name of a shipped one")
         add("--out", metavar="FILE", help="evaluation file (JSON) to write")
     recall.set_defaults(n=64)
     heatmap.set_defaults(n=20)
