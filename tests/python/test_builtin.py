@@ -71,7 +71,7 @@ def test_facts_of_the_configuration(base):
     assert (config.num_layers, config.num_heads, config.num_kv_heads, config.head_dim) == (30, 9, 3, 64)
     assert (config.vocab_size, config.hidden_size, config.intermediate_size) == (49152, 576, 1536)
     assert (config.block_size, config.token_shift, config.mask_id, config.eos_ids) == (32, True, 16, (2,))
-    assert (config.max_positions, config.rope_theta) == (8192, 100000.0)
+    assert (config.max_positions, config.rope_theta) == (8192, 100000.0) and builtin.positions() == 8192
     assert sum(weight.numel() for weight in model.parameters()) == 134_515_008
     assert model.lm_head.weight is model.embed_tokens.weight
     assert not any(weight.requires_grad for weight in model.parameters()) and not model.training
@@ -140,8 +140,9 @@ def test_a_cut_model_is_loaded_by_the_name_of_its_file(base, loaded, tmp_path, m
     assert torch.equal(three.model.embed_tokens.weight, loaded.model.embed_tokens.weight)
     other = builtin.load_builtin(adapter=tmp_path / "three.safetensors")
     assert other.config == three.config
-    with pytest.raises(ValueError, match="load_builtin: name must be one of three, got 'four'"):
-        builtin.load_builtin(name="four")
+    assert builtin.positions("three") == builtin.positions(tmp_path / "three.safetensors") == 16384
+    with pytest.raises(ValueError, match="load_adapter: path must name an adapter file, got 'four'"):
+        builtin.load_builtin(adapter="four")
 
 
 @pytest.fixture(scope="module")

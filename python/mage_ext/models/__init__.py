@@ -39,4 +39,4 @@ def load(
     if overrides:
         raise ValueError(f"load: overrides must not be given for {path}, got {', '.join(sorted(overrides))}")
     device = check_device("load", device)
-    return builtin.load_builtin(None if dtype is None else huggingface.resolve_dtype(dtype), device, name=str(path))
+    return builtin.load_builtin(None if dtype is None else huggingface.resolve_dtype(dtype), device, str(path))

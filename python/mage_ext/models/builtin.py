@@ -58,6 +58,20 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in WEIGHTS.glob("*.safetensors")))
 
 
+def adapter_path(adapter: str | Path | None) -> Path:
+    """The file of an adapter: of a name of names(), of `mage train`, or (None) of the first model, NAME."""
+    adapter = adapter or NAME
+    return (
+        WEIGHTS / f"{adapter}.safetensors" if str(adapter) in names() and not Path(adapter).exists() else Path(adapter)
+    )
+
+
+def positions(adapter: str | Path | None = None) -> int:
+    """Positions of the model of an adapter. Raises ValueError as load_adapter does."""
+    cut = adapter_cut(adapter_path(adapter))
+    return 8192 if cut is None else cut.max_positions
+
+
 def load_base(
     path: str | Path | None = None, block_size: int = 32, cut: Cut | None = None
 ) -> tuple[ModelConfig, Transformer, Tokenizer]:
@@ -90,21 +104,18 @@ def load_builtin(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     adapter: str | Path | None = None,
-    name: str = NAME,
 ) -> LoadedModel:
     """A shipped model, ready for generate().
 
     Args:
         dtype: of the weights; None: float32, on CUDA bfloat16. The adapter is folded in float32 before.
         device: where they go.
-        adapter: an adapter file of `mage train` in place of the shipped one. name: of names(), if no adapter is given.
+        adapter: a name of names(), or an adapter file of `mage train`; None: NAME.
     Raises:
         FileNotFoundError: the base package is not installed.
-        ValueError: there is no such model, or the adapter does not fit.
+        ValueError: there is no such adapter, or it does not fit.
     """
-    if adapter is None and name not in names():
-        raise ValueError(f"load_builtin: name must be one of {', '.join(names())}, got {name!r}")
-    path = adapter or WEIGHTS / f"{name}.safetensors"
+    path = adapter_path(adapter)
     cut = adapter_cut(path)
     tensors = load_adapter(path, base=BASE_NAME, cut=cut)
     config, model, tokenizer = load_base(cut=cut)
