@@ -211,7 +211,7 @@ def _eval_recall(args: argparse.Namespace) -> int:
     _check_prompts(args, 32 * (args.blocks + 1))
     look = attention_study.Look(tuple(args.k), tuple(args.g), tuple(args.methods))
     runner, write = _eval_start(args)
-    options = (args.tasks, args.tokens, args.blocks, args.tokens_per_step, args.control, args.forced)
+    options = (args.tasks, args.tokens, args.blocks, args.tokens_per_step, args.control)
     for rows in attention_study.suite(runner, args.n, look, *options):
         write("eval/recall", rows)
     runner.close()
@@ -717,7 +717,13 @@ def make_parser() -> argparse.ArgumentParser:
 
     recall = suites.add_parser("recall", help="how far a block's first forward foretells the attention of the others")
     add = recall.add_argument
-    add("--tasks", nargs="+", default=["prose", "four_keys"], choices=["prose", *tasks])
+    add(
+        "--tasks",
+        nargs="+",
+        default=["prose", "four_keys"],
+        choices=["prose", "prose_forced", *tasks],
+        help="prose_forced: a text's own next blocks in place of what the model writes behind it",
+    )
     lists = ["mage", "mage_max", "mage_all", "mage_prefix", "probe1", "probe5", "v1", "carry", "tidal", "quest"]
     lists += ["recency", "random", "oracle"]
     add("--methods", nargs="+", default=lists, choices=lists, metavar="METHOD", help=f"of {' '.join(lists)}")
@@ -731,11 +737,6 @@ def make_parser() -> argparse.ArgumentParser:
         default="none",
         choices=["none", "base", "shuffled"],
         help="base: without the adapter; shuffled: the entries of every matrix permuted",
-    )
-    add(
-        "--forced",
-        action="store_true",
-        help="with --tasks prose: the text's own next blocks in place of what the model writes",
     )
     recall.set_defaults(run=_eval_recall)
 

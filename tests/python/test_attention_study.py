@@ -286,7 +286,7 @@ def test_a_study_of_several_blocks():
         assert row["x"][0] == 0 and len(row["by_forward_layer"]) == 5 == len(row["spearman"]) + 1
         assert len(row["by_forward_layer"][0]) == 3
     assert budgets[3]["by_forward_layer"][0][0] >= budgets[2]["by_forward_layer"][0][0]
-    assert attention.table(rows)[0].startswith("prose (own), 128 tokens, g = 1, control none, 3")
+    assert attention.table(rows)[0].startswith("prose, 128 tokens, g = 1, control none, 3")
 
 
 def test_lists_of_the_block_before_are_carried():
@@ -410,12 +410,10 @@ def test_a_suite_joins_its_batches(monkeypatch):
     assert got["score"] == pytest.approx(whole[0]["score"], abs=2e-3)
     shuffled = list(attention.suite(runner, 2, look, ["prose"], [128], 1, control="shuffled"))[-1]
     assert {row["control"] for row in shuffled} == {"shuffled"}
-    assert {row["trajectory"] for row in shuffled} == {"own"}
-    forced = list(attention.suite(runner, 2, look, ["prose"], [128], 1, forced=True))[-1]
-    assert {row["trajectory"] for row in forced} == {"forced"} and forced[0]["prefix_tokens"] == 128
+    forced = list(attention.suite(runner, 2, look, ["prose_forced"], [128], 1))[-1]
+    assert {row["task"] for row in forced} == {"prose_forced"} and forced[0]["prefix_tokens"] == 128
     for arguments, message in (
-        (dict(tasks_wanted=["lines?"]), r"tasks_wanted must be of prose, needle, .*, got 'lines\?'"),
-        (dict(forced=True, tasks_wanted=["needle"]), "tasks_wanted must be of prose, got 'needle'"),
+        (dict(tasks_wanted=["lines?"]), r"tasks_wanted must be of prose, prose_forced, .*, got 'lines\?'"),
         (dict(control="none?"), r"control must be of none, base, shuffled, got 'none\?'"),
         (dict(look=Look((16,), (1,), ("x",))), "look.methods must be of mage, .*, got 'x'"),
         (dict(look=Look((16,), (32,))), r"look.ks must hold a multiple of one of gs = \[32\], got \[16\]"),

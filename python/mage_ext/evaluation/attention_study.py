@@ -4,9 +4,10 @@ Blocks are those that exact generation writes, or the next ones of a text, uncov
 them is done with the attention of every row looked at. Rows of `mage eval recall` (eval/recall.json). All have
 
     study                "recall", "alignment" or "budget"
-    task, tokens         "prose" (held-out text is continued) or a task of method_comparison; tokens of a prompt, about
-    trajectory           "own": what the model writes; "forced": the text's own next blocks, in an order that is the
-                         same for every model (one that has learned nothing would write one token over and over)
+    task, tokens         tokens of a prompt, about, and what follows it: "prose": what the model writes behind held-out
+                         text; "prose_forced": that text's own next blocks, uncovered in an order that is the same for
+                         every model (one that has learned nothing would write one token over and over); or a task of
+                         method_comparison
     control              "none"; "base": the weights before the adapter; "shuffled": entries of each matrix permuted
     n, blocks            contexts, and the blocks of them that count
     T, prefix_tokens     forwards of a whole open block; mean prefix
@@ -719,15 +720,12 @@ def study(
     return tally.cpu()
 
 
-def rows(
-    tally: Tally, look: Look, *, task: str, tokens: int, control: str, forwards: int, forced: bool = False
-) -> list[dict[str, Any]]:
+def rows(tally: Tally, look: Look, *, task: str, tokens: int, control: str, forwards: int) -> list[dict[str, Any]]:
     """The rows of an evaluation file, as the module's docstring has them. forwards: T."""
     prefix = tally.blocks["prefix",]
     head = {
         "task": task,
         "tokens": tokens,
-        "trajectory": "forced" if forced else "own",
         "control": control,
         "n": len(prefix.contexts.unique()),
         "blocks": len(prefix.contexts),
@@ -815,22 +813,20 @@ def suite(
     num_blocks: int = 4,
     tokens_per_step: int = 4,
     control: str = "none",
-    forced: bool = False,
 ) -> Iterator[list[dict[str, Any]]]:
     """All rows so far, after every batch of contexts.
 
     Args:
         runner: of the model. n: contexts per task and length, seeds 0 .. n - 1. look: what for.
-        tasks_wanted: "prose" or of method_comparison.TASKS. tokens: of a prompt; "prose" takes whole blocks.
+        tasks_wanted: "prose", "prose_forced" or of method_comparison.TASKS. tokens: of a prompt; prose takes whole
+            blocks.
         num_blocks: of an answer, at most; retrieval ends when the model ends it. tokens_per_step: of the generation.
-        control: of CONTROLS. forced: as in `study`, with the task "prose" alone.
+        control: of CONTROLS.
     Raises:
         ValueError: naming the argument.
     """
-    check_choices("suite", "tasks_wanted", tasks_wanted, ("prose", *TASKS))
+    check_choices("suite", "tasks_wanted", tasks_wanted, ("prose", "prose_forced", *TASKS))
     check_choices("suite", "control", [control], CONTROLS)
-    if forced:
-        check_choices("suite", "tasks_wanted", tasks_wanted, ("prose",))  # other texts have no next blocks
     check_choices("suite", "look.methods", look.methods, LISTS)
     if not look.settings:
         raise ValueError(f"suite: look.ks must hold a multiple of one of gs = {list(look.gs)}, got {list(look.ks)}")
@@ -838,12 +834,12 @@ def suite(
     done: list[dict[str, Any]] = []
     for task in tasks_wanted:
         for length in tokens:
-            arguments = dict(task=task, tokens=length, look=look, num_blocks=num_blocks, sampler=sampler, forced=forced)
+            arguments = dict(task=task, tokens=length, look=look, num_blocks=num_blocks, sampler=sampler)
             work = functools.partial(_work, **arguments, control=control)
             whole, now = Tally(), []
             for part, forwards in runner.parts(work, n):
                 whole.extend(part)
-                told = dict(task=task, tokens=length, control=control, forwards=forwards, forced=forced)
+                told = dict(task=task, tokens=length, control=control, forwards=forwards)
                 now = rows(whole, look, **told)
                 if runner.progress is not None:
                     runner.progress(f"{task}, {length} tokens: {now[0]['n']}/{n} contexts, {_line(now[0])}")
@@ -860,12 +856,12 @@ def _work(
     num_blocks: int,
     sampler: SamplerConfig,
     control: str,
-    forced: bool,
 ) -> tuple[Tally, int]:
     """The sums of some contexts, and T."""
     loaded, maker = needles.worker()
     size, shift = loaded.config.block_size, int(loaded.config.token_shift)
-    if task == "prose":
+    forced = task == "prose_forced"
+    if task == "prose" or forced:
         length = tokens // size * size + (num_blocks * size if forced else 0)
         prompts = [prose(maker, seed, length) for seed in seeds]
     else:
@@ -916,8 +912,7 @@ def table(rows: Sequence[dict[str, Any]]) -> list[str]:
         ks = sorted({row["K"] for row in inside})
         first = inside[0]
         lines.append(
-            f"{task} ({first['trajectory']}), {tokens} tokens, g = {g}, control {first['control']}, "
-            f"{first['n']} contexts: recall / kept, %"
+            f"{task}, {tokens} tokens, g = {g}, control {first['control']}, {first['n']} contexts: recall / kept, %"
         )
         lines.append(f"{'K':>14}" + "".join(f"{k:>16}" for k in ks))
         for name in dict.fromkeys(row["method"] for row in inside):
