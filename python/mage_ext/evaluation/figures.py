@@ -413,7 +413,7 @@ def _needles(rows: Sequence[Row]) -> "Figure":
                     ec="#a0a0a0",
                     hatch="//",
                 )
-        axis.imshow(score, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
+        axis.imshow(score, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto", alpha=0.7)
         axis.set_xticks(range(len(lengths)), lengths, fontsize=7)
         axis.set_yticks(range(len(depths)), [f"{100 * depth:.0f} %" for depth in depths], fontsize=7)
         axis.set_title(f"{method}, n = {found[0]['n']} each", fontsize=9)
