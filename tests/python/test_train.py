@@ -573,17 +573,17 @@ def test_settings_refuse(make, message):
 # --- the command ----------------------------------------------------------------------------------------------------
 
 
-def test_curriculum_is_that_of_the_shipped_model():
-    log = builtin.WEIGHTS / "training_log.jsonl"
-    start = json.loads(log.read_text().splitlines()[0])
-    stages = adapt.curriculum(8)
-    names = ("trunk", "branches", "branch_tokens", "branch_blocks", "trunk_blocks", "block")
-    for stage, told in zip(stages, start["stages"], strict=True):
-        assert {name: getattr(stage.layout, name) for name in names} == told["layout"]
-        assert (stage.rows, stage.gate) == (told["rows"], told["gate"])
-        assert (stage.min_steps, stage.max_steps) == (told["min_steps"], told["max_steps"])
-    defaults = TrainConfig(minutes=start["config"]["minutes"], workers=start["config"]["workers"])
-    assert all(getattr(defaults, name) == value for name, value in start["config"].items())
+def test_curricula_are_those_of_the_shipped_model():
+    """Its two runs, with all that their logs tell of stages and settings."""
+    lines = map(json.loads, (builtin.WEIGHTS / "training_log.jsonl").read_text().splitlines())
+    starts = [line for line in lines if line.get("event") == "start"]
+    for start, name in zip(starts, ("short", "long"), strict=True):
+        plan = adapt.CURRICULA[name]
+        for stage, told in zip(plan.stages(8), start["stages"], strict=True):
+            assert {key: value for key, value in dataclasses.asdict(stage).items() if key in told} == told
+        config = {key: start["config"][key] for key in ("minutes", "workers", "seed")}
+        run = TrainConfig(**config, **plan.settings)
+        assert all(getattr(run, name) == value for name, value in start["config"].items())
 
 
 def test_cut_curriculum_fits_what_is_kept():
