@@ -369,6 +369,8 @@ def _eval_start(args: argparse.Namespace) -> "tuple[Runner, Callable[[str, list]
     for name in ("n", "jobs", "batch"):
         if getattr(args, name) < 1:
             raise ValueError(f"eval: {name} must be at least 1, got {getattr(args, name)}")
+    if not 0 <= args.first_seed < 1 << 32:
+        raise ValueError(f"eval: first_seed must be in [0, {1 << 32}), got {args.first_seed}")
     _check_out("eval", args.out)
     texts = tasks.read_texts(args.text) if args.text else None
     if texts is not None and len(texts) > 9:
@@ -378,10 +380,11 @@ def _eval_start(args: argparse.Namespace) -> "tuple[Runner, Callable[[str, list]
     def write(name: str, rows: list) -> None:
         if args.out:
             model = builtin.NAME if args.adapter is None else os.path.basename(args.adapter).split(".")[0]
-            needles.write_rows(args.out, name, model, _device_name(device), commit(), rows)
+            needles.write_rows(args.out, name, model, _device_name(device), commit(), rows, args.first_seed)
 
     tell = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
-    return needles.Runner(args.jobs, texts, args.adapter, args.batch, tell, device, dtype), write
+    runner = needles.Runner(args.jobs, texts, args.adapter, args.batch, tell, device, dtype, args.first_seed)
+    return runner, write
 
 
 def _profile(args: argparse.Namespace) -> int:
@@ -775,6 +778,7 @@ def make_parser() -> argparse.ArgumentParser:
         add = suite.add_argument
         add("--text", nargs="+", metavar="FILE", help="prose; of more than 9 texts the held-out tenth is used")
         add("--n", type=int, default=200, help="cases per task, length and depth (default %(default)s)")
+        add("--first-seed", type=int, default=0, metavar="N", help="of the cases; 0 .. 999 are those of development")
         _add_device_arguments(suite)
         add("--jobs", type=int, default=1, help="processes that share the cores")
         add("--batch", type=int, default=1, help="cases per batch")

@@ -245,7 +245,7 @@ class Runner:
     Args:
         jobs: processes; 1 runs in this one. texts: prose as (name, text) pairs, None for the project's own.
         adapter: an adapter file in place of the shipped one. batch: cases per batch. progress: takes a line per batch.
-        device, dtype: of the model; as in `load_builtin`.
+        device, dtype: of the model; as in `load_builtin`. first: the cases' first seed, >= 0.
     """
 
     def __init__(
@@ -257,8 +257,9 @@ class Runner:
         progress: Callable[[str], None] | None = None,
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
+        first: int = 0,
     ):
-        self.jobs, self.batch, self.progress = jobs, batch, progress
+        self.jobs, self.batch, self.progress, self.first = jobs, batch, progress, first
         threads = max(1, torch.get_num_threads() // jobs)
         arguments = (texts, adapter, threads, device, dtype)
         if jobs > 1:
@@ -273,13 +274,14 @@ class Runner:
             self._pool.shutdown()
 
     def parts(self, work: Callable[[range], T], n: int) -> Iterable[T]:
-        """What `work` returns of the seeds 0 .. n - 1, batch by batch, in order. It runs where `worker()` is; with more
-        than one job it and what it returns must pickle."""
-        parts = [range(begin, min(begin + self.batch, n)) for begin in range(0, n, self.batch)]
+        """What `work` returns of n seeds from `first` on, batch by batch, in order. It runs where `worker()` is; with
+        more than one job it and what it returns must pickle."""
+        end = self.first + n
+        parts = [range(begin, min(begin + self.batch, end)) for begin in range(self.first, end, self.batch)]
         return (self._pool.map if self._pool is not None else map)(work, parts)
 
     def compare(self, methods: Sequence[Method], n: int, num_tokens: int, asked: int, distractors: int) -> list[Score]:
-        """Every method on the cases with the seeds 0 .. n - 1; one Score per method, cases in order of their seeds."""
+        """Every method on the cases of n seeds from `first` on; one Score per method, cases in order of their seeds."""
         work = functools.partial(_work, methods=methods, num_tokens=num_tokens, asked=asked, distractors=distractors)
         scores = [Score(method) for method in methods]
         for part in self.parts(work, n):
@@ -319,9 +321,9 @@ def _work(seeds: range, *, methods: Sequence[Method], num_tokens: int, asked: in
 
 
 def write_rows(
-    path: str | Path, name: str, model: str, device: str, commit: str, rows: Sequence[dict[str, Any]]
+    path: str | Path, name: str, model: str, device: str, commit: str, rows: Sequence[dict[str, Any]], first: int = 0
 ) -> None:
-    """Writes an evaluation file: JSON, as bench/results/ keeps them, a line per row.
+    """Writes an evaluation file: JSON, as bench/results/ keeps them, a line per row. first: the cases' first seed.
 
     Raises:
         ValueError: path is in a folder "h100" and device names no H100.
@@ -329,7 +331,7 @@ def write_rows(
     if "h100" in Path(path).parts and "H100" not in device:
         raise ValueError(f"write_rows: path must be outside of folders named h100 on {device}, got {str(path)!r}")
     n = max((row["n"] for row in rows), default=0)
-    head = {"name": name, "model": model, "device": device, "commit": commit, "n": n}
+    head = {"name": name, "model": model, "device": device, "commit": commit, "n": n, "first_seed": first}
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join("  " + json.dumps(row) for row in rows)
