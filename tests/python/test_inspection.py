@@ -411,11 +411,14 @@ def test_inspect_finds_the_fact_in_a_file(tmp_path, capsys):
     arguments = ["--text", str(text), "--prompt", question, "--max-new-tokens", "16", "-k", "32", "--block", "1"]
     assert cli.main(["inspect", *arguments, "--out", str(tmp_path / "page.html")]) == 0
     assert "written: " in capsys.readouterr().out
-    opened = browser.open_page(tmp_path / "page.html", tmp_path / "profile", "#layer=14&step=1")
+    opened = browser.open_page(tmp_path / "page.html", tmp_path / "profile", "#step=99")
     assert opened.console == []
     # The prompt's end leaves room for three digits in its block.
     tokens = sorted((t for t in opened.find("span", "t") if "data-i" in t.attributes), key=_number)
     assert "assistant\u21b5\n4821973" in "".join(token.text for token in tokens)
-    # The block writes the others, and reads them in the middle layers.
-    listed = "".join(token.text for token in tokens if "listed" in token.classes)
-    assert "1973" in listed and len(listed) < 0.3 * len(text.read_text())
+    # More lists hold the fact's digits than what is told around it.
+    shares = [int(re.search(r"in (\d+) % of the lists|$", token.attributes["title"])[1] or 0) for token in tokens]
+    place = [token.text for token in tokens].index("4")
+    told = [share for token, share in zip(tokens, shares, strict=True) if token.text in (" fer", "ryman", " coins")]
+    assert "".join(token.text for token in tokens[place : place + 7]) == "4821973" and told
+    assert sum(shares[place : place + 7]) / 7 > 3 * sum(told) / len(told)
