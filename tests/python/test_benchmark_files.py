@@ -4,6 +4,7 @@ Run: pytest tests/python/test_benchmark_files.py
 """
 
 import json
+import random
 
 import pytest
 import torch
@@ -102,6 +103,28 @@ def test_counts_and_paragraphs():
 )
 def test_code_similarity(prediction, reference, score):
     assert metrics.code_sim_score(prediction, reference) == score
+
+
+@pytest.mark.filterwarnings("ignore:Using slow pure-python SequenceMatcher")
+def test_metrics_are_those_of_the_packages_that_longbench_calls():
+    """On random text, where the packages are installed: pip install rouge==1.0.1 fuzzywuzzy."""
+    rouge, fuzz = pytest.importorskip("rouge"), pytest.importorskip("fuzzywuzzy.fuzz")
+    if fuzz.SequenceMatcher.__module__ != "difflib":
+        pytest.skip("fuzzywuzzy counts with python-Levenshtein here")
+    rng, pieces = random.Random(0), ["a", "b", "c", "the", "dog", " ", " ", ". ", ".", " x ", "\n"]
+
+    def text():
+        return "".join(rng.choice(pieces) for _ in range(rng.randrange(40)))
+
+    for _ in range(500):
+        prediction, reference = text(), text()
+        try:
+            expected = rouge.Rouge().get_scores([prediction], [reference], avg=True)["rouge-l"]["f"]
+        except ValueError:  # nothing to compare: LongBench counts 0
+            expected = 0.0
+        assert metrics.rouge_score(prediction, reference) == pytest.approx(expected, abs=1e-12)
+        line = prediction.lstrip("\n").split("\n")[0]
+        assert metrics.code_sim_score(prediction, reference) == fuzz.ratio(line, reference) / 100
 
 
 def test_the_best_answer_counts_and_of_some_datasets_the_first_line():

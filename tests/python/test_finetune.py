@@ -552,6 +552,16 @@ def test_command_says_in_one_line_what_is_wrong(folder, texts, arguments, messag
     assert not (tmp_path / "out").exists()
 
 
+def test_command_measures_steps(folder, short_rows, capsys):
+    options = ["--tokens", "128", "--k", "64", "--dense-layers", "1", "--device", "cpu"]
+    assert cli.main(["train", "finetune", "--measure", "--model", str(folder), *options]) == 0
+    title, line = capsys.readouterr().out.splitlines()
+    row = json.loads(line)
+    assert title == f"{folder} on cpu" and row["tokens"] == 128 and row["seconds_per_step"] > 0
+    assert cli.main(["train", "finetune", "--measure", "--model", "random:9B", "--device", "cpu"]) == 2
+    assert "random_model: name must be one of 1.5B, 7B, 8B, got '9B'" in capsys.readouterr().err
+
+
 def test_command_needs_texts_and_a_folder(folder, capsys):
     assert cli.main(["train", "finetune", "--model", str(folder), "--device", "cpu"]) == 2
     assert "finetune: text must be given but for --measure, got none" in capsys.readouterr().err

@@ -48,8 +48,9 @@ def finetune(
 ) -> None:
     """Fine-tunes a model and leaves it in `out`, with log.jsonl.
 
-    Adapters: adapter.safetensors (bfloat16) and adapter-int8.safetensors, as `mage train adapter` writes them. All
-    weights: a folder that `models.load` takes, with the files of `model` beside the weights.
+    Adapters: adapter.safetensors (bfloat16) and adapter-int8.safetensors, as `mage train adapter` writes them;
+    `adapter.apply_adapter(loaded.model, adapter.load_adapter(file))` folds one into the model of a folder.
+    All weights: a folder that `models.load` takes, with the files of `model` beside the weights.
 
     Args:
         model: a folder, or models.builtin.NAME, whose shipped adapter is trained on.
