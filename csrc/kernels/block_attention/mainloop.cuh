@@ -589,31 +589,61 @@ struct Consumer {
     // The piece's result: a whole segment's goes to out and lse, any other into its slot.
     __device__ __forceinline__ void store() {
         const int64_t stream = int64_t{piece.request} * args.num_kv_heads + piece.kv_head;
+        float inverse[2];
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const float all = device::quad_sum(sum[r]);
             const float below = device::quad_sum(prefix_sum[r]);
             const float log2_all = all == 0.0f ? -INFINITY : reference[r] + device::log2_fast(all);
             const float log2_below = below == 0.0f ? -INFINITY : reference[r] + device::log2_fast(below);
-            const float inverse = all == 0.0f ? 0.0f : __fdividef(1.0f, all);  // NaN stays
+            inverse[r] = all == 0.0f ? 0.0f : __fdividef(1.0f, all);  // NaN stays
             if (piece.slot >= 0) {
-                store_partial(r, inverse, log2_all, log2_below);
+                store_partial(r, inverse[r], log2_all, log2_below);
                 continue;
             }
-            if (row_of(r) >= args.rows) continue;
+            if (row_of(r) >= args.rows || lane % 4 != 0) continue;
             const int32_t query = query_of(args, row_of(r));
             const int32_t head = piece.kv_head * args.group + row_of(r) - query * args.group;
-            uint32_t* out = static_cast<uint32_t*>(args.out) +
-                            ((int64_t{piece.request} * args.num_queries + query) * args.num_heads + head) * (kDim / 2);
-#pragma unroll
-            for (int i = 0; i < kDim / 8; ++i)
-                out[4 * i + lane % 4] = pack(o[4 * i + 2 * r] * inverse, o[4 * i + 2 * r + 1] * inverse, T());
-            if (lane % 4 != 0) continue;
             args.lse[(int64_t{piece.request} * args.num_heads + head) * args.num_queries + query] = log2_all * kLn2;
             if (args.units == nullptr) continue;
             reinterpret_cast<float2*>(args.row_stats)[stream * args.rows + row_of(r)] =
                 make_float2(log2_all, log2_below);
         }
+        if (piece.slot < 0) store_out(inverse);
+    }
+
+    // Rows of out, by way of those of Q in shared memory, which nobody reads any more, in the same swizzle: a lane
+    // writes 16 bytes at once. Matrices of 8 x 8: two blocks of eight columns, each of the rows and those 8 below.
+    __device__ __forceinline__ void store_out(const float (&inverse)[2]) {
+        const uint32_t group = kGroupBarrier + warpgroup;
+        const uint32_t rows_of_warp = device::shared_address(shared.q) + thread % Config::kConsumers / kWarp * (16 * kRowBytes);
+        const auto at = [&](int32_t row, int32_t chunk) {
+            return rows_of_warp + chunk / 8 * (Config::kCtaRows * kRowBytes) + row * kRowBytes +
+                   ((chunk % 8) ^ (row % 8)) * 16;
+        };
+        device::named_barrier(group, kWarpgroup);
+#pragma unroll
+        for (int i = 0; i < kDim / 8; i += 2) {
+            const float* x = o + 4 * i;
+            device::store_matrices(at(lane % 16, i + lane / 16),
+                                   make_uint4(pack(x[0] * inverse[0], x[1] * inverse[0], T()),
+                                              pack(x[2] * inverse[1], x[3] * inverse[1], T()),
+                                              pack(x[4] * inverse[0], x[5] * inverse[0], T()),
+                                              pack(x[6] * inverse[1], x[7] * inverse[1], T())));
+        }
+        __syncwarp();
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            if (row_of(r) >= args.rows) continue;
+            const int32_t query = query_of(args, row_of(r));
+            const int32_t head = piece.kv_head * args.group + row_of(r) - query * args.group;
+            uint4* out = static_cast<uint4*>(args.out) +
+                         ((int64_t{piece.request} * args.num_queries + query) * args.num_heads + head) * (kDim / 8);
+#pragma unroll
+            for (int i = 0; i < kDim / 8; i += 4)
+                out[i + lane % 4] = device::load_shared(at(lane / 4 + 8 * r, i + lane % 4));
+        }
+        device::named_barrier(group, kWarpgroup);  // the next Q may come
     }
 
     __device__ __forceinline__ void store_partial(int r, float inverse, float log2_all, float log2_below) const {
