@@ -141,6 +141,8 @@ void launch_block_attention(const char* op, const BlockAttentionParams& p, const
     check_block_attention(p, op);
     check_supported(op, p, outputs);
     if (p.num_requests == 0) return;
+    const uintptr_t past = reinterpret_cast<uintptr_t>(p.out) % 16;
+    MAGE_CHECK(past == 0, op, ": out must be aligned to 16 bytes on CUDA, got a base ", past, " bytes past it");
 
     const int64_t list_tokens = lists == nullptr ? 0 : lists->capacity * lists->granularity;
     const int64_t most_positions =

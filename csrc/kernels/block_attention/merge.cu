@@ -197,23 +197,22 @@ __device__ __forceinline__ int32_t find_final_sums(const AttentionArgs& args, in
             } else {
                 Sums own;
                 for (int32_t first = part; first < row.pieces.count; first += kParts * kSumsInFlight) {
-                    float all[kSumsInFlight];
+                    float all[kSumsInFlight], below[kSumsInFlight];
                     float highest = -INFINITY, scale;
 #pragma unroll
                     for (int i = 0; i < kSumsInFlight; ++i) {
                         const int32_t piece = first + i * kParts;
-                        all[i] = piece < row.pieces.count ? row.stats(piece)[0] : -INFINITY;
+                        const bool is_there = piece < row.pieces.count;
+                        const float* stats = row.stats(piece);
+                        all[i] = is_there ? stats[0] : -INFINITY;
+                        below[i] = is_there && args.prefix_lens != nullptr ? stats[args.tile_rows] : -INFINITY;
                         highest = fmaxf(highest, all[i]);
                     }
                     const float from = own.rebase(highest, &scale);
 #pragma unroll
-                    for (int i = 0; i < kSumsInFlight; ++i) own.all += device::exp2_fast(all[i] - from);
-                    if (args.prefix_lens == nullptr) continue;
-#pragma unroll
                     for (int i = 0; i < kSumsInFlight; ++i) {
-                        const int32_t piece = first + i * kParts;
-                        if (piece < row.pieces.count)
-                            own.below += device::exp2_fast(row.stats(piece)[args.tile_rows] - from);
+                        own.all += device::exp2_fast(all[i] - from);
+                        own.below += device::exp2_fast(below[i] - from);
                     }
                 }
                 // The parts of a row are neighbours in a warp, and all of them are here or none.
@@ -291,11 +290,12 @@ template <bool kMass>
 __global__ void __launch_bounds__(kMergeThreads, 2)
     mage_block_attention_merge_kernel(const __grid_constant__ AttentionArgs args) {
     const int64_t stream = int64_t{blockIdx.z} * args.num_kv_heads + blockIdx.y;
-    // Lengths were there before the attention launch released this one; what that launch writes is after the wait.
-    const int32_t length = args.indices == nullptr ? stream_length<false>(args, blockIdx.z, blockIdx.y)
-                                                   : stream_length<true>(args, blockIdx.z, blockIdx.y);
+    // Lengths were there before the attention launch released this one: they are on their way during the wait.
+    const int32_t seq_len = __ldcg(args.seq_lens + blockIdx.z);
     device::dependency_wait();
     device::dependency_release();
+    const int32_t length = args.indices == nullptr ? min(max(seq_len, 0), args.max_seq_len)
+                                                   : stream_length<true>(args, blockIdx.z, blockIdx.y);
     if (!kMass || static_cast<int32_t>(blockIdx.x) < args.merge_blocks) {
         __shared__ float records[kMergeWarps * kRecord];
         merge_rows(args, stream, length == 0, records);
