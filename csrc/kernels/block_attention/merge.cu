@@ -261,7 +261,18 @@ __device__ __forceinline__ void finish_units(const AttentionArgs& args, int64_t 
     float* at = args.units + (stream * args.num_units + unit) * args.rows;
     UnitSums own;
     own.load(args, at, lane, args.mass != nullptr && unit < used);
-    const int32_t kept = unit - warp < used ? find_final_sums(args, stream, sums) : 0;  // a block without units needs none
+    // A block without used units needs none.
+    const bool has_units = unit - warp < used;
+    const int32_t kept = has_units ? find_final_sums(args, stream, sums) : 0;
+    float final_sums[kRows];  // of the lane's rows, or as many of them as are added at once
+    const auto load_final_sums = [&](int32_t base) {
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+            const int32_t row = base + i * kWarp;
+            final_sums[i] = row < args.rows && has_units ? sums[row] : -INFINITY;
+        }
+    };
+    if (args.mass != nullptr) load_final_sums(lane);
     const float factor = kept > 0 && args.score_max == 0 ? 1.0f / static_cast<float>(kept) : 1.0f;
     for (; unit < args.num_units; unit += step, at += int64_t{step} * args.rows) {
         if (args.mass == nullptr) {
@@ -271,15 +282,18 @@ __device__ __forceinline__ void finish_units(const AttentionArgs& args, int64_t 
         }
         float mass = 0.0f;
         for (int32_t base = lane; base < args.rows && unit < used; base += kRows * kWarp) {
-            if (base > lane) own.load(args, at, base, unit < used);
+            if (base > lane) {
+                own.load(args, at, base, unit < used);
+                load_final_sums(base);
+            }
 #pragma unroll
             for (int i = 0; i < kRows; ++i) {
-                const int32_t row = base + i * kWarp;
-                const float sum = row < args.rows ? sums[row] : -INFINITY;
+                const float sum = final_sums[i];
                 const float share = sum == -INFINITY ? 0.0f : device::exp2_fast(own.values[i] - sum);
                 mass = args.score_max != 0 ? fmaxf(mass, share) : mass + share;
             }
         }
+        if (args.rows > kRows * kWarp) load_final_sums(lane);
         if (unit + step < used) own.load(args, at + int64_t{step} * args.rows, lane, true);
         mass = args.score_max != 0 ? device::warp_max(mass) : device::warp_sum(mass);
         if (lane == 0) args.mass[stream * args.num_units + unit] = mass * factor;
