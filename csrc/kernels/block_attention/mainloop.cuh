@@ -326,8 +326,9 @@ struct Consumer {
 #pragma unroll
         for (int i = 0; i < kDim / 16; ++i) {
             const int column = i % 4 * 32;
-            device::Wgmma<T, kKeys>::scores(s, q + (i / 4 * (Config::kCtaRows * kRowBytes) + column) / 16,
-                                            k + (i / 4 * (kKeys * kRowBytes) + column) / 16, i != 0);
+            device::Wgmma<T, kKeys>::scores(
+                s, device::tile_further(q, i / 4 * (Config::kCtaRows * kRowBytes) + column),
+                device::tile_further(k, i / 4 * (kKeys * kRowBytes) + column), i != 0);
         }
         device::wgmma_commit();
     }
@@ -339,7 +340,8 @@ struct Consumer {
         device::pin_registers(o);
         device::wgmma_fence();
 #pragma unroll
-        for (int i = 0; i < kBlocks; ++i) device::Wgmma<T, kDim>::values(o, p[i], v + i * 16 * kRowBytes / 16, true);
+        for (int i = 0; i < kBlocks; ++i)
+            device::Wgmma<T, kDim>::values(o, p[i], device::tile_further(v, i * 16 * kRowBytes), true);
         device::wgmma_commit();
     }
 
