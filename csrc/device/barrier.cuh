@@ -24,8 +24,8 @@ __device__ __forceinline__ uint4 load_shared(uint32_t address) {
     return value;
 }
 
-// Four matrices of 8 x 8 two-byte elements, each spread over the warp as accumulators of wgmma are; lanes 8 i to 8 i + 7
-// give the addresses of the rows of the i-th.
+// Four matrices of 8 x 8 two-byte elements, each spread over the warp as accumulators of wgmma are. Eight lanes in a
+// row give the addresses of a matrix's rows.
 __device__ __forceinline__ void store_matrices(uint32_t address, uint4 values) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(values.x),
                  "r"(values.y), "r"(values.z), "r"(values.w)

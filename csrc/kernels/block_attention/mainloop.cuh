@@ -326,9 +326,8 @@ struct Consumer {
 #pragma unroll
         for (int i = 0; i < kDim / 16; ++i) {
             const int column = i % 4 * 32;
-            device::Wgmma<T, kKeys>::scores(
-                s, device::tile_further(q, i / 4 * (Config::kCtaRows * kRowBytes) + column),
-                device::tile_further(k, i / 4 * (kKeys * kRowBytes) + column), i != 0);
+            device::Wgmma<T, kKeys>::scores(s, device::tile_further(q, i / 4 * (Config::kCtaRows * kRowBytes) + column),
+                                            device::tile_further(k, i / 4 * (kKeys * kRowBytes) + column), i != 0);
         }
         device::wgmma_commit();
     }
@@ -618,7 +617,8 @@ struct Consumer {
     // writes 16 bytes at once. Matrices of 8 x 8: two blocks of eight columns, each of the rows and those 8 below.
     __device__ __forceinline__ void store_out(const float (&inverse)[2]) {
         const uint32_t group = kGroupBarrier + warpgroup;
-        const uint32_t rows_of_warp = device::shared_address(shared.q) + thread % Config::kConsumers / kWarp * (16 * kRowBytes);
+        const uint32_t rows_of_warp =
+            device::shared_address(shared.q) + thread % Config::kConsumers / kWarp * (16 * kRowBytes);
         const auto at = [&](int32_t row, int32_t chunk) {
             return rows_of_warp + chunk / 8 * (Config::kCtaRows * kRowBytes) + row * kRowBytes +
                    ((chunk % 8) ^ (row % 8)) * 16;
