@@ -15,6 +15,23 @@ __device__ __forceinline__ void store_shared(uint32_t address, uint4 value) {
                  : "memory");
 }
 
+__device__ __forceinline__ uint4 load_shared(uint32_t address) {
+    uint4 value;
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+                 : "r"(address)
+                 : "memory");
+    return value;
+}
+
+// Four matrices of 8 x 8 two-byte elements, each spread over the warp as accumulators of wgmma are. Eight lanes in a
+// row give the addresses of a matrix's rows.
+__device__ __forceinline__ void store_matrices(uint32_t address, uint4 values) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(values.x),
+                 "r"(values.y), "r"(values.z), "r"(values.w)
+                 : "memory");
+}
+
 __device__ __forceinline__ float2 load_shared_2(uint32_t address) {
     float2 value;
     asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(value.x), "=f"(value.y) : "r"(address) : "memory");

@@ -24,6 +24,14 @@ __device__ __forceinline__ float max_or_nan(float x, float y) {
     return z;
 }
 
+// Stores without a branch.
+__device__ __forceinline__ void store_if(bool stores, float* to, float x) {
+    asm volatile("{\n.reg .pred stores;\nsetp.ne.b32 stores, %0, 0;\n@stores st.global.f32 [%1], %2;\n}" ::"r"(
+                     static_cast<int>(stores)),
+                 "l"(to), "f"(x)
+                 : "memory");
+}
+
 // The sum of a quad's values, in each of its lanes.
 __device__ __forceinline__ float quad_sum(float x) {
     x += __shfl_xor_sync(~0u, x, 1);

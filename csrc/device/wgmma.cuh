@@ -22,6 +22,12 @@ __device__ __forceinline__ uint64_t swizzled_tile(uint32_t tile, uint32_t atom_s
     return uint64_t{tile | span_stride >> 4 << 16} | uint64_t{1u << 30 | atom_stride >> 4} << 32;
 }
 
+// The descriptor of what lies some bytes further on. The address never carries into the upper half, which stays a
+// constant.
+__device__ __forceinline__ uint64_t tile_further(uint64_t tile, uint32_t bytes) {
+    return uint64_t{static_cast<uint32_t>(tile) + bytes / 16} | tile >> 32 << 32;
+}
+
 // An address in shared memory as descriptors hold it, in units of 16 bytes. The mask drops the CTA of a cluster.
 __device__ __forceinline__ uint32_t tile_address(uint32_t address) { return (address & 0x3FFFF) >> 4; }
 

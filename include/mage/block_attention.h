@@ -49,7 +49,7 @@ struct BlockAttentionParams {
     double softmax_scale = 1.0;
     int64_t split_tokens = 0;
 
-    void* out = nullptr;   // [B, Q, H, D]
+    void* out = nullptr;   // [B, Q, H, D], on CUDA aligned to 16 bytes
     float* lse = nullptr;  // [B, H, Q]
 
     void* workspace = nullptr;  // workspace_bytes, aligned to 16 bytes; contents neither read before written nor kept

@@ -61,7 +61,7 @@ struct AttentionArgs {
     // The merge alone.
     int32_t tile_rows, head_dim;
     bool is_half;          // fp16, not bf16
-    int32_t merge_warps;   // that share a row: 1, 2, 4 or 8
+    int32_t merge_shift;   // 1 << merge_shift warps share a row: 1, 2, 4 or 8
     int32_t merge_blocks;  // of a stream; those behind them finish masses
     float* mass;           // [B, Hkv, n]; null: units become natural logs of shares, in place
     const bool* row_mask;  // [B, Q] or null

@@ -17,10 +17,10 @@ namespace {
 constexpr char kOp[] = "block_attention";
 constexpr double kLog2E = 1.4426950408889634;
 constexpr int64_t kMergePieces = 6;     // that a warp reads at once
-constexpr int32_t kMostMergeWarps = 8;  // that share a row
+constexpr int32_t kMostMergeShift = 3;  // 1 << shift warps share a row
 constexpr int32_t kMaxBoxTokens = 64;
 constexpr int64_t kMaxGrid = 65535;
-constexpr int32_t kFixedMergeWarps = 4;
+constexpr int32_t kFixedMergeShift = 2;
 constexpr int64_t kManyStreams = 32;
 constexpr int64_t kUnitsOfBlock = 64;       // that are worth a block of the merge
 constexpr int64_t kManyBlocks = 32;         // of a stream that finish masses
@@ -141,6 +141,8 @@ void launch_block_attention(const char* op, const BlockAttentionParams& p, const
     check_block_attention(p, op);
     check_supported(op, p, outputs);
     if (p.num_requests == 0) return;
+    const uintptr_t past = reinterpret_cast<uintptr_t>(p.out) % 16;
+    MAGE_CHECK(past == 0, op, ": out must be aligned to 16 bytes on CUDA, got a base ", past, " bytes past it");
 
     const int64_t list_tokens = lists == nullptr ? 0 : lists->capacity * lists->granularity;
     const int64_t most_positions =
@@ -242,18 +244,18 @@ void launch_block_attention(const char* op, const BlockAttentionParams& p, const
     // the same order whatever else is in the batch, so by a fixed number of warps.
     const int64_t pieces = plan.schedule.max_workers / (streams * plan.row_tiles);
     const auto merge_blocks = [&] {
-        const int64_t rows_of_block = merge.warps / args.merge_warps;
+        const int64_t rows_of_block = merge.warps >> args.merge_shift;
         return (plan.rows + rows_of_block - 1) / rows_of_block;
     };
-    args.merge_warps = kFixedMergeWarps;
+    args.merge_shift = kFixedMergeShift;
     if (!plan.schedule.fixed) {
-        args.merge_warps = 1;
-        while (args.merge_warps < kMostMergeWarps && pieces > kMergePieces * args.merge_warps) args.merge_warps *= 2;
-        while (args.merge_warps > 1 && merge_blocks() * streams > kBlocksAtOnce * 3 / 4) args.merge_warps /= 2;
+        args.merge_shift = 0;
+        while (args.merge_shift < kMostMergeShift && pieces > kMergePieces << args.merge_shift) ++args.merge_shift;
+        while (args.merge_shift > 0 && merge_blocks() * streams > kBlocksAtOnce * 3 / 4) --args.merge_shift;
     }
     // All blocks should run at once; those that finish masses have what the merge leaves, half of them if need be.
     const bool finishes = outputs.granularity != 0;
-    const int64_t merge_most = args.merge_warps == 1 && finishes ? kBlocksAtOnce / 2 : kBlocksAtOnce;
+    const int64_t merge_most = args.merge_shift == 0 && finishes ? kBlocksAtOnce / 2 : kBlocksAtOnce;
     args.merge_blocks = static_cast<int32_t>(std::min(merge_blocks(), std::max(merge_most / streams, int64_t{1})));
     int64_t finish_blocks = 0;
     if (finishes) {

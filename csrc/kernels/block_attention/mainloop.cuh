@@ -199,6 +199,7 @@ struct Consumer {
     static constexpr int kDim = Config::kDim;
     static constexpr int kKeys = Config::kKeys;
     static constexpr int kBlocks = kKeys / 16;  // of 16 keys: a step of P V, and the finest unit
+    static constexpr int kUnits = kKeys / 64;   // of 64 keys
 
     const AttentionArgs& args;
     AttentionShared<Config>& shared;
@@ -210,9 +211,11 @@ struct Consumer {
     int32_t listed_limit[2];                    // and tokens of a list
     float reference[2], sum[2], prefix_sum[2];  // of the softmax, in log2
     float blocks[2][kBlocks];                   // sums of P per row and 16 keys of the last tile
+    float units[2][kUnits];                     // and per row and unit of 64 keys
     bool emits;                                 // this thread's row of the quad's four values is one of R, see emit
+    bool emits_units;                           // and units have 64 keys, see emit_step
     float* unit_at;                             // where the one of this tile's first units goes
-    int64_t unit_step;                          // from tile to tile
+    int32_t unit_step;                          // from tile to tile, where units have 64 keys; else 0
 
     // The shared memory as descriptors see it, in 16 bytes; the tiles lie one behind the other.
     const uint32_t shared_tile;
@@ -308,7 +311,9 @@ struct Consumer {
         emits = emitted < args.rows;
         const int32_t unit = (piece.token_begin >> args.unit_shift) + (lane >> 1 & 1);
         unit_at = args.units + (stream * args.num_units + unit) * args.rows + emitted;
-        unit_step = int64_t{kKeys >> args.unit_shift} * args.rows;
+        const bool of_64 = !Config::kLists && args.units != nullptr && args.unit_shift == 6;
+        emits_units = emits && of_64 && (kUnits == 2 || (lane & 2) == 0);
+        unit_step = of_64 ? kUnits * args.rows : 0;
     }
 
     // S = Q K^T of a stage, asynchronous.
@@ -321,8 +326,8 @@ struct Consumer {
 #pragma unroll
         for (int i = 0; i < kDim / 16; ++i) {
             const int column = i % 4 * 32;
-            device::Wgmma<T, kKeys>::scores(s, q + (i / 4 * (Config::kCtaRows * kRowBytes) + column) / 16,
-                                            k + (i / 4 * (kKeys * kRowBytes) + column) / 16, i != 0);
+            device::Wgmma<T, kKeys>::scores(s, device::tile_further(q, i / 4 * (Config::kCtaRows * kRowBytes) + column),
+                                            device::tile_further(k, i / 4 * (kKeys * kRowBytes) + column), i != 0);
         }
         device::wgmma_commit();
     }
@@ -334,7 +339,8 @@ struct Consumer {
         device::pin_registers(o);
         device::wgmma_fence();
 #pragma unroll
-        for (int i = 0; i < kBlocks; ++i) device::Wgmma<T, kDim>::values(o, p[i], v + i * 16 * kRowBytes / 16, true);
+        for (int i = 0; i < kBlocks; ++i)
+            device::Wgmma<T, kDim>::values(o, p[i], device::tile_further(v, i * 16 * kRowBytes), true);
         device::wgmma_commit();
     }
 
@@ -427,6 +433,7 @@ struct Consumer {
                 (kept(8 * i, c) + kept(8 * i + 1, c + 1)) + (kept(8 * i + 4, c + 8) + kept(8 * i + 5, c + 9));
             blocks[1][i] =
                 (kept(8 * i + 2, c) + kept(8 * i + 3, c + 1)) + (kept(8 * i + 6, c + 8) + kept(8 * i + 7, c + 9));
+            add_block(i);
         }
     }
 
@@ -444,22 +451,40 @@ struct Consumer {
     __device__ __forceinline__ void store_unit(int32_t offset, int32_t left, float total, float other) const {
         const bool second = (lane & 2) != 0, lower = (lane & 1) != 0;
         total += __shfl_xor_sync(~0u, other, 1);
-        if (emits && offset + (second ? 1 : 0) < left) {
-            unit_at[int64_t{offset} * args.rows] = device::log2_fast(total) + (lower ? reference[1] : reference[0]);
-        }
+        device::store_if(emits && offset + (second ? 1 : 0) < left, unit_at + int64_t{offset} * args.rows,
+                         device::log2_fast(total) + (lower ? reference[1] : reference[0]));
     }
 
-    // Of the tile whose block sums are at hand.
+    // What emit does for units of 64 keys of a tile that ends inside of the piece. Nothing branches, with masses or
+    // without. Of one unit, both lanes of a pair have the result of their row.
+    __device__ __forceinline__ void emit_whole() {
+        if (Config::kLists) return;
+        const bool second = (lane & 2) != 0, lower = (lane & 1) != 0;
+        float total;
+        if constexpr (kUnits == 2) {
+            float keep[2];
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                keep[r] = second ? units[r][1] : units[r][0];
+                keep[r] += __shfl_xor_sync(~0u, second ? units[r][0] : units[r][1], 2);
+            }
+            total = lower ? keep[1] : keep[0];
+            total += __shfl_xor_sync(~0u, lower ? keep[0] : keep[1], 1);
+        } else {
+            total = lower ? units[1][0] : units[0][0];
+            total += __shfl_xor_sync(~0u, lower ? units[0][0] : units[1][0], 1);
+            total += __shfl_xor_sync(~0u, total, 2);
+        }
+        device::store_if(emits_units, unit_at, device::log2_fast(total) + (lower ? reference[1] : reference[0]));
+        unit_at += unit_step;
+    }
+
+    // Of the tile whose sums are at hand. kWhole: emit_whole has emitted units of 64 keys.
+    template <bool kWhole>
     __device__ __forceinline__ void emit_units(int32_t token) {
-        if (Config::kLists || args.units == nullptr) return;
+        if (Config::kLists || args.units == nullptr || (kWhole && args.unit_shift == 6)) return;
         const int32_t left = (token_end - token - 1 >> args.unit_shift) + 1;
         if (args.unit_shift == 6) {
-            float units[2][2] = {};
-#pragma unroll
-            for (int i = 0; i < kBlocks; ++i) {
-                units[0][i / 4] += blocks[0][i];
-                units[1][i / 4] += blocks[1][i];
-            }
             if constexpr (kKeys == 64) {  // one unit: the upper pair of the quad adds to the lower
                 const bool lower = (lane & 1) != 0;
                 units[0][0] += __shfl_xor_sync(~0u, units[0][0], 2);
@@ -479,7 +504,7 @@ struct Consumer {
             for (int i = 0; i < kBlocks; i += 2)
                 emit(i, left, blocks[0][i], blocks[1][i], blocks[0][i + 1], blocks[1][i + 1]);
         }
-        unit_at += unit_step;
+        unit_at += int64_t{kKeys >> args.unit_shift} * args.rows;
     }
 
     // Turns S into P, in 16 bits, and adds up its sums; keeps the block sums for emit_units. Exponents are taken
@@ -501,27 +526,36 @@ struct Consumer {
         }
         const int32_t highest = max(__vimax3_s32(highest_bits[0], highest_bits[1], highest_bits[2]), highest_bits[3]);
         if (__any_sync(~0u, highest > __float_as_int(kSlack) || unseen[0] || unseen[1])) rebase(kSlack);
-        float added[2] = {0.0f, 0.0f};
 #pragma unroll
         for (int i = 0; i < kBlocks; ++i) {
 #pragma unroll
             for (int j = 8 * i; j < 8 * i + 8; ++j) s[j] = device::exp2_fast(s[j]);
             blocks[0][i] = (s[8 * i] + s[8 * i + 1]) + (s[8 * i + 4] + s[8 * i + 5]);
             blocks[1][i] = (s[8 * i + 2] + s[8 * i + 3]) + (s[8 * i + 6] + s[8 * i + 7]);
-            added[0] += blocks[0][i];
-            added[1] += blocks[1][i];
+            add_block(i);
 #pragma unroll
             for (int j = 0; j < 4; ++j) p[i][j] = pack(s[8 * i + 2 * j], s[8 * i + 2 * j + 1], T());
         }
+        float added[2] = {tile_sum(0), tile_sum(1)};
         sum[0] += added[0];
         sum[1] += added[1];
         if (Config::kLists || args.units == nullptr) return;
         if (token + kKeys > prefix) {
             block_sums(prefix - token);
-            total_of_blocks(added);
+            added[0] = tile_sum(0);
+            added[1] = tile_sum(1);
         }
         prefix_sum[0] += added[0];
         prefix_sum[1] += added[1];
+    }
+
+    __device__ __forceinline__ void add_block(int i) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) units[r][i / 4] = i % 4 == 0 ? blocks[r][i] : units[r][i / 4] + blocks[r][i];
+    }
+
+    __device__ __forceinline__ float tile_sum(int r) const {
+        return kUnits == 2 ? units[r][0] + units[r][kUnits - 1] : units[r][0];
     }
 
     // Moves the references of rows that have grown too far, or have seen nothing so far, to their maximum, and
@@ -553,43 +587,65 @@ struct Consumer {
         for (int i = 0; i < kDim / 2; ++i) o[i] *= scale[i / 2 % 2];
     }
 
-    __device__ __forceinline__ void total_of_blocks(float (&total)[2]) const {
-        total[0] = total[1] = 0.0f;
-#pragma unroll
-        for (int i = 0; i < kBlocks; ++i) {
-            total[0] += blocks[0][i];
-            total[1] += blocks[1][i];
-        }
-    }
-
     // The piece's result: a whole segment's goes to out and lse, any other into its slot.
     __device__ __forceinline__ void store() {
         const int64_t stream = int64_t{piece.request} * args.num_kv_heads + piece.kv_head;
+        float inverse[2];
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const float all = device::quad_sum(sum[r]);
             const float below = device::quad_sum(prefix_sum[r]);
             const float log2_all = all == 0.0f ? -INFINITY : reference[r] + device::log2_fast(all);
             const float log2_below = below == 0.0f ? -INFINITY : reference[r] + device::log2_fast(below);
-            const float inverse = all == 0.0f ? 0.0f : __fdividef(1.0f, all);  // NaN stays
+            inverse[r] = all == 0.0f ? 0.0f : __fdividef(1.0f, all);  // NaN stays
             if (piece.slot >= 0) {
-                store_partial(r, inverse, log2_all, log2_below);
+                store_partial(r, inverse[r], log2_all, log2_below);
                 continue;
             }
-            if (row_of(r) >= args.rows) continue;
+            if (row_of(r) >= args.rows || lane % 4 != 0) continue;
             const int32_t query = query_of(args, row_of(r));
             const int32_t head = piece.kv_head * args.group + row_of(r) - query * args.group;
-            uint32_t* out = static_cast<uint32_t*>(args.out) +
-                            ((int64_t{piece.request} * args.num_queries + query) * args.num_heads + head) * (kDim / 2);
-#pragma unroll
-            for (int i = 0; i < kDim / 8; ++i)
-                out[4 * i + lane % 4] = pack(o[4 * i + 2 * r] * inverse, o[4 * i + 2 * r + 1] * inverse, T());
-            if (lane % 4 != 0) continue;
             args.lse[(int64_t{piece.request} * args.num_heads + head) * args.num_queries + query] = log2_all * kLn2;
             if (args.units == nullptr) continue;
             reinterpret_cast<float2*>(args.row_stats)[stream * args.rows + row_of(r)] =
                 make_float2(log2_all, log2_below);
         }
+        if (piece.slot < 0) store_out(inverse);
+    }
+
+    // Rows of out, by way of those of Q in shared memory, which nobody reads any more, in the same swizzle: a lane
+    // writes 16 bytes at once. Matrices of 8 x 8: two blocks of eight columns, each of the rows and those 8 below.
+    __device__ __forceinline__ void store_out(const float (&inverse)[2]) {
+        const uint32_t group = kGroupBarrier + warpgroup;
+        const uint32_t rows_of_warp =
+            device::shared_address(shared.q) + thread % Config::kConsumers / kWarp * (16 * kRowBytes);
+        const auto at = [&](int32_t row, int32_t chunk) {
+            return rows_of_warp + chunk / 8 * (Config::kCtaRows * kRowBytes) + row * kRowBytes +
+                   ((chunk % 8) ^ (row % 8)) * 16;
+        };
+        device::named_barrier(group, kWarpgroup);
+#pragma unroll
+        for (int i = 0; i < kDim / 8; i += 2) {
+            const float* x = o + 4 * i;
+            device::store_matrices(at(lane % 16, i + lane / 16),
+                                   make_uint4(pack(x[0] * inverse[0], x[1] * inverse[0], T()),
+                                              pack(x[2] * inverse[1], x[3] * inverse[1], T()),
+                                              pack(x[4] * inverse[0], x[5] * inverse[0], T()),
+                                              pack(x[6] * inverse[1], x[7] * inverse[1], T())));
+        }
+        __syncwarp();
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            if (row_of(r) >= args.rows) continue;
+            const int32_t query = query_of(args, row_of(r));
+            const int32_t head = piece.kv_head * args.group + row_of(r) - query * args.group;
+            uint4* out = static_cast<uint4*>(args.out) +
+                         ((int64_t{piece.request} * args.num_queries + query) * args.num_heads + head) * (kDim / 8);
+#pragma unroll
+            for (int i = 0; i < kDim / 8; i += 4)
+                out[i + lane % 4] = device::load_shared(at(lane / 4 + 8 * r, i + lane % 4));
+        }
+        device::named_barrier(group, kWarpgroup);  // the next Q may come
     }
 
     __device__ __forceinline__ void store_partial(int r, float inverse, float log2_all, float log2_below) const {
@@ -664,14 +720,18 @@ struct Consumer {
                 start_scores(k_ring.stage);
                 if (kTurns) device::named_barrier_arrive(kTurnBarrier + next_turn, kTurnThreads);
                 any_broken = is_broken(k_ring.stage);
-                emit_units(token);
+                if (unit_step != 0) {
+                    emit_whole();
+                } else {
+                    emit_units<true>(token);
+                }
                 device::wgmma_wait<0>();
                 release(&shared.empty_v[v_ring.stage]);
                 v_ring.advance();
             }
             clear_tail(v_ring.stage, token);
             start_values(v_ring.stage);
-            emit_units(token);
+            emit_units<false>(token);
             device::wgmma_wait<0>();
             device::pin_registers(o);
             release(&shared.empty_v[v_ring.stage]);

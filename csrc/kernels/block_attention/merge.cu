@@ -56,59 +56,73 @@ struct Sums {
 
 struct Row {
     const AttentionArgs& args;
-    int64_t stream;
     core::Pieces pieces;
-    int32_t row, tile_row;
+    int32_t tile_row;
+    int32_t origin, step;  // of the row in all rows of slots: of the first piece's worker, from one piece to the next
 
     // Of an empty request it has no pieces.
-    __device__ __forceinline__ Row(const AttentionArgs& a, int64_t s, int32_t r, bool empty)
-        : args(a), stream(s), row(r) {
-        const int32_t tile = a.row_tiles == 1 ? 0 : r / a.tile_rows;
-        tile_row = r - tile * a.tile_rows;
-        pieces = a.pieces[s * a.row_tiles + tile];
-        if (empty) pieces.count = 0;
+    __device__ __forceinline__ Row(const AttentionArgs& a, int64_t stream, int32_t row, bool empty) : args(a) {
+        const int32_t tile = a.row_tiles == 1 ? 0 : row / a.tile_rows;
+        tile_row = row - tile * a.tile_rows;
+        const int2 both = reinterpret_cast<const int2*>(a.pieces)[stream * a.row_tiles + tile];
+        pieces = {empty ? 0 : both.x, both.y};
+        step = a.schedule.fixed ? a.tile_rows : 2 * a.tile_rows;
+        origin = pieces.first * step + tile_row;
     }
 
-    __device__ __forceinline__ int64_t slot(int32_t piece) const {
-        return core::slot_of_piece(args.schedule, pieces, piece);
+    // core::slot_of_piece's, times the rows of a slot.
+    __device__ __forceinline__ int32_t index(int32_t piece) const {
+        return origin + piece * step + (piece == 0 ? step - args.tile_rows : 0);
     }
 
     __device__ __forceinline__ const float* stats(int32_t piece) const {
-        return args.partial_rows + slot(piece) * 3 * args.tile_rows + tile_row;
+        return args.partial_rows + (int64_t{3} * index(piece) - 2 * tile_row);
     }
 };
+
+__device__ __forceinline__ int64_t wide_product(int32_t x, int32_t y) {
+    int64_t product;
+    asm("mul.wide.s32 %0, %1, %2;" : "=l"(product) : "r"(x), "r"(y));
+    return product;
+}
 
 // The rows of this block whose segments are in pieces or empty: out and lse.
 __device__ __forceinline__ void merge_rows(const AttentionArgs& args, int64_t stream, bool empty, float* records) {
     const int32_t lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-    const int32_t group = warp / args.merge_warps, part = warp - group * args.merge_warps;
-    const int32_t groups = kMergeWarps / args.merge_warps;
+    const int32_t merge_warps = 1 << args.merge_shift;
+    const int32_t group = warp >> args.merge_shift, part = warp & merge_warps - 1;
+    const int32_t groups = kMergeWarps >> args.merge_shift;
     const int32_t request = blockIdx.z, kv_head = blockIdx.y;
     const bool owns = lane * kOwn < args.head_dim;
+    const uint8_t* own_upper = args.partial + 8 * lane;
+    const uint8_t* own_bytes = args.partial + 2 * args.head_dim + 4 * lane;
     for (int32_t first = blockIdx.x; first < args.rows; first += args.merge_blocks * groups) {
         const int32_t index = first + group * args.merge_blocks;
         const bool there = index < args.rows;
         const Row row(args, stream, there ? index : first, empty);
         const bool merges = there && row.pieces.count != 1;
+        const int32_t row_bytes = 3 * args.head_dim, distance = row_bytes * (row.step << args.merge_shift);
         Sums sums;
         float result[kOwn] = {};
-        for (int32_t base = part; base < row.pieces.count && merges; base += kWarp * args.merge_warps) {
+        for (int32_t base = part; base < row.pieces.count && merges; base += kWarp << args.merge_shift) {
             // Of the next 32 pieces of this warp, one per lane.
-            const int32_t own = base + lane * args.merge_warps;
+            const int32_t own = base + (lane << args.merge_shift);
             const float* stats = row.stats(own);
             const float all = own < row.pieces.count ? stats[0] : -INFINITY;
             const float own_inverse = own < row.pieces.count ? stats[2 * args.tile_rows] : 0.0f;
-            const int32_t count = min(kWarp, (row.pieces.count - base + args.merge_warps - 1) / args.merge_warps);
+            const int32_t count = min(kWarp, row.pieces.count - base + merge_warps - 1 >> args.merge_shift);
+            const int32_t reads = owns ? count : 0;
             float weight = 0.0f;
             for (int32_t i = 0; i < count; i += kInFlight) {
+                // Pieces of a warp are at even distances, but for the first of all.
+                const int32_t piece = base + (i << args.merge_shift);
+                const int64_t at = wide_product(row.origin + piece * row.step, row_bytes);
+                const int64_t at_first = piece == 0 ? wide_product(row.index(0), row_bytes) : at;
                 PackedElements elements[kInFlight];
 #pragma unroll
                 for (int j = 0; j < kInFlight; ++j) {
-                    if (i + j < count && owns) {
-                        const int64_t slot = row.slot(base + (i + j) * args.merge_warps);
-                        elements[j].load(args.partial + (slot * args.tile_rows + row.tile_row) * (3 * args.head_dim),
-                                         args.head_dim, lane);
-                    }
+                    const int64_t offset = j == 0 ? at_first : at + wide_product(j, distance);
+                    elements[j].load_if(j < reads - i, own_upper + offset, own_bytes + offset);
                 }
                 if (i == 0) {
                     float scale;
@@ -121,13 +135,11 @@ __device__ __forceinline__ void merge_rows(const AttentionArgs& args, int64_t st
                 }
 #pragma unroll
                 for (int j = 0; j < kInFlight; ++j) {
-                    const float share = __shfl_sync(~0u, weight, (i + j) % kWarp);
-                    if (i + j >= count) continue;
-                    elements[j].add_to(result, share);
+                    elements[j].add_to(result, __shfl_sync(~0u, weight, (i + j) % kWarp));  // past them zeros
                 }
             }
         }
-        if (args.merge_warps > 1) {
+        if (merge_warps > 1) {
             float* own = records + warp * kRecord;
             __syncthreads();
             if (part > 0) {
@@ -139,7 +151,8 @@ __device__ __forceinline__ void merge_rows(const AttentionArgs& args, int64_t st
                 }
             }
             __syncthreads();
-            for (int32_t i = 1; i < args.merge_warps && part == 0; ++i) {
+#pragma unroll 1
+            for (int32_t i = 1; i < merge_warps && part == 0; ++i) {
                 const float* other = own + i * kRecord;
                 float scale;
                 const float from = sums.rebase(other[kOwn * kWarp], &scale);
@@ -184,23 +197,22 @@ __device__ __forceinline__ int32_t find_final_sums(const AttentionArgs& args, in
             } else {
                 Sums own;
                 for (int32_t first = part; first < row.pieces.count; first += kParts * kSumsInFlight) {
-                    float all[kSumsInFlight];
+                    float all[kSumsInFlight], below[kSumsInFlight];
                     float highest = -INFINITY, scale;
 #pragma unroll
                     for (int i = 0; i < kSumsInFlight; ++i) {
                         const int32_t piece = first + i * kParts;
-                        all[i] = piece < row.pieces.count ? row.stats(piece)[0] : -INFINITY;
+                        const bool is_there = piece < row.pieces.count;
+                        const float* stats = row.stats(piece);
+                        all[i] = is_there ? stats[0] : -INFINITY;
+                        below[i] = is_there && args.prefix_lens != nullptr ? stats[args.tile_rows] : -INFINITY;
                         highest = fmaxf(highest, all[i]);
                     }
                     const float from = own.rebase(highest, &scale);
 #pragma unroll
-                    for (int i = 0; i < kSumsInFlight; ++i) own.all += device::exp2_fast(all[i] - from);
-                    if (args.prefix_lens == nullptr) continue;
-#pragma unroll
                     for (int i = 0; i < kSumsInFlight; ++i) {
-                        const int32_t piece = first + i * kParts;
-                        if (piece < row.pieces.count)
-                            own.below += device::exp2_fast(row.stats(piece)[args.tile_rows] - from);
+                        own.all += device::exp2_fast(all[i] - from);
+                        own.below += device::exp2_fast(below[i] - from);
                     }
                 }
                 // The parts of a row are neighbours in a warp, and all of them are here or none.
@@ -249,7 +261,18 @@ __device__ __forceinline__ void finish_units(const AttentionArgs& args, int64_t 
     float* at = args.units + (stream * args.num_units + unit) * args.rows;
     UnitSums own;
     own.load(args, at, lane, args.mass != nullptr && unit < used);
-    const int32_t kept = length > 0 ? find_final_sums(args, stream, sums) : 0;
+    // A block without used units needs none.
+    const bool has_units = unit - warp < used;
+    const int32_t kept = has_units ? find_final_sums(args, stream, sums) : 0;
+    float final_sums[kRows];  // of the lane's rows, or as many of them as are added at once
+    const auto load_final_sums = [&](int32_t base) {
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+            const int32_t row = base + i * kWarp;
+            final_sums[i] = row < args.rows && has_units ? sums[row] : -INFINITY;
+        }
+    };
+    if (args.mass != nullptr) load_final_sums(lane);
     const float factor = kept > 0 && args.score_max == 0 ? 1.0f / static_cast<float>(kept) : 1.0f;
     for (; unit < args.num_units; unit += step, at += int64_t{step} * args.rows) {
         if (args.mass == nullptr) {
@@ -259,15 +282,18 @@ __device__ __forceinline__ void finish_units(const AttentionArgs& args, int64_t 
         }
         float mass = 0.0f;
         for (int32_t base = lane; base < args.rows && unit < used; base += kRows * kWarp) {
-            if (base > lane) own.load(args, at, base, unit < used);
+            if (base > lane) {
+                own.load(args, at, base, unit < used);
+                load_final_sums(base);
+            }
 #pragma unroll
             for (int i = 0; i < kRows; ++i) {
-                const int32_t row = base + i * kWarp;
-                const float sum = row < args.rows ? sums[row] : -INFINITY;
+                const float sum = final_sums[i];
                 const float share = sum == -INFINITY ? 0.0f : device::exp2_fast(own.values[i] - sum);
                 mass = args.score_max != 0 ? fmaxf(mass, share) : mass + share;
             }
         }
+        if (args.rows > kRows * kWarp) load_final_sums(lane);
         if (unit + step < used) own.load(args, at + int64_t{step} * args.rows, lane, true);
         mass = args.score_max != 0 ? device::warp_max(mass) : device::warp_sum(mass);
         if (lane == 0) args.mass[stream * args.num_units + unit] = mass * factor;
@@ -278,9 +304,11 @@ template <bool kMass>
 __global__ void __launch_bounds__(kMergeThreads, 2)
     mage_block_attention_merge_kernel(const __grid_constant__ AttentionArgs args) {
     const int64_t stream = int64_t{blockIdx.z} * args.num_kv_heads + blockIdx.y;
+    // Lengths were there before the attention launch released this one: they are on their way during the wait.
+    const int32_t seq_len = __ldcg(args.seq_lens + blockIdx.z);
     device::dependency_wait();
     device::dependency_release();
-    const int32_t length = args.indices == nullptr ? stream_length<false>(args, blockIdx.z, blockIdx.y)
+    const int32_t length = args.indices == nullptr ? min(max(seq_len, 0), args.max_seq_len)
                                                    : stream_length<true>(args, blockIdx.z, blockIdx.y);
     if (!kMass || static_cast<int32_t>(blockIdx.x) < args.merge_blocks) {
         __shared__ float records[kMergeWarps * kRecord];

@@ -33,9 +33,14 @@ struct PackedElements {
     uint2 upper = make_uint2(0, 0);
     uint32_t bytes = 0;
 
-    __device__ __forceinline__ void load(const uint8_t* row, int32_t head_dim, int32_t lane) {
-        upper = reinterpret_cast<const uint2*>(row)[lane];
-        bytes = reinterpret_cast<const uint32_t*>(row + 2 * head_dim)[lane];
+    // `own` and `own_bytes` are where the lane's are; without a branch, and zeros if they are not to be read.
+    __device__ __forceinline__ void load_if(bool reads, const uint8_t* own, const uint8_t* own_bytes) {
+        asm volatile(
+            "{\n.reg .pred reads;\nsetp.ne.b32 reads, %3, 0;\n@reads ld.global.v2.b32 {%0, %1}, [%4];\n"
+            "@reads ld.global.b32 %2, [%5];\n}"
+            : "+r"(upper.x), "+r"(upper.y), "+r"(bytes)
+            : "r"(static_cast<int>(reads)), "l"(__cvta_generic_to_global(own)),
+              "l"(__cvta_generic_to_global(own_bytes)));
     }
     // The same from shared memory, by its address there.
     __device__ __forceinline__ void load_shared(uint32_t row, int32_t head_dim, int32_t lane) {
