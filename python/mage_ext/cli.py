@@ -697,7 +697,7 @@ def make_parser() -> argparse.ArgumentParser:
     needle.set_defaults(run=_eval)
     compared = suites.add_parser("methods", help="all methods at equal K, and how far MAGE's lists hold in a block")
     names = ["exact", "mage", "quest", "tidal", "sparsed", "recency", "random"]
-    variants = ["oracle", "carry", "mage_max", "mage_all", "mage_prefix", "v1", "joint", "mass"]
+    variants = ["oracle", "carry", "mage_max", "mage_open", "mage_prefix", "v1", "joint", "mass"]
     choices = names + variants
     told = f"exact always runs; the others are held against it. Of {' '.join(names + variants)}"
     tasks = ["needle", "four_keys", "four_of_eight", "lines", "four_lines"]
@@ -727,7 +727,7 @@ def make_parser() -> argparse.ArgumentParser:
         choices=["prose", "prose_forced", *tasks],
         help="prose_forced: a text's own next blocks in place of what the model writes behind it",
     )
-    lists = ["mage", "mage_max", "mage_all", "mage_prefix", "probe1", "probe5", "v1", "carry", "tidal", "quest"]
+    lists = ["mage", "mage_max", "mage_open", "mage_prefix", "probe1", "probe5", "v1", "carry", "tidal", "quest"]
     lists += ["recency", "random", "oracle"]
     add("--methods", nargs="+", default=lists, choices=lists, metavar="METHOD", help=f"of {' '.join(lists)}")
     add("--k", nargs="+", type=int, default=[64, 256], help="prefix tokens per layer and KV head (default 64 256)")

@@ -48,7 +48,8 @@ class SelectionConfig:
         recents: the same at its end.
         capacity: width of the lists in units; None: whatever the rule can need (see capacity_units).
         score: "mean" over the rows or "max", the largest share any row gives.
-        score_rows: "open" (rows whose logits an undecided position consumes) or "all" rows of the block.
+        score_rows: "all" rows of the block or "open" (rows whose logits an undecided position consumes). Rows of known
+            positions are computed anew in every forward, so what they read must be listed: the default counts them.
         norm: shares of the whole "context" or of the "prefix" alone.
 
     Raises:
@@ -64,7 +65,7 @@ class SelectionConfig:
     recents: int = 0
     capacity: int | None = None
     score: str = "mean"
-    score_rows: str = "open"
+    score_rows: str = "all"
     norm: str = "context"
 
     def __post_init__(self):

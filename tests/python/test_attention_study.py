@@ -137,30 +137,29 @@ def test_a_probe_sees_what_a_plain_window_shows(variant):
         torch.testing.assert_close(model.logits(hidden[request]), logits[length:], atol=2e-4, rtol=1e-3)
         where = [length + i - shift for i in is_open[request].nonzero().flatten().tolist()]
         for layer, shares in enumerate(window.shares):  # [Hkv, G, rows, T]
-            counted = shares[:, :, where].flatten(1, 2)  # [Hkv, R', T]
-            inside = counted[..., :length]
-            everything = shares[:, :, length:].flatten(1, 2)
+            everything = shares[:, :, length:].flatten(1, 2)  # [Hkv, R, T]
+            inside = everything[..., :length]
             middle = shares[:, :, length + size // 2].mean(1)
             probes = shares[:, :, [length + r for r in attention.probe_rows(size, 5)]].flatten(1, 2).mean(1)
             expected = {
-                "mage_all": everything.mean(1),
-                "mage_max": counted.amax(1),
+                "mage_open": shares[:, :, where].flatten(1, 2).mean(1),
+                "mage_max": everything.amax(1),
                 "mage_prefix": (inside / inside.sum(-1, keepdim=True)).mean(1),
                 "probe1": middle,
                 "probe5": probes,
             }
             end = len(whole)
-            torch.testing.assert_close(seen.mass[layer, request][:, :end], counted.mean(1), atol=1e-5, rtol=1e-3)
+            torch.testing.assert_close(seen.mass[layer, request][:, :end], everything.mean(1), atol=1e-5, rtol=1e-3)
             assert not seen.mass[layer, request][:, end:].any()
             for name, value in expected.items():
                 score = seen.scores[name, 1][layer, request]
                 torch.testing.assert_close(score[:, : value.shape[1]], value, atol=1e-5, rtol=1e-3)
                 assert not score[:, value.shape[1] :].any(), name
-            by_unit = counted.unflatten(-1, (-1, 16)).sum(-1).amax(1)
+            by_unit = everything.unflatten(-1, (-1, 16)).sum(-1).amax(1)
             score = seen.scores["mage_max", 16][layer, request]
             torch.testing.assert_close(score[:, : by_unit.shape[1]], by_unit, atol=1e-5, rtol=1e-3)
-            # Votes: every counted row's own 16 tokens of the prefix.
-            best = inside.sort(dim=-1, descending=True, stable=True).indices[..., :16]  # [Hkv, R', 16]
+            # Votes: every row's own 16 tokens of the prefix.
+            best = inside.sort(dim=-1, descending=True, stable=True).indices[..., :16]  # [Hkv, R, 16]
             votes = torch.zeros(inside.shape[0], length, dtype=torch.int32)
             votes.scatter_add_(1, best.flatten(1), torch.ones_like(best.flatten(1), dtype=torch.int32))
             found, union, coverage = (part[layer, request] for part in seen.v1[16])
@@ -357,7 +356,7 @@ def test_a_study_of_a_texts_own_blocks():
                 mask = block_causal_mask(len(whole), size)[None]
                 with torch.no_grad():
                     window.forward(whole, list(range(len(whole))), lambda layer, mask=mask: mask)
-                mass = torch.stack([share[:, :, start : start + 15].mean((1, 2)) for share in window.shares])
+                mass = torch.stack([share[:, :, start:].mean((1, 2)) for share in window.shares])
                 lists.append(mass[..., :start].sort(dim=-1, descending=True, stable=True).indices[..., :16])
             for later, own in enumerate(lists[1:]):
                 shared = (lists[0][..., :, None] == own[..., None, :]).any(-1).double().mean()
@@ -396,7 +395,7 @@ def test_a_suite_joins_its_batches(monkeypatch):
     monkeypatch.setattr(attention, "_control", {})
     runner = object.__new__(needles.Runner)
     lines = []
-    runner.jobs, runner.batch, runner.progress, runner._pool = 1, 2, lines.append, None
+    runner.first, runner.jobs, runner.batch, runner.progress, runner._pool = 0, 1, 2, lines.append, None
     look = Look((16,), (1,), ("mage", "random"))
     steps = list(attention.suite(runner, 3, look, ["prose", "needle"], [128], 1))
     assert [steps[i][-1]["n"] for i in range(4)] == [2, 3, 2, 3]

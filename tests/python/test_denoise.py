@@ -19,7 +19,7 @@ from mage_ext.results import Progress
 from mage_ext.sampling import SAMPLERS, SamplerConfig
 from mage_ext.selection import SelectionConfig, random_selection, recency_selection, select
 from mage_ext.testing.margins import CLOSE, Margins
-from mage_ext.testing.plain_loop import plain_generate
+from mage_ext.testing.plain_loop import PlainWindow, block_causal_mask, plain_generate
 from mage_ext.testing.reference_ops import use_reference
 from mage_ext.testing.tiny import VARIANTS, tiny_config, tiny_model
 
@@ -285,9 +285,9 @@ def test_sub_block_cache_equals_its_own_twin(variant, mode):
 _RULES = {
     "fixed": SelectionConfig(k=32, g=16),
     "fixed_tokens": SelectionConfig(k=24, g=1, sinks=2, recents=4),
-    "fixed_max": SelectionConfig(k=32, g=16, score="max", norm="prefix", score_rows="all"),
+    "fixed_max": SelectionConfig(k=32, g=16, score="max", norm="prefix", score_rows="open"),
     "layer": SelectionConfig(rule="layer", k=32, g=16, k_min=16),
-    "layer_max": SelectionConfig(rule="layer", k=16, g=16, score="max", score_rows="all"),
+    "layer_max": SelectionConfig(rule="layer", k=16, g=16, score="max", score_rows="open"),
     "mass": SelectionConfig(rule="mass", p=0.6, g=16, k_min=16),
     "mass_cut": SelectionConfig(rule="mass", p=0.9, g=16, capacity=2),
     "joint": SelectionConfig(rule="joint", k=32, g=16, sinks=4),
@@ -336,6 +336,40 @@ def test_mage_equals_plain_loop(variant, k, g, score_rows, dense_layers, refresh
     selected = sum(r.stats.forwards["select"] for r in results)
     blocks = sum(r.stats.forwards["commit"] + 1 for r in results)
     assert 0 < selected < blocks if refresh != "block" else 0 < selected <= blocks
+
+
+@pytest.mark.parametrize("variant", ["sdar_b16", "llama_shift"])
+def test_what_a_prompts_tail_reads_counts_by_default(variant):
+    """The tail's rows are computed anew in every sparse forward. The first forward's mass against softmax written out:
+    over all rows of the block by default; "open" counts those alone that predict, and lists less of what the others
+    read. (A list A of the most mass over all rows and a list O of the most over the open ones: the other rows' share of
+    A is never below their share of O.)"""
+    model = _model(variant)
+    size, shift, k = model.config.block_size, int(model.config.token_shift), 8
+    (prompt,) = _prompts(model.config, (64 + size // 2,), seed=3)
+    tail = len(prompt) - 64
+    tokens = prompt + [model.config.mask_id] * (size - tail)
+    window, causal = PlainWindow(model, len(tokens)), block_causal_mask(len(tokens), size)[None]
+    window.forward(tokens, list(range(len(tokens))), lambda layer: causal)
+    shares = torch.stack(window.shares)[:, :, :, 64:].mean(2)  # [L, Hkv, block, T]
+    is_open = torch.zeros(size, dtype=torch.bool)
+    is_open[tail - shift : size - shift] = True
+    read = {}
+    for name, chosen, counted in (
+        ("all", SelectionConfig(k=k, g=1), slice(None)),
+        ("open", SelectionConfig(k=k, g=1, score_rows="open"), is_open),
+    ):
+        seen = []
+        config = _mage(variant, chosen, max_new_tokens=size - tail, dense_layers=())
+        generate(model, [prompt], config, callback=lambda info, seen=seen: seen.append((info.mass, info.selection)))
+        mass, lists = seen[0]
+        expected = shares[:, :, counted].mean(2)
+        torch.testing.assert_close(mass[:, 0, :, : len(tokens)], expected, atol=1e-5, rtol=1e-4)
+        top = expected[..., :64].topk(k).indices.sort().values
+        assert torch.equal(lists.indices[:, 0].long(), top)
+        read[name] = shares[:, :, ~is_open].mean(2).gather(2, top).sum(2)
+    assert SelectionConfig().score_rows == "all"
+    assert (read["all"] >= read["open"] - 1e-5).all() and (read["all"] > read["open"] + 0.01).any()
 
 
 @pytest.mark.parametrize("rule", _RULES)

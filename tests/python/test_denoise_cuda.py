@@ -519,15 +519,15 @@ def test_the_flag_lags_one_step():
 # Rule, granularity, score and norm; models of two head dims and groups of 1, 2, 3 and 5.
 MAGE = {
     "fixed_g64": ("fast_dllm_v2", SelectionConfig(k=64, g=64), (0,)),
-    "fixed_g32": ("llama_shift", SelectionConfig(k=64, g=32, score_rows="all"), (0, 2)),
-    "fixed_g16": ("sdar_b16", SelectionConfig(k=48, g=16, sinks=4, recents=8), ()),
+    "fixed_g32": ("llama_shift", SelectionConfig(k=64, g=32), (0, 2)),
+    "fixed_g16": ("sdar_b16", SelectionConfig(k=48, g=16, sinks=4, recents=8, score_rows="open"), ()),
     "fixed_g1": ("llama", SelectionConfig(k=24, g=1, sinks=2, recents=4), (1,)),
     "fixed_max": ("sdar_b16", SelectionConfig(k=32, g=16, score="max", norm="prefix"), (0,)),
     "layer_g32": ("fast_dllm_v2", SelectionConfig(rule="layer", k=64, k_min=32, g=32), (0,)),
-    "layer_g16": ("sdar", SelectionConfig(rule="layer", k=32, g=16, score="max", score_rows="all"), ()),
-    "layer_g1": ("llama_shift", SelectionConfig(rule="layer", k=24, g=1), (0,)),
+    "layer_g16": ("sdar", SelectionConfig(rule="layer", k=32, g=16, score="max"), ()),
+    "layer_g1": ("llama_shift", SelectionConfig(rule="layer", k=24, g=1, score_rows="open"), (0,)),
     "mass_g16": ("llama", SelectionConfig(rule="mass", p=0.6, g=16, k_min=16), (0,)),
-    "mass_g1": ("fast_dllm_v2", SelectionConfig(rule="mass", p=0.8, g=1, capacity=60), (0,)),
+    "mass_g1": ("fast_dllm_v2", SelectionConfig(rule="mass", p=0.8, g=1, capacity=60, score_rows="open"), (0,)),
     "joint_g64": ("sdar", SelectionConfig(rule="joint", k=64, g=64), (1,)),
     "joint_g1": ("fast_dllm_v2", SelectionConfig(rule="joint", k=40, g=1, sinks=4), (0,)),
 }

@@ -5,6 +5,7 @@ Run: pytest tests/python/test_finetune.py
 """
 
 import dataclasses
+import itertools
 import json
 import random
 
@@ -51,7 +52,7 @@ def test_all_masked_copies_are_blocks_as_denoising_starts(tokenizer):
     batch = maker(tokenizer).batch(3)
     blocks = sampled_blocks(batch, SMALL, MASK)
     places = SMALL.branches * SMALL.branch_blocks + SMALL.trunk_blocks
-    assert blocks.first == SMALL.tokens and blocks.batch.tokens.shape[1] % 128 == 0
+    assert blocks.first == SMALL.tokens and blocks.size == BLOCK and blocks.batch.tokens.shape[1] % 128 == 0
     assert torch.equal(blocks.rows.tokens, batch.tokens) and torch.equal(blocks.rows.noisy, batch.noisy)
     masked = {}  # (row, place) -> offsets that one of its copies masks
     for at in batch.target_at.tolist():
@@ -65,7 +66,7 @@ def test_all_masked_copies_are_blocks_as_denoising_starts(tokenizer):
             here = slice(start, start + BLOCK)
             first_copy = (batch.noisy[row] == 2 * place + 1).nonzero().flatten()
             if not len(first_copy):
-                assert blocks.prefix[row, place] == 0 and not blocks.open[row, place].any()
+                assert blocks.prefix[row, place] == 0
                 assert (blocks.batch.branch[row, here] == -1).all() and not blocks.sees[row, place].any()
                 continue
             seen += 1
@@ -81,7 +82,6 @@ def test_all_masked_copies_are_blocks_as_denoising_starts(tokenizer):
             assert blocks.batch.tokens[row, here].tolist() == expected
             assert torch.equal(blocks.batch.positions[row, here], position)
             assert blocks.prefix[row, place] == position[0]
-            assert blocks.open[row, place].nonzero().flatten().tolist() == sorted(i - 1 for i in offsets)
             before = [
                 i
                 for i in range(SMALL.clean)
@@ -141,15 +141,13 @@ def test_unit_masses_are_mean_shares(tokenizer, g):
     got = unit_mass(q, k, blocks, g, units)
     mask = dense_mask(blocks.batch, BLOCK)[:, 0]
     expected = torch.zeros(got.shape, dtype=torch.float64)
-    for row, place, offset in blocks.open.nonzero().tolist():
-        at = blocks.first + place * BLOCK + offset
-        keys = mask[row, at].nonzero().flatten()
-        count = int(blocks.open[row, place].sum())
-        for head in range(4):
+    for row, place in (blocks.prefix > 0).nonzero().tolist():
+        start = blocks.first + place * BLOCK
+        for at, head in itertools.product(range(start, start + BLOCK), range(4)):
+            keys = mask[row, at].nonzero().flatten()
             score = k[row, keys, head // 2].double() @ q[row, at, head].double() / 4
-            share = score.softmax(0)
-            for key, value in zip(keys.tolist(), share.tolist(), strict=True):
-                expected[row, place, head // 2, blocks.batch.positions[row, key] // g] += value / (2 * count)
+            unit = blocks.batch.positions[row, keys] // g
+            expected[row, place, head // 2].index_add_(0, unit, score.softmax(0) / (2 * BLOCK))
     torch.testing.assert_close(got.double(), expected, rtol=0, atol=1e-6)
     assert (expected.sum(-1)[blocks.prefix > 0] - 1).abs().max() < 1e-9
 
@@ -379,7 +377,7 @@ def test_random_rows_take_every_place():
     config = tiny_config("fast_dllm_v2")
     batch = command_module.random_batch(config, layout, 2, 0)
     blocks = sampled_blocks(batch, layout, config.mask_id)
-    assert (blocks.prefix >= 32).all() and blocks.open.any(2).all()
+    assert (blocks.prefix >= 32).all()
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------

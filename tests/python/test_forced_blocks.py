@@ -90,7 +90,7 @@ def test_rows_of_open_positions():
 
 
 @pytest.mark.parametrize("variant", ["sdar_b16", "llama_shift"])
-@pytest.mark.parametrize("name", ["mage", "v1", "mage_all", "sparsed", "recency"])
+@pytest.mark.parametrize("name", ["mage", "v1", "mage_open", "sparsed", "recency"])
 def test_lists_are_those_of_the_loop(variant, name):
     loaded = _loaded(variant)
     model, size, shift = loaded.model, loaded.config.block_size, loaded.config.token_shift
@@ -310,7 +310,7 @@ def test_a_suite_joins_its_batches(monkeypatch):
     monkeypatch.setattr(needles, "_worker", {"loaded": loaded, "maker": maker})
     runner = object.__new__(needles.Runner)
     lines = []
-    runner.jobs, runner.batch, runner.progress, runner._pool = 1, 2, lines.append, None
+    runner.first, runner.jobs, runner.batch, runner.progress, runner._pool = 0, 1, 2, lines.append, None
     wanted = [Setting(16, 1, 0)]
     steps = list(forced_blocks.suite(runner, 3, wanted, ["mage"], [96, 128], (1.0, 0.5)))
     assert [[row["n"] for row in rows] for rows in steps] == [[2] * 4, [3] * 4, [3] * 4 + [2] * 4, [3] * 8]

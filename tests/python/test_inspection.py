@@ -81,9 +81,10 @@ def _run(loaded, prompt, config, block=0):
         _config(k=32, g=16, dense=()),
         _config(rule="layer", k=8),
         _config(rule="mass", p=0.6),
-        _config(score="max", score_rows="all", norm="prefix"),
+        _config(score="max", norm="prefix"),
+        _config(score_rows="open"),
     ],
-    ids=["g1", "g16", "layer", "mass", "max"],
+    ids=["g1", "g16", "layer", "mass", "max", "open"],
 )
 @pytest.mark.parametrize("block", [0, 1])
 def test_a_block_is_that_of_the_loop(variant, config, block):
@@ -156,7 +157,7 @@ def test_a_prompt_shorter_than_a_block():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(mode="method", method=method_comparison._ExactWithMass(1, torch.ones(1, 4))), "must have mode mage or"),
+        (dict(mode="method", method=method_comparison._ExactWithMass(1)), "must have mode mage or"),
         (dict(exact_steps=2), "exact_steps 1, got mage, False, 2"),
         (dict(max_new_tokens=9), "block must be an integer in \\[0, 3\\), got 3"),
         (dict(dense_layers=(0, 1, 2)), "dense_layers must leave a layer that selects"),

@@ -187,7 +187,7 @@ def test_variants_differ_from_mage_in_what_their_names_say():
     mage = found["mage"]
     for name, changes in (
         ("mage_max", dict(score="max")),
-        ("mage_all", dict(score_rows="all")),
+        ("mage_open", dict(score_rows="open")),
         ("mage_prefix", dict(norm="prefix")),
         ("v1", dict(rule="layer")),
         ("joint", dict(rule="joint")),
@@ -294,7 +294,7 @@ def test_a_suite_joins_its_batches(monkeypatch):
     monkeypatch.setattr(needles, "_worker", {"loaded": loaded, "maker": maker})
     runner = object.__new__(needles.Runner)
     lines = []
-    runner.jobs, runner.batch, runner.progress, runner._pool = 1, 2, lines.append, None
+    runner.first, runner.jobs, runner.batch, runner.progress, runner._pool = 0, 1, 2, lines.append, None
     wanted = [Setting(16, 1, 0)]
     steps = list(comparison.suite(runner, 3, wanted, ["needle", "four_of_eight"], ["mage", "random"]))
     assert [[row["n"] for row in rows] for rows in steps] == [[2] * 3, [3] * 3, [3] * 3 + [2] * 3, [3] * 6]
@@ -319,7 +319,7 @@ def test_a_suite_of_several_lengths_and_steps(monkeypatch):
     )
     monkeypatch.setattr(needles, "_worker", {"loaded": loaded, "maker": maker})
     runner = object.__new__(needles.Runner)
-    runner.jobs, runner.batch, runner.progress, runner._pool = 1, 2, None, None
+    runner.first, runner.jobs, runner.batch, runner.progress, runner._pool = 0, 1, 2, None, None
     rows = list(comparison.suite(runner, 2, [Setting(16, 1, 0)], ["lines"], ["mage"], [52, 80], [1, 2]))[-1]
     assert [(row["tokens"], row["T"], row["method"]) for row in rows] == [
         (tokens, steps, method) for tokens in (52, 80) for steps in (4, 2) for method in ("exact", "mage")

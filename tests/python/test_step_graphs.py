@@ -20,7 +20,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=gpu)]
 LENGTHS = (5, 70, 33, 130, 64, 17, 96, 41)
 SELECTIONS = {
     "fixed_g32": SelectionConfig(k=32, g=32),
-    "fixed_g1": SelectionConfig(k=24, g=1, sinks=2, recents=4),
+    "fixed_g1": SelectionConfig(k=24, g=1, sinks=2, recents=4, score_rows="open"),
     "layer_g16": SelectionConfig(rule="layer", k=32, k_min=16, g=16),
     "mass_g16": SelectionConfig(rule="mass", p=0.6, k_min=16, g=16),
     "joint_g16": SelectionConfig(rule="joint", k=32, g=16, sinks=4),

@@ -43,7 +43,7 @@ def _runner(monkeypatch, maker, lines):
     loaded = LoadedModel(_model().config, _model(), _Words())
     monkeypatch.setattr(needles, "_worker", {"loaded": loaded, "maker": maker})
     runner = object.__new__(needles.Runner)
-    runner.jobs, runner.batch, runner.progress, runner._pool = 1, 4, lines.append, None
+    runner.first, runner.jobs, runner.batch, runner.progress, runner._pool = 0, 1, 4, lines.append, None
     return runner
 
 

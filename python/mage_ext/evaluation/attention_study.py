@@ -15,12 +15,13 @@ them is done with the attention of every row looked at. Rows of `mage eval recal
                          second forward of the block first, the finished block (x = 1) last
 
 study "recall", one row per method, K and g; lists of the first forward unless it says otherwise, against the list that
-each later forward would make by its mean mass over the rows open at the start:
+each later forward would make by its own mean mass over all rows of the block:
 
-    method               mage (mean, open rows, norm context), mage_max, mage_all, mage_prefix, probe1, probe5 (one or
-                         five rows), v1 (votes, budgets by layer; g = 1), carry (mage's of the block before, which is
-                         attended, too, uncharged), tidal and quest (lists of the later forward itself), recency,
-                         random, oracle (the later forward's own)
+    method               mage (mean over all rows, norm context), mage_max, mage_open (mean over the rows open at the
+                         start: those whose logits a position consumes that is open then), mage_prefix, probe1, probe5
+                         (one or five rows), v1 (votes, budgets by layer; g = 1), carry (mage's of the block before,
+                         which is attended, too, uncharged), tidal and quest (lists of the later forward itself),
+                         recency, random, oracle (the later forward's own)
     K, g, chance         chance: K / prefix, what random lists share
     score, ci_low, ci_high      mean recall over layers, heads, blocks and later forwards; interval over contexts
     exact                1.0, the oracle's
@@ -32,7 +33,8 @@ each later forward would make by its mean mass over the rows open at the start:
     recall_by_forward, kept_by_forward      along x
     recall_by_layer, kept_by_layer          layers from the first on
 
-study "alignment", cosine of the block's mean query of a later forward with that of the first:
+study "alignment", cosine of the block's mean query, over the rows open at the start, of a later forward with that of
+the first:
 
     method               "rotated" (as it meets the keys) or "unrotated" (before the rotary embedding)
     score, ci_low, ci_high, exact      mean over layers, heads, blocks, forwards; exact 1.0
@@ -40,7 +42,7 @@ study "alignment", cosine of the block's mean query of a later forward with that
     next_block, next_block_by_layer    control: first forward of the next block instead; None with one block
     other_text           control: first forward of another context; None with one context
 
-study "budget", what each layer wants:
+study "budget", what each layer wants, by all rows of the block:
 
     method               "v1_score": max over heads of |U| (1 - ln coverage), with K; "tokens": prefix tokens that are
                          needed for the share p of the mass, with p, mean over heads
@@ -79,7 +81,7 @@ from mage_ext.sampling import SamplerConfig
 from mage_ext.selection import BlockSelection, SelectionConfig
 
 CONTROLS = ("none", "base", "shuffled")
-_SCORED = ("mage", "mage_max", "mage_all", "mage_prefix", "probe1", "probe5")  # lists of a score of the first forward
+_SCORED = ("mage", "mage_max", "mage_open", "mage_prefix", "probe1", "probe5")  # lists of a score of the first forward
 LISTS = (*_SCORED, "v1", "carry", "tidal", "quest", "recency", "random", "oracle")
 NEEDED = (0.9, 0.95)  # shares of the mass whose price in tokens is counted
 _SINKS = 4  # of recency and random, as in method_comparison
@@ -197,8 +199,8 @@ class _Seen:
     """One exact forward. Lists of one tensor per layer while it runs, stacked afterwards.
 
     Fields:
-        mass: [L, A, Hkv, n], float32: share of each token, mean over the counted rows, of the whole context.
-        query, unrotated: [L, A, H, D], float32, mean query of the counted rows.
+        mass: [L, A, Hkv, n], float32: share of each token, mean over all rows, of the whole context.
+        query, unrotated: [L, A, H, D], float32, mean query of the rows open at the start.
         v1: K -> (votes [L, A, Hkv, n] of the first forward alone, union size, coverage [L, A, Hkv]), units of a token.
         scores: of the first forward, (method, g) -> [L, A, Hkv, n / g].
         bounds: of the others, g -> [L, A, Hkv, n / g], Quest's.
@@ -228,7 +230,7 @@ class _Probe:
     """An AttentionMethod that attends exactly and looks at every row.
 
     Args:
-        look: what for. rows: [A, Q], bool, rows that count. first: of its block. quests: g -> Quest.
+        look: what for. rows: [A, Q], bool, rows open at the start. first: of its block. quests: g -> Quest.
     Fields:
         seen: the last forward.
     """
@@ -258,13 +260,10 @@ class _Probe:
         rows = ops.token_mass(q, k_cache, *pool, lse, max_seq_len=forward.max_seq_len, score="rows")
         seen = self.seen
         for k in dict.fromkeys(self._look.ks):
-            votes = ops.row_votes(rows, forward.prefix_lens, k=k, g=1, row_mask=self._rows)
+            votes = ops.row_votes(rows, forward.prefix_lens, k=k, g=1)
             seen.v1.setdefault(k, []).append(votes if self._first else (None, *votes[1:]))
         shares = rows.exp_()  # [A, Hkv, n, R]
-        group = shares.shape[-1] // q.shape[1]
-        counted = self._rows.repeat_interleave(group, 1).float()  # [A, R]
-        weights = counted / counted.sum(1, keepdim=True).clamp(min=1)
-        seen.mass.append(_weighted(shares, weights[:, None]))
+        seen.mass.append(shares.mean(-1))
 
         per_row = self._rows.float() / self._rows.sum(1, keepdim=True).clamp(min=1)
         seen.query.append(torch.einsum("aq,aqhd->ahd", per_row, q.float()))
@@ -273,29 +272,31 @@ class _Probe:
         seen.unrotated.append(torch.einsum("aq,aqhd->ahd", per_row, rotate(q.float(), cos, -sin)))
 
         if self._first:
-            self._score(forward, shares, counted, weights, group)
+            self._score(forward, shares, per_row)
         else:
             for g, quest in self._quests.items():
                 view = self._views.setdefault(g, dataclasses.replace(forward))
                 seen.bounds.setdefault(g, []).append(quest.scores(view, layer, q))
         return out
 
-    def _score(self, forward: PagedForward, shares: Tensor, counted: Tensor, weights: Tensor, group: int) -> None:
-        """Scores of the first forward. shares: [A, Hkv, n, R]; counted, weights: [A, R]; group: heads per KV head."""
-        num_rows = shares.shape[-1] // group
+    def _score(self, forward: PagedForward, shares: Tensor, per_row: Tensor) -> None:
+        """Scores of the first forward. shares: [A, Hkv, n, R]; per_row: [A, Q], weights of the rows open at the
+        start."""
+        num_rows = per_row.shape[1]
+        group = shares.shape[-1] // num_rows  # heads per KV head
 
         def keep(name: str, g: int, score: Tensor) -> None:
             self.seen.scores.setdefault((name, g), []).append(score)
 
         by_token = {}
-        for name in set(self._look.methods) & {"mage_all", "mage_prefix", "probe1", "probe5"}:
-            if name == "mage_all":
-                by_token[name] = shares.mean(-1)
+        for name in set(self._look.methods) & {"mage_open", "mage_prefix", "probe1", "probe5"}:
+            if name == "mage_open":
+                by_token[name] = _weighted(shares, per_row.repeat_interleave(group, 1)[:, None] / group)
             elif name == "mage_prefix":
                 position = torch.arange(shares.shape[2], device=shares.device)
                 inside = (position < forward.prefix_lens[:, None]).float()[:, None]  # [A, 1, n]
                 total = torch.einsum("ahnr,axn->ahr", shares, inside)
-                own = weights[:, None] / total.clamp(min=torch.finfo(torch.float32).tiny)  # [A, Hkv, R]
+                own = 1 / total.clamp(min=torch.finfo(torch.float32).tiny) / total.shape[-1]  # [A, Hkv, R]
                 by_token[name] = _weighted(shares, own) * inside
             else:
                 count = 1 if name == "probe1" else _NUM_PROBES
@@ -307,7 +308,7 @@ class _Probe:
                 keep(name, g, _units(score, g))
             if "mage_max" in self._look.methods:
                 by_unit = shares.unflatten(2, (-1, g)).sum(3) if g > 1 else shares
-                keep("mage_max", g, torch.where(counted[:, None, None] > 0, by_unit, 0.0).amax(-1))
+                keep("mage_max", g, by_unit.amax(-1))
 
 
 def _weighted(shares: Tensor, weights: Tensor) -> Tensor:

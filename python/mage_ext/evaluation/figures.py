@@ -46,7 +46,7 @@ COLORS = {
     "carry": "#17becf",
     "v1": "#ff7f0e",
     "mage_max": "#e377c2",
-    "mage_all": "#98df8a",
+    "mage_open": "#98df8a",
     "mage_prefix": "#bcbd22",
     "joint": "#c5b0d5",
     "mass": "#ffbb78",

@@ -12,8 +12,9 @@ one forward predicts them. Rows of `mage eval prose` (eval/prose.json), one per 
     delta, delta_low, delta_high      score - exact, paired by context
     kl, kl_low, kl_high          KL(exact || method) in nats, mean over masked positions
     agreement, agreement_low, agreement_high      share of positions whose most probable token is that of exact
-    kept_mass            mean mass that the lists keep of the forward that made them (of "mage_prefix" the prefix's);
-                         None where lists change, of "carry" and of "mage_max", whose scores are no shares
+    kept_mass            mean mass that the lists keep of the forward that made them (of "mage_prefix" the prefix's, of
+                         "mage_open" that of its rows); None where lists change, of "carry" and of "mage_max", whose
+                         scores are no shares
 
 Intervals are 95 % bootstrap intervals over contexts.
 
@@ -124,7 +125,7 @@ class ForcedBlocks:
 
 
 def rows_of(is_open: Tensor, token_shift: bool) -> Tensor:
-    """Rows [A, Q], bool, whose logits the open positions [A, Q], bool, consume: what MAGE scores by default."""
+    """Rows [A, Q], bool, whose logits the open positions [A, Q], bool, consume: those of score_rows "open"."""
     if not token_shift:
         return is_open
     return torch.cat((is_open[:, 1:], torch.zeros_like(is_open[:, :1])), 1)

@@ -44,7 +44,7 @@ class Inspection:
         decided_at: per position of the block the forward that decided it, -1 known before, None never.
         kinds: of every forward, "exact", "select" or "sparse".
         masses: [T, L, Hkv, S], float32, on the CPU: share of the exact attention of a forward that a token has, mean
-            over the rows that MAGE scores.
+            over the rows that config.selection.score_rows names.
         lists: [layers that select, Hkv, units], bool: which units of g tokens the lists of the first forward hold.
         tail_start: first token that is attended without being listed.
     """

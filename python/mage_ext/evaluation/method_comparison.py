@@ -31,7 +31,7 @@ from mage_ext.selection import BlockSelection, SelectionConfig
 
 METHODS = ("exact", "mage", "quest", "tidal", "sparsed", "recency", "random")
 # What else is compared on demand; see `configs`.
-VARIANTS = ("oracle", "carry", "mage_max", "mage_all", "mage_prefix", "v1", "joint", "mass")
+VARIANTS = ("oracle", "carry", "mage_max", "mage_open", "mage_prefix", "v1", "joint", "mass")
 ALL_METHODS = METHODS + VARIANTS
 # Asked facts, and distractors of the same form; the contexts of the last two are registers, of lines alone.
 TASKS = {"needle": (1, 0), "four_keys": (4, 0), "four_of_eight": (4, 4), "lines": (1, 0), "four_lines": (4, 0)}
@@ -85,7 +85,8 @@ def configs(
 
         oracle       every forward attends its own top K, by the mean mass of all rows: `OwnLists`
         carry        MAGE that lets every second block go by the lists of the block before
-        mage_max     MAGE by the largest share of any row. mage_all: all rows count, decided or not.
+        mage_max     MAGE by the largest share of any row
+        mage_open    MAGE by the rows alone whose logits an undecided position consumes
         mage_prefix  MAGE by shares of the prefix alone
         v1           MAGE v1: rule "layer", ranked by votes of the rows, K on average over the layers
         joint        rule "joint": the KV heads of a layer share their budgets
@@ -108,7 +109,7 @@ def configs(
     mage = dataclasses.replace(config, mode="mage")
     for name, changes in {
         "mage_max": {"score": "max"},
-        "mage_all": {"score_rows": "all"},
+        "mage_open": {"score_rows": "open"},
         "mage_prefix": {"norm": "prefix"},
         "v1": {"rule": "layer"},
         "joint": {"rule": "joint"},
@@ -175,9 +176,9 @@ class _ExactWithMass:
         masses: one list per forward, of one tensor [A, Hkv, n], float32, per layer.
     """
 
-    def __init__(self, g: int, row_mask: Tensor):
+    def __init__(self, g: int):
         self.masses: list[list[Tensor]] = []
-        self._config, self._row_mask = SelectionConfig(k=g, g=g), row_mask
+        self._config = SelectionConfig(k=g, g=g)
 
     def prepare(self) -> None:
         """Nothing: no lists are made."""
@@ -189,7 +190,7 @@ class _ExactWithMass:
         """See AttentionMethod."""
         if layer == 0:
             self.masses.append([])
-        emission = Emission(self._config, self._row_mask, forward.prefix_lens)
+        emission = Emission(self._config, None, forward.prefix_lens)
         out = forward.emit(emission, q, k_cache, v_cache, forward.seq_lens)
         self.masses[-1] += emission.masses
         return out
@@ -207,13 +208,9 @@ def exact_masses(model: Transformer, state: DenoiseState, config: DenoiseConfig,
         config: sampler and max_new_tokens. g: tokens per unit.
     Returns:
         One tensor [layers, B, Hkv, n], float32, per forward, the commit left out: the share that each unit has of the
-        attention to the whole context, mean over the rows that MAGE scores (those whose logits a position consumes that
-        is open when the block starts; the same rows in all forwards). All 0 in requests whose block was done before.
+        attention to the whole context, mean over all rows of the block. All 0 in requests whose block was done before.
     """
-    position = torch.arange(model.config.block_size) + int(model.config.token_shift)  # that a row's logits predict
-    known = torch.tensor([len(tokens) for tokens in state.pending])
-    row_mask = (position >= known[:, None]) & (position < model.config.block_size)
-    method = _ExactWithMass(g, row_mask.to(state.batch.cache.device))
+    method = _ExactWithMass(g)
     run = dataclasses.replace(config, mode="method", method=method, dense_layers=(), cuda_graphs=False)
     blocks = generate(model, state.fork(), run, stream=True)
     next(blocks)
@@ -338,7 +335,8 @@ class Comparison:
         Beside those of `Score.row`: "T"; "prefix_tokens", the mean prefix before the first block; "mage_only" and
         "method_only", cases that MAGE alone or this method alone answered at the same setting, and "p_mage", McNemar's
         exact two-sided p of that; in MAGE's rows what `Recall.row` has. "kept_mass" is None where a method's lists
-        change with every forward or its scores are no shares; that of "mage_prefix" is of the prefix alone.
+        change with every forward or its scores are no shares; that of "mage_prefix" is of the prefix alone, that of
+        "mage_open" of its rows.
         """
         prefix = sum(self.prefixes) / max(len(self.prefixes), 1)
         more = {"T": self.T, "tokens": tokens, "distractors": TASKS[task][1], "prefix_tokens": prefix}

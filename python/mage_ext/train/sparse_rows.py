@@ -36,24 +36,18 @@ class SampledBlocks:
 
     Fields:
         batch: the rows with the all-masked copies behind them.
-        first: index in a row at which these start.
+        first: index in a row at which these start. size: tokens of a block.
         prefix: [rows, N], int32, tokens before the block; 0: no block at this place.
-        open: [rows, N, block], bool, rows of the block whose logits a maskable position consumes.
         sees: [rows, N, clean], bool, clean tokens before the block.
         owner: [rows, tokens], int32, the place of a noisy token's block; 0 for other tokens.
     """
 
     batch: Batch
     first: int
+    size: int
     prefix: Tensor
-    open: Tensor
     sees: Tensor
     owner: Tensor
-
-    @property
-    def size(self) -> int:
-        """Tokens of a block."""
-        return self.open.shape[2]
 
     @property
     def rows(self) -> Batch:
@@ -62,8 +56,8 @@ class SampledBlocks:
         return dataclasses.replace(self.batch, **cut)
 
     def to(self, device: str | torch.device) -> "SampledBlocks":
-        moved = {name: value.to(device) if name != "first" else value for name, value in vars(self).items()}
-        return SampledBlocks(**moved)
+        names = ("batch", "prefix", "sees", "owner")
+        return dataclasses.replace(self, **{name: getattr(self, name).to(device) for name in names})
 
 
 def sampled_blocks(batch: Batch, layout: Layout, mask_id: int) -> SampledBlocks:
@@ -89,11 +83,9 @@ def sampled_blocks(batch: Batch, layout: Layout, mask_id: int) -> SampledBlocks:
     if batch.noisy[:, :clean].any() or ((noisy != number) & (noisy != 0)).any():
         raise ValueError("sampled_blocks: batch must hold its copies in order behind layout.clean tokens, got another")
     there = (noisy > 0).all((2, 3))  # [rows, N]
-    masked, read = torch.zeros(2, rows, tokens, dtype=torch.bool)
-    of_copies = batch.noisy[batch.target_at[:, 0], batch.target_at[:, 1]] > 0
-    for marks, at in ((masked, batch.target_at[of_copies]), (read, batch.source[of_copies])):
-        marks[at[:, 0], at[:, 1]] = True
-    read &= batch.noisy > 0  # a block's first token is read in the clean text
+    masked = torch.zeros(rows, tokens, dtype=torch.bool)
+    at = batch.target_at[batch.noisy[batch.target_at[:, 0], batch.target_at[:, 1]] > 0]  # in copies
+    masked[at[:, 0], at[:, 1]] = True
     maskable = copies(masked).any(2)
 
     extra = -(-places * block // _TILE) * _TILE
@@ -122,8 +114,8 @@ def sampled_blocks(batch: Batch, layout: Layout, mask_id: int) -> SampledBlocks:
     return SampledBlocks(
         whole,
         first=tokens,
+        size=block,
         prefix=torch.where(there, positions[:, :, 0], 0).to(torch.int32),
-        open=copies(read).any(2) & there[..., None],
         sees=before & own_text & there[..., None],
         owner=owner,
     )
@@ -132,9 +124,9 @@ def sampled_blocks(batch: Batch, layout: Layout, mask_id: int) -> SampledBlocks:
 def unit_mass(q: Tensor, k: Tensor, blocks: SampledBlocks, g: int, units: int) -> Tensor:
     """Attention mass that the all-masked copies give to units of their text, the copy itself being its last part.
 
-    mass[j] = mean over the open rows and the query heads of a KV head of the sum over unit j of softmax(q . k /
+    mass[j] = mean over the rows of the block and the query heads of a KV head of the sum over unit j of softmax(q . k /
     sqrt(D)), the softmax over the clean text before the block and the copy itself: what `block_attention_mass` emits
-    at the first forward of the block (score "mean", score_rows "open", norm "context"). The largest tensor of it has
+    at the first forward of the block (score "mean", score_rows "all", norm "context"). The largest tensor of it has
     [rows, N * block * H / Hkv, clean] float32 numbers.
 
     Args:
@@ -143,11 +135,11 @@ def unit_mass(q: Tensor, k: Tensor, blocks: SampledBlocks, g: int, units: int) -
     Returns:
         [rows, N, Hkv, n], float32; 0 at places without a block.
     """
-    rows, places, size = blocks.open.shape
-    group, clean = q.shape[2] // k.shape[2], blocks.sees.shape[2]
+    (rows, places, clean), size = blocks.sees.shape, blocks.size
+    group = q.shape[2] // k.shape[2]
     here = slice(blocks.first, blocks.first + places * size)
-    share = blocks.open.float() / (group * blocks.open.sum(-1, keepdim=True).clamp_min(1))
-    share = share.repeat_interleave(group, 2)[:, :, None]  # [rows, N, 1, block * G]
+    share = (blocks.prefix > 0).float() / (group * size)
+    share = share[..., None, None].expand(-1, -1, 1, size * group)  # [rows, N, 1, block * G]
     unit = (blocks.batch.positions[:, None, :clean] // g).expand(-1, places, -1)
     own_unit = (blocks.batch.positions[:, here] // g).unflatten(1, (places, size))
     mass = q.new_zeros(rows, places, k.shape[2], units, dtype=torch.float32)
