@@ -156,7 +156,7 @@ def test_block_times_on_a_gpu():
 
 @pytest.mark.gpu
 def test_ten_thousand_blocks_leak_nothing():
-    """Device memory, pages and graphs stay what they are, the allocator's reserve settles; runs give the same tokens."""
+    """Device memory, pages and graphs stay what they are, its reserve settles; runs give the same tokens."""
     model = _model("llama", device="cuda")
     config = dataclasses.replace(MAGE, max_new_tokens=8 * 250, ignore_eos=True)
     prompts = [[1 + i % 90 for i in range(80 + 7 * r)] for r in range(10)]
