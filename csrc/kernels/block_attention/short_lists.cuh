@@ -552,7 +552,8 @@ struct ShortListConsumer {
             } else {
                 hides = hides || (flags.x >> offset / Config::kBox & 1u) != 0;
             }
-            const int32_t unit = passes_lists && position < piece.list_end ? list[position >> args.list_shift] : INT32_MIN;
+            const int32_t unit =
+                passes_lists && position < piece.list_end ? list[position >> args.list_shift] : INT32_MIN;
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
                 const bool is_past = unit > (listed_limit[r] - 1 - (position & inside)) >> args.list_shift;
