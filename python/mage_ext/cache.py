@@ -34,6 +34,7 @@ def _check_count(name: str, value: object) -> None:
 
 
 _GIB = 2**30
+_MAX_PAGES = 2**31 - 1  # page ids are int32
 
 
 def _page_bytes(num_layers: int, num_kv_heads: int, head_dim: int, page_size: int, dtype: torch.dtype) -> int:
@@ -81,7 +82,7 @@ class PagedCache:
             OutOfPages.
 
     Raises:
-        ValueError, TypeError: naming the argument. OutOfPages: the pools don't fit the free memory of a CUDA device.
+        ValueError, TypeError: naming the argument. OutOfPages: the pools don't fit the device's memory.
     """
 
     def __init__(
@@ -110,6 +111,8 @@ class PagedCache:
             raise ValueError(f"PagedCache: dtype must be float32, bfloat16 or float16, got {actual}")
         device = check_device("PagedCache", device)
         check_type("PagedCache", "growable", growable, bool, "a bool")
+        if num_pages > _MAX_PAGES:
+            raise ValueError(f"PagedCache: num_pages must be in [1, {_MAX_PAGES}], got {num_pages}")
         self.page_size = page_size
         self.growable = growable
         needed = num_pages * _page_bytes(num_layers, num_kv_heads, head_dim, page_size, dtype)
@@ -119,9 +122,15 @@ class PagedCache:
                 f"PagedCache: num_pages must fit the {free / _GIB:.2f} GiB that are free on {device}, got {num_pages} "
                 f"of {page_size} tokens, {needed / _GIB:.2f} GiB"
             )
-        self._pools = torch.empty(
-            num_layers, 2, num_pages, page_size, num_kv_heads, head_dim, dtype=dtype, device=device
-        )
+        try:
+            self._pools = torch.empty(
+                num_layers, 2, num_pages, page_size, num_kv_heads, head_dim, dtype=dtype, device=device
+            )
+        except RuntimeError as error:
+            raise OutOfPages(
+                f"PagedCache: num_pages must fit the memory of {device}, got {num_pages} of {page_size} tokens, "
+                f"{needed / _GIB:.2f} GiB"
+            ) from error
         self._users = [0] * num_pages
         self._free = list(range(num_pages - 1, -1, -1))
 

@@ -54,6 +54,7 @@ __all__ = ["BlockStream", "DenoiseConfig", "DenoiseState", "StepGraphs", "genera
 # Logits that exist at a time; draws at a temperature take about 16 times their memory, in float32 and int64.
 _LOGIT_BYTES = 256 << 20
 _DRAWN_FACTOR = 16
+MAX_REQUESTS = 1 << 16  # that run at a time
 
 
 class BlockStream:
@@ -163,8 +164,9 @@ def generate(
         raise TypeError(f"generate: tokenizer must have decode(ids) or be None, got {got(tokenizer)}")
     for name, value in (("stream", stream), ("progress", progress)):
         check_type("generate", name, value, bool, "a bool")
-    if max_batch is not None and (not isinstance(max_batch, int) or isinstance(max_batch, bool) or max_batch < 1):
-        raise ValueError(f"generate: max_batch must be an integer >= 1 or None, got {got(max_batch)}")
+    is_number = isinstance(max_batch, int) and not isinstance(max_batch, bool)
+    if max_batch is not None and not (is_number and 1 <= max_batch <= MAX_REQUESTS):
+        raise ValueError(f"generate: max_batch must be an integer in [1, {MAX_REQUESTS}] or None, got {got(max_batch)}")
     if graphs is not None:
         check_type("generate", "graphs", graphs, StepGraphs, "a StepGraphs or None")
     layers = config.selecting_layers(model.config.num_layers)
@@ -185,11 +187,11 @@ def generate(
         if state.model is not model or cache is not None:
             raise ValueError("generate: model and cache must be those of the state's prefill, got others")
         if seeds is not None:
-            state.seeds = check_seeds(seeds, len(state.prompts))
+            state.seeds = check_seeds("generate", seeds, len(state.prompts))
         for index, prompt in enumerate(state.prompts):
-            check_length(model, index, prompt, config.max_new_tokens)
+            check_length("generate", model, index, prompt, config.max_new_tokens)
     else:
-        state = new_state(model, prompts, config, seeds, cache, max_batch)
+        state = new_state("generate", model, prompts, config, seeds, cache, max_batch)
     graphs = StepGraphs() if graphs is None else graphs
     run = _Run(state, config, layers, sub_block_size, max_batch, graphs, callback, Progress(progress))
     state.used = True

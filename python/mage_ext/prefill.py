@@ -125,27 +125,31 @@ def _blocks_of(num_tokens: int, block_size: int) -> int:
     return -(-num_tokens // block_size) * block_size
 
 
-def check_prompts(model: torch.nn.Module, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
+def check_prompts(
+    owner: str, model: torch.nn.Module, prompts: Sequence[Sequence[int]], max_new_tokens: int
+) -> list[list[int]]:
     """The prompts as lists, after a check of ids and lengths against the model."""
-    config = model.config
     expected = "a list of lists of token ids"
-    prompts = check_list("generate", "prompts", prompts, expected)
+    prompts = check_list(owner, "prompts", prompts, expected)
     for i, prompt in enumerate(prompts):
         if not isinstance(prompt, (list, tuple)):
             raise TypeError(
-                f"generate: prompts must be {expected}, so prompts[{i}] a list of token ids, got {got(prompt)}"
+                f"{owner}: prompts must be {expected}, so prompts[{i}] a list of token ids, got {got(prompt)}"
             )
     if not prompts:
-        raise ValueError("generate: prompts must hold at least one prompt, got none")
+        raise ValueError(f"{owner}: prompts must hold at least one prompt, got none")
     for i, prompt in enumerate(prompts):
-        if not _holds_ids(prompt, config.vocab_size):
-            for token in prompt:
-                if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < config.vocab_size:
-                    raise ValueError(
-                        f"generate: prompts[{i}] must hold ids in [0, vocab_size = {config.vocab_size}), got {token!r}"
-                    )
-        check_length(model, i, prompt, max_new_tokens)
+        check_ids(owner, f"prompts[{i}]", prompt, model.config.vocab_size)
+        check_length(owner, model, i, prompt, max_new_tokens)
     return [list(prompt) for prompt in prompts]
+
+
+def check_ids(owner: str, name: str, ids: Sequence[int], vocab_size: int) -> None:
+    """Raises ValueError where a list or tuple holds something else than token ids."""
+    if not _holds_ids(ids, vocab_size):
+        for token in ids:
+            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
+                raise ValueError(f"{owner}: {name} must hold ids in [0, vocab_size = {vocab_size}), got {token!r}")
 
 
 def _holds_ids(prompt: Sequence[int], vocab_size: int) -> bool:
@@ -160,15 +164,15 @@ def _holds_ids(prompt: Sequence[int], vocab_size: int) -> bool:
     return not len(ids) or int(ids.max()) < vocab_size
 
 
-def check_length(model: torch.nn.Module, index: int, prompt: Sequence[int], max_new_tokens: int) -> None:
+def check_length(owner: str, model: torch.nn.Module, index: int, prompt: Sequence[int], max_new_tokens: int) -> None:
     """Raises ValueError where prompt `index` and what is to follow don't fit the model."""
     config = model.config
     if not prompt and config.token_shift:
-        raise ValueError(f"generate: prompts[{index}] must have at least one token under token shift, got none")
+        raise ValueError(f"{owner}: prompts[{index}] must have at least one token under token shift, got none")
     total = _blocks_of(len(prompt) + max_new_tokens, config.block_size)
     if total > config.max_positions:
         raise ValueError(
-            f"generate: prompts[{index}] and max_new_tokens must fit the model's {config.max_positions} positions, got "
+            f"{owner}: prompts[{index}] and max_new_tokens must fit the model's {config.max_positions} positions, got "
             f"{len(prompt)} + {max_new_tokens} = {total} in whole blocks of {config.block_size}"
         )
 
@@ -186,15 +190,15 @@ def check_run(
     return DenoiseConfig() if config is None else config
 
 
-def check_seeds(seeds: Sequence[int] | None, count: int) -> list[int]:
+def check_seeds(owner: str, seeds: Sequence[int] | None, count: int) -> list[int]:
     """The seeds of `count` requests; the requests' numbers for None."""
     if seeds is None:
         return list(range(count))
-    seeds = check_list("generate", "seeds", seeds, f"{count} integers, one per prompt")
+    seeds = check_list(owner, "seeds", seeds, f"{count} integers, one per prompt")
     if len(seeds) != count or not all(isinstance(s, int) and not isinstance(s, bool) for s in seeds):
-        raise ValueError(f"generate: seeds must be {count} integers, one per prompt, got {list(seeds)!r}")
+        raise ValueError(f"{owner}: seeds must be {count} integers, one per prompt, got {list(seeds)!r}")
     if not all(-(1 << 63) <= seed < 1 << 63 for seed in seeds):
-        raise ValueError(f"generate: seeds must fit 64 bits, got {list(seeds)!r}")
+        raise ValueError(f"{owner}: seeds must fit 64 bits, got {list(seeds)!r}")
     return list(seeds)
 
 
@@ -222,7 +226,7 @@ def prefill(
         ValueError, TypeError: naming the prompt and what is wrong with it.
     """
     config = check_run("prefill", model, config, cache)
-    state = new_state(model, prompts, config, seeds, cache, None)
+    state = new_state("prefill", model, prompts, config, seeds, cache, None)
     state.reserve(config.max_new_tokens)
     graphs = StepGraphs()
     graphs.bind(model, state.batch.cache, config, state.longest(config.max_new_tokens))
@@ -239,6 +243,7 @@ def prefill(
 
 
 def new_state(
+    owner: str,
     model: torch.nn.Module,
     prompts: Sequence[Sequence[int]],
     config: DenoiseConfig,
@@ -248,14 +253,14 @@ def new_state(
 ) -> DenoiseState:
     """A state whose requests have neither pages nor K/V yet. Without a cache it gets one that holds max_batch of the
     longest requests (None: all). Raises as `prefill` does."""
-    prompts = check_prompts(model, prompts, config.max_new_tokens)
-    seeds = check_seeds(seeds, len(prompts))
+    prompts = check_prompts(owner, model, prompts, config.max_new_tokens)
+    seeds = check_seeds(owner, seeds, len(prompts))
     if cache is None:
         page_size, size = 64, model.config.block_size
         needed = (_blocks_of(len(prompt) + config.max_new_tokens, size) for prompt in prompts)
         pages = sorted((-(-tokens // page_size) for tokens in needed), reverse=True)
         cache = PagedCache.for_model(model, num_pages=sum(pages[:max_batch]), page_size=page_size, growable=True)
-    _check_cache(model, cache)
+    check_cache(owner, model, cache)
     return DenoiseState(model, prompts, seeds, cache)
 
 
@@ -281,7 +286,8 @@ def prefill_requests(
     state.prefill_seconds += time.perf_counter() - begun
 
 
-def _check_cache(model: torch.nn.Module, cache: PagedCache) -> None:
+def check_cache(owner: str, model: torch.nn.Module, cache: PagedCache) -> None:
+    """Raises ValueError where a cache was not made for such a model."""
     config, weight = model.config, model.embed_tokens.weight
     for name, expected in (
         ("num_layers", config.num_layers),
@@ -291,7 +297,7 @@ def _check_cache(model: torch.nn.Module, cache: PagedCache) -> None:
         ("device", weight.device),
     ):
         if getattr(cache, name) != expected:
-            raise ValueError(f"prefill: cache.{name} must be the model's {expected}, got {getattr(cache, name)}")
+            raise ValueError(f"{owner}: cache.{name} must be the model's {expected}, got {getattr(cache, name)}")
 
 
 class _ChunkSlots:

@@ -191,6 +191,10 @@ def test_a_refused_call_takes_no_pages():
 
 _CACHES = {
     "page_size": (lambda: PagedCache(1, 1, 8, num_pages=1, page_size=48), "page_size must be one of .* got 48"),
+    "num_pages_beyond_int32": (
+        lambda: PagedCache(1, 1, 8, num_pages=1 << 31),
+        r"num_pages must be in \[1, 2147483647\], got 2147483648",
+    ),
     "page_size_true": (lambda: PagedCache(1, 1, 8, num_pages=1, page_size=True), "page_size must be one of"),
     "num_pages": (lambda: PagedCache(1, 1, 8, num_pages=0), "num_pages must be an integer >= 1, got 0"),
     "num_layers": (lambda: PagedCache(0, 1, 8, num_pages=1), "num_layers must be an integer >= 1, got 0"),

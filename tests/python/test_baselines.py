@@ -444,14 +444,23 @@ def test_autoregressive_says_what_is_wrong():
         causal_prefill(model, batch, [[1]])
     with pytest.raises(ValueError, match="chunk must be an integer >= 1, got 0"):
         causal_prefill(model, batch, [[1], [2]], chunk=0)
+    for token in (97, -1, 2.5):
+        with pytest.raises(ValueError, match=rf"prompts\[1\] must hold ids in \[0, vocab_size = 97\), got {token}"):
+            causal_prefill(model, batch, [[1], [2, token]])
+    with pytest.raises(TypeError, match=r"prompts\[0\] must be a list of token ids, got 'ab'"):
+        causal_prefill(model, batch, ["ab", [1]])
+    with pytest.raises(ValueError, match=r"prompts\[0\] must fit the model's 512 positions, got 513 tokens"):
+        causal_prefill(model, batch, [[1] * 513, [1]])
+    with pytest.raises(ValueError, match=r"causal_prefill: cache.num_layers must be the model's 2, got 3"):
+        causal_prefill(_model(num_layers=2), batch, [[1], [2]])
 
 
 # --------------------------------------------------------------------------- the loop as published
 
 
 def _published(model, prompt, config):
-    cache, known = published_prefill(model, prompt)
-    tail = len(prompt) % model.config.block_size
+    cache, known, tail = published_prefill(model, prompt)
+    assert tail == len(prompt) % model.config.block_size
     return published_loop(model, cache, known, config, prompt_tail=tail)
 
 
@@ -501,28 +510,39 @@ def test_the_published_loop_takes_a_random_context():
                 pool[pages[position // 64], position % 64] = source[layer][0, :, position]
     state.pending = [[7]]
     expected = generate(model, state, _config())[0].tokens
-    assert published_loop(model, context, [7], _config()) == expected
+    assert published_loop(model, context, [7], _config(), prompt_tail=0) == expected
     assert len(context) == 96 + 64
 
 
 def test_the_published_loop_says_what_is_wrong():
     model = _model()
-    with pytest.raises(ValueError, match="num_tokens must be a positive multiple of the block of 32, got 40"):
+    with pytest.raises(
+        ValueError, match=r"num_tokens must be a multiple of the block of 32 in \[1, 1073741824\], got 40"
+    ):
         ContiguousCache.random(model, 40)
     cache = ContiguousCache.random(model, 32)
     for known in ([], [1] * 32, [96]):
         with pytest.raises(ValueError, match="known must be at least 1 and fewer than 32 ids other than the mask"):
-            published_loop(model, cache, known, _config())
+            published_loop(model, cache, known, _config(), prompt_tail=0)
     with pytest.raises(ValueError, match=r"prompt_tail must be in \[0, 1\], got 2"):
         published_loop(model, cache, [1], _config(), prompt_tail=2)
     with pytest.raises(ValueError, match=r"config must be of mode .* got 'mage'"):
-        published_loop(model, cache, [1], dataclasses.replace(_config(), mode="mage"))
+        published_loop(model, cache, [1], dataclasses.replace(_config(), mode="mage"), prompt_tail=0)
     with pytest.raises(ValueError, match=r"config must be .* without sub_block_cache"):
-        published_loop(model, cache, [1], _config(sub_block_cache=True))
+        published_loop(model, cache, [1], _config(sub_block_cache=True), prompt_tail=0)
     with pytest.raises(ValueError, match=r"config.sampler must be .* got 'sequential' at 0"):
-        published_loop(model, cache, [1], _config(sampler=SamplerConfig("sequential")))
+        published_loop(model, cache, [1], _config(sampler=SamplerConfig("sequential")), prompt_tail=0)
     with pytest.raises(TypeError, match="cache must be a ContiguousCache, got PagedCache"):
-        published_loop(model, _cache(model), [1], _config())
+        published_loop(model, _cache(model), [1], _config(), prompt_tail=0)
+    other = ContiguousCache.random(_model(num_layers=2), 32)
+    with pytest.raises(ValueError, match=r"cache must have the model's layers, .* \(3, 2, 16\), got \(2, 2, 16\)"):
+        published_loop(model, other, [1], _config(), prompt_tail=0)
+    with pytest.raises(ValueError, match=r"known must hold ids in \[0, vocab_size = 97\), got 97"):
+        published_loop(model, cache, [97], _config(), prompt_tail=0)
+    with pytest.raises(ValueError, match=r"prompt must hold ids in \[0, vocab_size = 97\), got -1"):
+        published_prefill(model, [3, -1])
+    with pytest.raises(ValueError, match="prompt must fit the model's 512 positions, got 513 tokens"):
+        published_prefill(model, [1] * 513)
     with pytest.raises(ValueError, match="prompt must have at least one token under token shift, got none"):
         published_prefill(model, [])
 
@@ -641,5 +661,5 @@ def test_autoregressive_graphs_give_the_tokens_of_plain_launches():
 def test_the_published_loop_runs_on_cuda():
     model = _cuda_model()
     context = ContiguousCache.random(model, 512)
-    assert len(published_loop(model, context, [7], _config(max_new_tokens=63))) == 63
+    assert len(published_loop(model, context, [7], _config(max_new_tokens=63), prompt_tail=0)) == 63
     assert len(context) == 512 + 64

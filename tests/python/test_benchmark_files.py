@@ -375,7 +375,10 @@ def test_commands_write_rows_and_answers(folder, config, tmp_path, capsys):
         (("--k", "33", "--g", "16"), "eval: k must hold a multiple of one of gs = [16], got [33]"),
         (("--n", "0"), "eval: n must be at least 1, got 0"),
         (("--batch", "0"), "eval: batch must be at least 1, got 0"),
-        (("--model", "nowhere"), "load: path must be a folder with config.json, got nowhere"),
+        (
+            ("--model", "nowhere"),
+            "load: path must be a folder with config.json or a model in the box (",
+        ),
         (("--out", "no/such/folder.json"), "eval: out must be in a folder that exists"),
     ],
 )

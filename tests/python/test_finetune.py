@@ -539,7 +539,10 @@ def test_command_goes_on_from_the_adapter_of_the_model_in_the_box(base, texts, t
         (("--resume", "x.safetensors"), "finetune: resume must be left out where all weights are trained"),
         (("--rank", "2", "--resume", "x.safetensors"), "load_adapter: path must name an adapter file"),
         (("--text", "missing.txt"), "text: must name readable files, got 'missing.txt'"),
-        (("--model", "nowhere"), "load: path must be a folder with config.json, got nowhere"),
+        (
+            ("--model", "nowhere"),
+            "load: path must be a folder with config.json or a model in the box (",
+        ),
         (("--device", "moon"), "finetune: device must be a torch.device or its name, got 'moon'"),
     ],
 )

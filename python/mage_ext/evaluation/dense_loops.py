@@ -21,6 +21,7 @@ from mage_ext.cache import RaggedBatch
 from mage_ext.denoise import DenoiseConfig, StepGraphs
 from mage_ext.models.transformer import Attend, Transformer, rotary
 from mage_ext.paged_forward import PagedForward, Write
+from mage_ext.prefill import check_cache, check_ids
 
 # --- one token per forward -------------------------------------------------------------------------------------------
 
@@ -57,6 +58,14 @@ def causal_prefill(
     prompts = check_list("causal_prefill", "prompts", prompts, "a list of lists of token ids")
     if len(prompts) != len(batch) or not all(prompts):
         raise ValueError(f"causal_prefill: prompts must be {len(batch)} lists that are not empty, got {len(prompts)}")
+    prompts = [check_list("causal_prefill", f"prompts[{i}]", p, "a list of token ids") for i, p in enumerate(prompts)]
+    for i, prompt in enumerate(prompts):
+        check_ids("causal_prefill", f"prompts[{i}]", prompt, model.config.vocab_size)
+        if len(prompt) > model.config.max_positions:
+            raise ValueError(
+                f"causal_prefill: prompts[{i}] must fit the model's {model.config.max_positions} positions, got "
+                f"{len(prompt)} tokens"
+            )
     if not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1:
         raise ValueError(f"causal_prefill: chunk must be an integer >= 1, got {got(chunk)}")
     device = batch.cache.device
@@ -165,6 +174,7 @@ def _check_batch(owner: str, model: object, batch: object) -> None:
     check_type(owner, "batch", batch, RaggedBatch, "a RaggedBatch")
     if not len(batch):
         raise ValueError(f"{owner}: batch must have a request, got none")
+    check_cache(owner, model, batch.cache)
 
 
 # --- Fast-dLLM v2's loop as published --------------------------------------------------------------------------------
@@ -187,13 +197,15 @@ class ContiguousCache:
         """num_tokens tokens of normal K and V, for speed: such a context needs no prefill.
 
         Raises:
-            ValueError: num_tokens is no multiple of the model's block, or < 1.
+            ValueError: num_tokens is no multiple of the model's block, < 1 or > 2^30.
         """
         config, weight = model.config, model.embed_tokens.weight
         size = config.block_size
-        if not isinstance(num_tokens, int) or isinstance(num_tokens, bool) or num_tokens < 1 or num_tokens % size:
+        is_number = isinstance(num_tokens, int) and not isinstance(num_tokens, bool)
+        if not is_number or not 1 <= num_tokens <= 1 << 30 or num_tokens % size:
             raise ValueError(
-                f"ContiguousCache: num_tokens must be a positive multiple of the block of {size}, got {got(num_tokens)}"
+                f"ContiguousCache: num_tokens must be a multiple of the block of {size} in [1, {1 << 30}], got "
+                f"{got(num_tokens)}"
             )
         generator = torch.Generator(weight.device).manual_seed(seed)
         shape = (2, 1, config.num_kv_heads, num_tokens, config.head_dim)
@@ -207,6 +219,16 @@ class ContiguousCache:
     def __len__(self) -> int:
         """P, tokens of the context."""
         return self.keys[0].shape[2] if self.keys else 0
+
+    def check(self, owner: str, model: Transformer) -> None:
+        """Raises ValueError where it holds K and V of another kind of model."""
+        config = model.config
+        expected = (config.num_layers, config.num_kv_heads, config.head_dim)
+        found = (len(self.keys), *(self.keys[0].shape[i] for i in (1, 3))) if self.keys else expected
+        if found != expected:
+            raise ValueError(
+                f"{owner}: cache must have the model's layers, KV heads and head_dim {expected}, got {found}"
+            )
 
     def joined(self, layer: int, k: Tensor, v: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
         """K and V [1, Hkv, P + Q, D] of the context and then k and v [1, Hkv, Q, D]; keep: they are the new context."""
@@ -244,34 +266,39 @@ def _plain_hidden(model: Transformer, tokens: Tensor, positions: Tensor, attend:
 
 
 @torch.no_grad()
-def published_prefill(model: Transformer, prompt: Sequence[int]) -> tuple[ContiguousCache, list[int]]:
+def published_prefill(model: Transformer, prompt: Sequence[int]) -> tuple[ContiguousCache, list[int], int]:
     """K and V of the prompt's whole blocks, in one forward with a block-causal mask.
 
     Returns:
-        The cache, and the tokens known at the start of the first block, as `published_loop` takes them: the prompt's
-        tail, or the token that the last logits predict under token shift.
+        As `published_loop` takes them: the cache; the tokens known at the start of the first block, which are the
+        prompt's tail, or the token that the last logits predict under token shift; how many of these are the prompt's.
     Raises:
         ValueError, TypeError: naming the argument.
     """
     check_type("published_prefill", "model", model, Transformer, "a Transformer")
     prompt = check_list("published_prefill", "prompt", prompt, "a list of token ids")
     config, cache = model.config, ContiguousCache()
+    check_ids("published_prefill", "prompt", prompt, config.vocab_size)
+    if len(prompt) > config.max_positions:
+        raise ValueError(
+            f"published_prefill: prompt must fit the model's {config.max_positions} positions, got {len(prompt)} tokens"
+        )
     whole = len(prompt) // config.block_size * config.block_size
     if not prompt and config.token_shift:
         raise ValueError("published_prefill: prompt must have at least one token under token shift, got none")
     if not whole:
-        return cache, prompt
+        return cache, prompt, len(prompt)
     tokens = upload([prompt[:whole]], model.embed_tokens.weight.device)
     logits = _plain_logits(model, tokens, cache, keep=True)
     known = prompt[whole:]
     if config.token_shift and not known:
-        known = [int(_most_probable(model, logits[:, -1:])[0])]
-    return cache, known
+        return cache, [int(_most_probable(model, logits[:, -1:])[0])], 0
+    return cache, known, len(known)
 
 
 @torch.no_grad()
 def published_loop(
-    model: Transformer, cache: ContiguousCache, known: Sequence[int], config: DenoiseConfig, *, prompt_tail: int = 0
+    model: Transformer, cache: ContiguousCache, known: Sequence[int], config: DenoiseConfig, *, prompt_tail: int
 ) -> list[int]:
     """The generation loop that Fast-dLLM v2 publishes with its weights (modeling.py, `generate`), batch 1, no block
     cache.
@@ -310,6 +337,8 @@ def published_loop(
             f"published_loop: known must be at least {int(shift)} and fewer than {size} ids other than the mask id "
             f"{mask_id}, got {known!r}"
         )
+    check_ids("published_loop", "known", known, model_config.vocab_size)
+    cache.check("published_loop", model)
     check_type("published_loop", "prompt_tail", prompt_tail, int, "an integer")
     if not 0 <= prompt_tail <= len(known):
         raise ValueError(f"published_loop: prompt_tail must be in [0, {len(known)}], got {prompt_tail}")
