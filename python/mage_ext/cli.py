@@ -868,7 +868,10 @@ def make_parser() -> argparse.ArgumentParser:
     adapter = kinds.add_parser("adapter", help="adapt the base model to block diffusion; status 1 if a gate was missed")
     adapter.add_argument("--text", nargs="+", required=True, metavar="FILE", help="prose; every tenth text is held out")
     adapter.add_argument(
-        "--out", required=True, metavar="DIR", help="for adapter-int8.safetensors, adapter.safetensors, log.jsonl"
+        "--out",
+        required=True,
+        metavar="DIR",
+        help="for adapter-int8.safetensors (and -stage-N), adapter.safetensors, log.jsonl",
     )
     adapter.add_argument("--minutes", type=float, required=True, help="wall time of this run")
     adapter.add_argument("--device", default="cuda", choices=("cuda", "cpu"))

@@ -467,6 +467,16 @@ def test_resume_continues_with_the_values_of_the_file(model, tokenizer, tmp_path
     assert trainer_of(make_model(tokenizer.vocab_size), tmp_path / "four", resume=tmp_path / "two/adapter.safetensors")
 
 
+def test_every_stage_leaves_its_adapter(model, tokenizer, tmp_path):
+    trainer = trainer_of(model, tmp_path)
+    trainer.run([Stage(SMALL, 1, max_steps=2)] * 3, tokenizer, None, None)
+    names = [f"adapter-int8{name}.safetensors" for name in ("-stage-0", "-stage-1", "")]
+    assert {path.name for path in tmp_path.iterdir()} == {*names, "adapter.safetensors", "log.jsonl"}
+    first, second, last = (load_adapter(tmp_path / name, base="tiny.gguf") for name in names)
+    for one, other in ((first, second), (second, last)):
+        assert any((one[name] != other[name]).any() for name in one)
+
+
 def test_resume_with_a_larger_rank_is_the_same_model(model, tokenizer, tmp_path):
     trainer = trainer_of(model, tmp_path / "one", rank=3)
     trainer.run([Stage(SMALL, 1, max_steps=4)], tokenizer, None, None)

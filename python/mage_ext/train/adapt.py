@@ -95,7 +95,8 @@ def train_adapter(
     seed: int = 0,
     curriculum: str = "short",
 ) -> bool:
-    """Trains an adapter for `minutes` and leaves adapter-int8.safetensors, adapter.safetensors and log.jsonl in `out`.
+    """Trains an adapter for `minutes` and leaves adapter-int8.safetensors, adapter.safetensors and log.jsonl in `out`,
+    with an int8 file of the end of every earlier stage.
 
     Args:
         texts: files of prose, see tasks.read_texts; every tenth text by name is held out for the gates. With fewer than

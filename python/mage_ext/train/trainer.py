@@ -316,7 +316,8 @@ class Trainer:
     def run(
         self, stages: Sequence[Stage], tokenizer: Tokenizer, corpus: Corpus | None, held_out: Corpus | None
     ) -> bool:
-        """Trains through the stages, saving adapter.safetensors (bfloat16) and adapter-int8.safetensors as it goes.
+        """Trains through the stages, saving adapter.safetensors (bfloat16) and adapter-int8.safetensors as it goes, and
+        adapter-int8-stage-N.safetensors at the end of each but the last.
 
         Args:
             stages: at least one. tokenizer: the model's. corpus, held_out: prose of rows and of gates; None: own prose.
@@ -358,6 +359,8 @@ class Trainer:
                 self.log(event="gate missed", stage=number, gate=stage.gate)
             if not held or ended_by == "time":
                 break
+            if number + 1 < len(stages):
+                self.save(f"adapter-int8-stage-{number}", int8=True)
         self._save_both()
         self.log(event="end", step=self.step, tokens=self.tokens_seen, stage=number, ended_by=ended_by, gate_held=held)
         return held
