@@ -4,8 +4,10 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
+from collections import Counter
 
 import torch
 
@@ -58,7 +60,13 @@ def _module_lines() -> list[str]:
         return [f"module _C: not there ({error})"]
     variants = _C.variants()
     lines = [f"module _C: loaded; CPU kernels for {', '.join(variants['cpu'])}, running {_C.build_facts()['cpu_isa']}"]
-    return [*lines, f"CUDA kernels: {', '.join(variants['cuda']) or 'none'}"]
+    return [*lines, f"CUDA kernels: {_counted(variants['cuda']) or 'none'}"]
+
+
+def _counted(kernels: list[str]) -> str:
+    """Names without dtypes and shapes, each with the number of its instances if there are several."""
+    families = Counter(re.sub("_(kernel|bf16|fp16|fp32).*", "", name.removeprefix("mage_")) for name in kernels)
+    return ", ".join(name if count == 1 else f"{name} ({count})" for name, count in families.items())
 
 
 def _gpu_lines() -> list[str]:

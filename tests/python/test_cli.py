@@ -102,3 +102,12 @@ def test_on_a_terminal_the_block_is_seen_to_unmask():
     shaded = [frame.count(terminal._OPEN) for frame in frames]
     assert len(frames) >= 7 and shaded == sorted(shaded, reverse=True) and shaded[0] > shaded[-1]
     assert result.text and result.text in out.getvalue()
+
+
+def test_info_counts_kernels_by_family():
+    from mage_ext.info import _counted
+
+    names = ["mage_append_kv_kernel", "mage_row_votes_select_long_kernel", "mage_merge_attention_bf16_odd_many_kernel"]
+    names += [f"mage_token_mass_kernel_bf16_d128_rows{rows}" for rows in (64, 128)]
+    assert _counted(names) == "append_kv, row_votes_select_long, merge_attention, token_mass (2)"
+    assert _counted([]) == ""
