@@ -701,6 +701,7 @@ def make_parser() -> argparse.ArgumentParser:
     choices = names + variants
     told = f"exact always runs; the others are held against it. Of {' '.join(names + variants)}"
     tasks = ["needle", "four_keys", "four_of_eight", "lines", "four_lines"]
+    tasks += ["variables", "four_variables", "frequent_words"]
     add = compared.add_argument
     add("--tasks", nargs="+", default=["needle", "four_keys"], choices=tasks)
     add("--methods", nargs="+", default=names, choices=choices, metavar="METHOD", help=told)

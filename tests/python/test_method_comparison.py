@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import itertools
 import json
+import zlib
 from types import SimpleNamespace
 
 import pytest
@@ -308,6 +310,55 @@ def test_a_suite_joins_its_batches(monkeypatch):
         list(comparison.suite(runner, 1, wanted, ["topics"]))
     with pytest.raises(ValueError, match=r"methods_wanted must be of exact, .*, got 'best'"):
         list(comparison.suite(runner, 1, wanted, ["needle"], ["best"]))
+
+
+class _Words:
+    """A tokenizer whose tokens are words, and which reads from any ids the answer of the prompt made last."""
+
+    def __init__(self):
+        self.answer = ""
+
+    def encode(self, text, add_special_tokens=False):
+        return [1 + zlib.crc32(word.encode()) % 90 for word in text.split()]
+
+    def chat(self, messages):
+        return [1, *self.encode(messages[0]["content"]), 2]
+
+    def decode(self, ids):
+        return self.answer
+
+
+def test_every_task_runs_from_case_to_row(monkeypatch):
+    model, tokenizer = _model("llama_shift"), _Words()
+    loaded = SimpleNamespace(model=model, config=model.config, tokenizer=tokenizer)
+
+    class Maker(needles.CaseMaker):
+        def _ids(self, case):
+            self.tokenizer.answer = case.answer
+            return super()._ids(case)
+
+    monkeypatch.setattr(needles, "_worker", {"loaded": loaded, "maker": Maker(loaded)})
+    runner = object.__new__(needles.Runner)
+    runner.first, runner.jobs, runner.batch, runner.progress, runner._pool = 0, 1, 1, None, None
+    arguments = (runner, 2, [Setting(32, 1, 1)], list(comparison.TASKS), ["mage", "random"], [400])
+    rows = list(comparison.suite(*arguments))[-1]
+    told = [(row["task"], row["method"], row["distractors"], row["n"]) for row in rows]
+    expected = itertools.product(comparison.TASKS, ("exact", "mage", "random"))
+    assert told == [(task, method, comparison.TASKS[task][1], 2) for task, method in expected]
+    for row in rows:
+        assert row["score"] == 1 and row["facts"] == 2 * comparison.TASKS[row["task"]][0]
+        assert 300 < row["prefix_tokens"] <= 400
+        assert row["kv_share"] == 1 if row["method"] == "exact" else row["kv_share"] < 1
+    heads = [line.split(",")[0] for line in comparison.table(rows) if " tokens, T = " in line]
+    assert heads == list(comparison.TASKS)
+    with pytest.raises(ValueError, match="draw_words: num_tokens must hold 30 words"):
+        list(comparison.suite(runner, 1, [Setting(32, 1, 1)], ["frequent_words"], ["mage"], [60]))
+
+
+def test_the_command_takes_every_task():
+    for command in ("methods", "recall", "thresholds"):
+        parsed = cli.make_parser().parse_args(["eval", command, "--tasks", *comparison.TASKS, "--out", "a.json"])
+        assert parsed.tasks == list(comparison.TASKS)
 
 
 def test_a_suite_of_several_lengths_and_steps(monkeypatch):

@@ -90,12 +90,36 @@ def test_a_register_is_as_long_as_wanted(asked):
         maker.register(0, 20)
 
 
+@pytest.mark.parametrize("asked", [1, 4])
+def test_a_seed_names_its_hops(asked):
+    maker = _maker()
+    for seed in range(4):
+        case, ids = maker.variables(seed, 500, asked, 4 - asked)
+        assert {len(fact.path) for fact in case.facts} == {1 + seed} and len(case.facts) == asked
+        assert ids == maker.tokenizer.chat([{"role": "user", "content": case.prompt}])
+        assert len(ids) % maker.block == 0 if asked > 1 else 490 <= len(ids) <= 500
+        assert maker.variables(seed, 500, asked, 4 - asked) == (case, ids)
+    assert maker.variables(0, 500, asked, 4 - asked)[0].facts != maker.variables(4, 500, asked, 4 - asked)[0].facts
+
+
+def test_a_list_is_as_long_as_wanted():
+    maker = _maker()
+    for tokens in (100, 500):
+        case, ids = maker.word_list(2, tokens)
+        assert ids == maker.tokenizer.chat([{"role": "user", "content": case.prompt}]) and len(ids) == tokens
+        assert maker.word_list(2, tokens) == (case, ids) and maker.word_list(3, tokens)[0].facts != case.facts
+    with pytest.raises(ValueError, match=r"draw_words: num_tokens must hold 30 words, got -?\d+"):
+        maker.word_list(0, 60)
+
+
 def test_tasks_have_their_makers():
-    made = SimpleNamespace(
-        case=lambda *arguments: ("prose", arguments), register=lambda *arguments: ("lines", arguments)
-    )
+    names = {"case": "prose", "register": "lines", "variables": "chains", "word_list": "words"}
+    made = SimpleNamespace(**{name: lambda *arguments, told=told: (told, arguments) for name, told in names.items()})
     assert comparison.make_case(made, "four_of_eight", 7, 2048) == ("prose", (7, 2048, 4, 4))
     assert comparison.make_case(made, "four_lines", 7, 2048) == ("lines", (7, 2048, 4))
+    assert comparison.make_case(made, "variables", 7, 2048) == ("chains", (7, 2048, 1, 3))
+    assert comparison.make_case(made, "four_variables", 7, 2048) == ("chains", (7, 2048, 4, 0))
+    assert comparison.make_case(made, "frequent_words", 7, 2048) == ("words", (7, 2048))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

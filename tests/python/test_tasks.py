@@ -1,11 +1,13 @@
 """The generators of texts, facts and questions, and the readers of prose. Run: pytest tests/python/test_tasks.py"""
 
+import collections
 import functools
 import itertools
 import json
 import lzma
 import random
 import re
+import zlib
 
 import pytest
 
@@ -178,6 +180,163 @@ def test_register_refuses(lines, asked):
         tasks.make_register_case(random.Random(0), lines, asked)
 
 
+def test_cases_of_published_results_stay_what_they_were():
+    """Checksums of prompts made before variables and lists of words came."""
+
+    def checksum(**arguments):
+        made = [
+            tasks.make_case(random.Random(seed), lambda text: len(text.split()), 500, **arguments) for seed in range(20)
+        ]
+        return zlib.crc32("\x00".join(case.prompt for case in made).encode())
+
+    assert checksum(asked=1) == 3554937255
+    assert checksum(asked=4, distractors=4, align=True) == 3997528997
+
+
+# --- variables ------------------------------------------------------------------------------------------------------
+
+
+def resolved(text):
+    """Number of every variable that a text sets, and its steps from there; what is read must have been set before."""
+    numbers, hops = {}, {}
+    for name, source, number in re.findall(r"VAR (\w+) = (?:VAR (\w+)|(\d+))\.", text):
+        assert name not in numbers
+        numbers[name] = number or numbers[source]
+        hops[name] = 0 if number else hops[source] + 1
+    return numbers, hops
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_variables_are_chains_of_one_half(held_out):
+    for seed in range(20):
+        drawn = tasks.draw_variables(random.Random(seed), [0, 1, 4, 2], held_out)
+        numbers, hops = resolved(" ".join(fact.statement for fact in drawn))
+        assert [hops[fact.key] for fact in drawn] == [0, 0, 1, 0, 1, 2, 3, 4, 0, 1, 2]
+        assert all(numbers[fact.key] == fact.value and len(fact.value) == 5 for fact in drawn)
+        assert len(set(numbers.values())) == 4 and all(tasks.is_held_out(name) == held_out for name in numbers)
+        assert [len(fact.path) for fact in drawn] == [hops[fact.key] for fact in drawn]
+    assert set(tasks.half_nouns(True)) | set(tasks.half_nouns(False)) == set(tasks.NOUNS)
+
+
+@pytest.mark.parametrize("hops", [1, 2, 3, 4])
+@pytest.mark.parametrize("asked, distractors, align", [(1, 3, False), (4, 0, True)])
+def test_variables_are_answered_by_following_the_text(hops, asked, distractors, align):
+    for seed in range(15):
+        made = case(seed, 600, asked=asked, distractors=distractors, align=align, hops=hops)
+        numbers, far = resolved(made.context)
+        assert len(numbers) == 4 * (hops + 1) and len(set(numbers.values())) == 4
+        assert all(tasks.is_held_out(name) for name in numbers)
+        names = re.findall(r"VAR (\w+)", made.question)
+        assert len(names) == len(set(names)) == asked and {far[name] for name in names} == {hops}
+        assert made.answer.split("\n") == [numbers[name] for name in names]
+        assert len(set(made.answer.split("\n"))) == asked  # each of another chain
+        assert made.found(made.answer) == [True] * asked
+        size = count_tokens(made.prompt) + OVERHEAD
+        assert size <= 600 + 4 and (size % 32 == 0 if align else size >= 600 - 8)
+        for fact, depth in zip(made.facts, made.depths, strict=True):
+            if align:
+                continue  # depths are those before the cut
+            without = re.sub(r" ?VAR \w+ = [\w ]+\.", "", made.context)
+            before = re.sub(r" ?VAR \w+ = [\w ]+\.", "", made.context[: made.context.index(fact.statement)])
+            assert abs(count_tokens(before) / count_tokens(without) - depth) < 0.01
+        assert made == case(seed, 600, asked=asked, distractors=distractors, align=align, hops=hops)
+
+
+def test_statements_of_variables_stand_at_every_depth():
+    """As many in each quarter of the allowed places, within five standard deviations of a fair draw."""
+    depths = []
+    for seed in range(100):
+        made = case(seed, 900, distractors=3, hops=3)
+        total = count_tokens(made.context)
+        starts = [match.start() for match in re.finditer(r"VAR \w+ = ", made.context)]
+        depths += [count_tokens(made.context[:start]) / (total - 128) for start in starts]
+    counts = [sum(a <= depth < a + 0.25 for depth in depths) for a in (0, 0.25, 0.5, 0.75)]
+    assert len(depths) == 1600 and all(abs(count / 1600 - 0.25) < 5 * (0.25 * 0.75 / 1600) ** 0.5 for count in counts)
+
+
+def test_variables_are_asked_for_by_name():
+    one, two, three = tasks.draw_variables(random.Random(0), [1, 0], True)
+    assert one.statement == f"VAR {one.key} = {one.value}." and two.statement == f"VAR {two.key} = VAR {one.key}."
+    assert tasks.ask([two]) == f"Question: What is the value of VAR {two.key}? Answer with the number only."
+    asked = f"Question: What are the values of VAR {two.key} and VAR {three.key}? Answer with one number per line."
+    assert tasks.ask([two, three]) == asked
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(hops=[]), r"hops must be in \[0, 4\] and take at most \d+ names, got \[\], 0 names"),
+        (dict(hops=[2, 5]), r"hops must be in \[0, 4\] .* got \[2, 5\], 9 names"),
+        (dict(hops=[-1, 3]), r"hops must be in \[0, 4\] .* got \[-1, 3\], 4 names"),
+        (dict(hops=[4] * 40), r"hops must be in .* got \[4, .*\], 200 names"),
+        (dict(hops=[1], digits=0), "digits must allow 1 different numbers, got 0"),
+        (dict(hops=[0] * 10, digits=1), "digits must allow 10 different numbers, got 1"),
+    ],
+)
+def test_draw_variables_refuses(arguments, message):
+    with pytest.raises(ValueError, match=f"draw_variables: {message}"):
+        tasks.draw_variables(random.Random(0), held_out=True, **arguments)
+
+
+# --- lists of words -------------------------------------------------------------------------------------------------
+
+
+def by_frequency(words):
+    """Words and counts, most frequent first; the three first ones must have no rival."""
+    counts = collections.Counter(words).most_common()
+    assert all(counts[i][1] > counts[i + 1][1] for i in range(3))
+    return counts
+
+
+@pytest.mark.parametrize("num_tokens", [90, 500, 4000])
+def test_the_most_frequent_words_are_asked_for(num_tokens):
+    for seed in range(10):
+        made = tasks.make_list_case(random.Random(seed), count_tokens, num_tokens, OVERHEAD)
+        assert num_tokens - 4 <= count_tokens(made.prompt) + OVERHEAD <= num_tokens
+        head, _, listed = made.context.partition(": ")
+        words = listed.split(" ")
+        counts = by_frequency(words)
+        assert f"{head}:" == tasks.LIST_HEAD and made.question == tasks.LIST_QUESTION
+        assert made.answer.split("\n") == [word for word, _ in counts[:3]]
+        assert made.found(made.answer) == [True] * 3
+        assert made.found("\n".join(reversed(made.answer.split("\n")))) == [False, True, False]
+        assert all(tasks.is_held_out(word) and word in tasks.NOUNS for word, _ in counts)
+        assert [count for _, count in counts[:3]] == [round(share * len(words)) for share in tasks.WORD_SHARES]
+        rest = [count for _, count in counts[3:]]
+        assert max(rest) - min(rest) <= 1 and (len(rest) == len(tasks.half_nouns(True)) - 3 or max(rest) == 1)
+        for fact, depth in zip(made.facts, made.depths, strict=True):
+            places = [i for i, word in enumerate(words) if word == fact.value]
+            assert depth == pytest.approx(sum(places) / len(places) / len(words))
+        assert made == tasks.make_list_case(random.Random(seed), count_tokens, num_tokens, OVERHEAD)
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_words_of_several_tokens_fill_a_list(held_out):
+    seen = set()
+    for num_tokens in range(300, 400, 7):
+        words, facts = tasks.draw_words(random.Random(num_tokens), len, num_tokens, held_out)  # a token per letter
+        assert num_tokens - 3 * 11 < len(" " + " ".join(words)) <= num_tokens
+        assert [fact.value for fact in facts] == [word for word, _ in by_frequency(words)[:3]]
+        assert [fact.key for fact in facts] == ["first", "second", "third"]
+        assert {tasks.is_held_out(word) for word in words} == {held_out}
+        seen.update(fact.value for fact in facts)
+    assert len(seen) > 20  # any word can be a frequent one
+
+
+def test_frequent_words_stand_everywhere():
+    words, facts = tasks.draw_words(random.Random(1), lambda text: 1, 4000, True)
+    for fact, share in zip(facts, tasks.WORD_SHARES, strict=True):
+        parts = [words[i : i + 1000].count(fact.value) for i in range(0, 4000, 1000)]
+        assert all(abs(part - 1000 * share) < 5 * (1000 * share * (1 - share)) ** 0.5 for part in parts)
+
+
+def test_short_lists_are_refused():
+    assert len(tasks.draw_words(random.Random(0), lambda text: 1, 30, True)[0]) == 30
+    for num_tokens in (29, 0, -5):
+        with pytest.raises(ValueError, match=f"draw_words: num_tokens must hold 30 words, got {num_tokens}"):
+            tasks.draw_words(random.Random(0), lambda text: 1, num_tokens, True)
+
+
 def test_found_compares_line_by_line():
     facts = tuple(tasks.Fact(f"key {i}", value) for i, value in enumerate(("1234567", "7654321", "1111111")))
     made = tasks.Case("", "", "", facts, (0.0, 0.0, 0.0))
@@ -197,6 +356,10 @@ def test_found_compares_line_by_line():
         (dict(block=0, align=True), "block must be at least 1, got 0"),
         (dict(sentences=[]), "sentences must be None or hold a sentence, got an empty list"),
         (dict(sentences=["n." * 400]), "sentences must fill .* with words that can be cut, got 0"),
+        (
+            dict(hops=4, distractors=3, num_tokens=260),
+            "num_tokens must leave 160 tokens of prose beside facts and question, got",
+        ),
         (dict(sentences=["n.n. " * 9], align=True, block=512, num_tokens=900), "align must reach a multiple of 512"),
     ],
 )

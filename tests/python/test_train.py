@@ -3,10 +3,12 @@
 Run: pytest tests/python/test_train.py
 """
 
+import collections
 import dataclasses
 import json
 import random
 import re
+import zlib
 
 import numpy as np
 import pytest
@@ -170,12 +172,117 @@ def test_every_asked_line_stands_in_the_register(tokenizer, held_out):
     assert {len(value) for value in values} == ({5} if held_out else {4, 5, 6, 7})
 
 
-def test_rows_of_a_share_are_registers(tokenizer):
-    def kinds(share):
-        maker = RowMaker(tokenizer, None, LAYOUT, 1, MASK, END, registers=share)
-        return [tasks.REGISTER_HEAD in sentences_of(tokenizer, maker._row(random.Random(s))[0]) for s in range(100)]
+@pytest.mark.parametrize("held_out", [False, True])
+def test_every_asked_variable_leads_to_its_number(tokenizer, held_out):
+    texts = [("novel", " ".join(f"Sentence number {w} of the novel was written." for w in tasks.NOUNS))]
+    layout = Layout(trunk=1024, branches=4, branch_tokens=192, branch_blocks=5, block=BLOCK)
+    corpus = Corpus.build(texts, tokenizer)
+    maker = RowMaker(tokenizer, corpus, layout, 1, MASK, END, held_out=held_out, own_prose=0.5, variables=1.0)
+    asked_counts, hops, values, starts = set(), set(), set(), set()
+    for seed in range(60):
+        trunk, branches = maker._row(random.Random(seed))
+        text = sentences_of(tokenizer, trunk)
+        assert len(trunk) % BLOCK == 0 and 512 - BLOCK < len(trunk) <= 1024
+        numbers, far, read = {}, {}, set()
+        for name, source, number in re.findall(r"VAR (\w+) = (?:VAR (\w+)|(\d+))\.", text):
+            assert name not in numbers and (number or source in numbers)  # set before it is read
+            numbers[name], far[name] = number or numbers[source], 0 if number else far[source] + 1
+            read.add(source)
+        assert len(set(numbers.values())) >= 4 and all(tasks.is_held_out(name) == held_out for name in numbers)
+        assert branches
+        for branch in branches:
+            prompt = tokenizer.decode(branch.tokens[: branch.answer_start], skip_special_tokens=False)
+            answer = tokenizer.decode(branch.tokens[branch.answer_start :], skip_special_tokens=False)
+            question = prompt.split("\n\n")[1]
+            assert question.endswith("<|im_end|>\n<|im_start|>assistant\n") and answer.endswith("<|im_end|>")
+            names = re.findall(r"VAR (\w+)", question)
+            assert [numbers[name] for name in names] == answer.removesuffix("<|im_end|>").split("\n")
+            assert not (held_out and read & set(names))  # the last of its chain
+            asked_counts.add(len(names))
+            hops.update(far[name] for name in names)
+            values.update(numbers[name] for name in names)
+            starts.add(branch.answer_start % BLOCK)
+    assert asked_counts == {1, 2, 3, 4} and hops == set(range(held_out, 5)) and starts == set(range(BLOCK))
+    assert {len(value) for value in values} == ({5} if held_out else {4, 5, 6, 7})
 
-    assert not any(kinds(0.0)) and all(kinds(1.0)) and 20 < sum(kinds(0.4)) < 60
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_the_words_of_an_answer_are_the_most_frequent_of_its_list(tokenizer, held_out):
+    layout = Layout(trunk=1024, branches=3, branch_tokens=192, branch_blocks=5, block=BLOCK)
+    maker = RowMaker(tokenizer, None, layout, 1, MASK, END, held_out=held_out, word_lists=1.0)
+    lengths, starts, answers = set(), set(), set()
+    for seed in range(150):
+        trunk, branches = maker._row(random.Random(seed))
+        assert len(trunk) % BLOCK == 0 and 512 - 2 * BLOCK < len(trunk) <= 1024
+        assert len(branches) == 3 and all(branch == branches[0] for branch in branches)
+        start = branches[0].answer_start
+        prompt = sentences_of(tokenizer, np.concatenate((trunk, branches[0].tokens[:start])))
+        answer = tokenizer.decode(branches[0].tokens[start:], skip_special_tokens=False)
+        context, question = prompt.split("\n\n")
+        assert question == f"{tasks.LIST_QUESTION}<|im_end|>\n<|im_start|>assistant\n"
+        words = context.removeprefix(f"<|im_start|>user\n{tasks.LIST_HEAD} ").split(" ")
+        counts = collections.Counter(words).most_common()
+        assert all(counts[i][1] > counts[i + 1][1] for i in range(3))
+        assert answer == "\n".join(word for word, _ in counts[:3]) + "<|im_end|>"
+        assert {tasks.is_held_out(word) for word in words} == {held_out} and set(words) <= set(tasks.NOUNS)
+        lengths.add(len(trunk))
+        starts.add(start % BLOCK)
+        answers.add(answer)
+    assert len(lengths) > 5 and starts == set(range(BLOCK)) and len(answers) > 140
+
+
+def test_a_gate_asks_once_for_a_list(tokenizer):
+    layout = Layout(trunk=512, branches=3, branch_tokens=192, branch_blocks=5, block=BLOCK)
+    maker = RowMaker(tokenizer, None, layout, 1, MASK, END, held_out=True, all_masked=True, word_lists=1.0)
+    assert len(maker._row(random.Random(0))[1]) == 1
+    batch = maker.batch(0)
+    assert set(batch.branch.unique().tolist()) == {-1, 0, 1} and (batch.kind == ANSWER).any()
+
+
+def test_rows_are_of_their_kinds_by_share(tokenizer):
+    layout = Layout(trunk=512, branches=1, branch_tokens=96, branch_blocks=4, block=BLOCK)
+    heads = {"registers": tasks.REGISTER_HEAD, "variables": "VAR ", "word_lists": tasks.LIST_HEAD}
+
+    def kinds(**shares):
+        maker = RowMaker(tokenizer, None, layout, 1, MASK, END, **shares)
+        texts = [sentences_of(tokenizer, maker._row(random.Random(seed))[0]) for seed in range(200)]
+        found = [[kind for kind, head in heads.items() if head in text] for text in texts]
+        assert all(len(kind) < 2 for kind in found)
+        return collections.Counter("".join(kind) for kind in found)
+
+    assert kinds() == {"": 200}
+    for kind in heads:
+        assert kinds(**{kind: 1.0}) == {kind: 200}
+    for shares in ({"registers": 0.4}, {"registers": 0.4, "variables": 0.1, "word_lists": 0.1}, {"word_lists": 0.3}):
+        counts = kinds(**shares)
+        for kind, share in {"": 1 - sum(shares.values()), **shares}.items():
+            assert abs(counts[kind] - 200 * share) < 5 * (200 * share * (1 - share)) ** 0.5
+        assert sum(counts.values()) == 200 and set(counts) == {"", *shares}
+
+
+@pytest.mark.parametrize(
+    "held_out, registers, checksum",
+    [(False, 0.0, 2683172349), (False, 0.4, 4196591442), (True, 0.0, 2330816501), (True, 0.4, 211002774)],
+)
+def test_rows_of_the_shipped_curricula_stay_what_they_were(held_out, registers, checksum):
+    """Checksums of rows made before variables and lists of words came, over a tokenizer of single bytes."""
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(SPECIAL + letters)}
+    backend = byte_level_bpe(vocabulary, [], digits=True, special_tokens=SPECIAL)
+    letter_tokenizer = Tokenizer(backend, eos_ids=(END,), mask_id=MASK, chat_template=TEMPLATE)
+    texts = [("novel", " ".join(f"Sentence number {w} of the novel was written." for w in tasks.NOUNS))]
+    layout = Layout(trunk=2048, branches=4, branch_tokens=320, branch_blocks=4, block=32)
+    corpus = Corpus.build(texts, letter_tokenizer)
+    maker = RowMaker(letter_tokenizer, corpus, layout, 1, MASK, END, held_out=held_out, registers=registers)
+    found = 0
+    for seed in range(20):
+        trunk, branches = maker._row(random.Random(seed))
+        pieces = [sentences_of(letter_tokenizer, trunk)]
+        for branch in branches:
+            text = letter_tokenizer.decode(list(branch.tokens), skip_special_tokens=False)
+            pieces.append(f"{text}{branch.answer_start}")
+        found = zlib.crc32("\x00".join(pieces).encode(), found)
+    assert found == checksum
 
 
 def test_lengths_are_full_or_drawn_from_512_on(tokenizer):
@@ -229,6 +336,16 @@ def test_corpus_is_runs_of_sentences(tokenizer):
         (lambda t: RowMaker(t, None, LAYOUT, 0, MASK, END), "RowMaker: rows must be at least 1, got 0"),
         (lambda t: RowMaker(t, None, LAYOUT, 1, MASK, END, own_prose=1.5), r"own_prose must be in \[0, 1\], got 1.5"),
         (lambda t: RowMaker(t, None, LAYOUT, 1, MASK, END, registers=-1), r"registers must be in \[0, 1\], got -1"),
+        (lambda t: RowMaker(t, None, LAYOUT, 1, MASK, END, variables=2), r"variables must be in \[0, 1\], got 2"),
+        (lambda t: RowMaker(t, None, LAYOUT, 1, MASK, END, word_lists=-1), r"word_lists must be in \[0, 1\], got -1"),
+        (
+            lambda t: RowMaker(t, None, LAYOUT, 1, MASK, END, registers=0.5, variables=0.4, word_lists=0.2),
+            r"registers \+ variables \+ word_lists must be at most 1, got \[0.5, 0.4, 0.2\]",
+        ),
+        (
+            lambda t: RowMaker(t, None, Layout(trunk=64, branches=1, block=16), 1, MASK, END, word_lists=1).batch(0),
+            r"half of layout.trunk must hold the head of a list \(\d+ tokens\) and 30 words, got 64",
+        ),
         (lambda t: RowMaker(t, None, LAYOUT, 1, MASK, END, keys_asked={0: 1.0}), "keys_asked must map numbers of keys"),
         (
             lambda t: RowMaker(t, None, Layout(trunk=32, branches=1, block=16), 1, MASK, END, registers=1).batch(0),
@@ -444,6 +561,26 @@ def test_gates_ask_both_kinds(model, tokenizer, tmp_path):
     assert sum(pair[1] for pair in gate["kinds"].values()) == sum(pair[1] for pair in gate["by_lines"].values())
 
 
+def test_gates_log_every_kind_and_judge_by_facts_and_registers(model, tokenizer, tmp_path, monkeypatch):
+    layout = Layout(trunk=320, branches=2, branch_tokens=192, branch_blocks=5, trunk_blocks=2, block=BLOCK)
+    shares = {"registers": 0.25, "variables": 0.25, "word_lists": 0.25}
+    trainer = trainer_of(model, tmp_path / "a", **shares)
+    assert trainer.run([Stage(layout, 1, max_steps=2)], tokenizer, None, None)
+    log = log_of(tmp_path / "a")
+    (gate,) = [line for line in log if line.get("event") == "gate"]
+    assert list(gate["kinds"]) == ["facts", *shares] and all(log[0]["config"][kind] == 0.25 for kind in shares)
+    assert [pair[1] for pair in gate["kinds"].values()] == [2, 2, 2, 1]  # a list is asked for once
+    assert sum(pair[1] for pair in gate["by_lines"].values()) == 4
+    # What a gate finds: (7 + 8) / 20 of what it judges by, none of the others.
+    answers = iter([{1: (7, 10)}, {1: (4, 5), 4: (4, 5)}, {2: (0, 10)}, {3: (0, 10)}])
+    monkeypatch.setattr(Trainer, "answers_found", lambda self, test, count: next(answers))
+    again = trainer_of(make_model(tokenizer.vocab_size), tmp_path / "b", **shares)
+    assert again.run([Stage(layout, 2, gate=0.75, max_steps=1)], tokenizer, None, None)
+    (gate,) = [line for line in log_of(tmp_path / "b") if line.get("event") == "gate"]
+    assert gate["share"] == 0.75 and gate["by_lines"] == {"1": [11, 15], "4": [4, 5]}
+    assert gate["kinds"] == {"facts": [7, 10], "registers": [8, 10], "variables": [0, 10], "word_lists": [0, 10]}
+
+
 # --- files ----------------------------------------------------------------------------------------------------------
 
 
@@ -601,6 +738,9 @@ def test_cut_curriculum_fits_what_is_kept():
     assert all(stage.layout.trunk + stage.layout.branch_tokens <= cut.max_positions for stage in stages)
     assert [stage.until for stage in stages] == sorted(stage.until for stage in stages) and stages[-1].until == 1
     assert len(cut.layers) == 16 and cut.layers[-1] == 29
+    new = {"variables", "word_lists"}  # of no other curriculum: their rows are those of the shipped model's runs
+    assert [name for name, plan in adapt.CURRICULA.items() if new & set(plan.settings)] == ["cut"]
+    assert all(adapt.CURRICULA["cut"].settings[kind] == 0.1 for kind in new)
     # No angle of the slowest rotary pair at its last position is larger than any that the base was trained to.
     assert cut.max_positions * cut.rope_theta ** (-62 / 64) < 8192 * 100000.0 ** (-62 / 64)
 

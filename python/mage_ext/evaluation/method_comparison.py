@@ -33,9 +33,19 @@ METHODS = ("exact", "mage", "quest", "tidal", "sparsed", "recency", "random")
 # What else is compared on demand; see `configs`.
 VARIANTS = ("oracle", "carry", "mage_max", "mage_open", "mage_prefix", "v1", "joint", "mass")
 ALL_METHODS = METHODS + VARIANTS
-# Asked facts, and distractors of the same form; the contexts of the last two are registers, of lines alone.
-TASKS = {"needle": (1, 0), "four_keys": (4, 0), "four_of_eight": (4, 4), "lines": (1, 0), "four_lines": (4, 0)}
-_REGISTERS = ("lines", "four_lines")
+# Asked facts, and distractors of the same form. The contexts of _REGISTERS are lines alone; those of _VARIABLES hide
+# chains of 1 to 4 hops, that of frequent_words is a list whose three most frequent words are asked for.
+TASKS = {
+    "needle": (1, 0),
+    "four_keys": (4, 0),
+    "four_of_eight": (4, 4),
+    "lines": (1, 0),
+    "four_lines": (4, 0),
+    "variables": (1, 3),
+    "four_variables": (4, 0),
+    "frequent_words": (3, 0),
+}
+_REGISTERS, _VARIABLES = ("lines", "four_lines"), ("variables", "four_variables")
 STATIC = SamplerConfig(name="low_confidence_static", tokens_per_step=4)
 _FLOORS, _FLOOR_SINKS = ("recency", "random"), 4
 # Methods whose lists change with every forward, or whose scores are no shares: their lists keep no mass of their own.
@@ -126,6 +136,10 @@ def make_case(maker: needles.CaseMaker, task: str, seed: int, tokens: int) -> tu
     asked, distractors = TASKS[task]
     if task in _REGISTERS:
         return maker.register(seed, tokens, asked)
+    if task in _VARIABLES:
+        return maker.variables(seed, tokens, asked, distractors)
+    if task == "frequent_words":
+        return maker.word_list(seed, tokens)
     return maker.case(seed, tokens, asked, distractors)
 
 

@@ -215,6 +215,31 @@ class CaseMaker:
                 return case, ids
             lines -= max(1, (len(ids) - num_tokens) * 16 // (more - few))
 
+    def variables(
+        self, seed: int, num_tokens: int, asked: int = 1, distractors: int = 0
+    ) -> tuple[tasks.Case, list[int]]:
+        """A text that hides asked + distractors chains of variables, and its prompt's ids: seed s asks over
+        1 + s mod 4 hops. An answer of several lines starts a block and fits in it."""
+        case = tasks.make_case(
+            random.Random(f"variables/{seed}/{num_tokens}/{asked}/{distractors}"),
+            self._count,
+            num_tokens,
+            asked,
+            distractors,
+            self.sentences,
+            self.block,
+            align=asked > 1,
+            overhead=self._overhead,
+            hops=1 + seed % tasks.MOST_HOPS,
+        )
+        return case, self._ids(case)
+
+    def word_list(self, seed: int, num_tokens: int) -> tuple[tasks.Case, list[int]]:
+        """A list of words, a question for its three most frequent ones, and the prompt's ids."""
+        rng = random.Random(f"words/{seed}/{num_tokens}")
+        case = tasks.make_list_case(rng, self._count, num_tokens, self._overhead)
+        return case, self._ids(case)
+
     def _ids(self, case: tasks.Case) -> list[int]:
         return self.tokenizer.chat([{"role": "user", "content": case.prompt}])
 

@@ -2,6 +2,10 @@
 
 Every case is a function of its random generator, so a seed names it. Keys are split by hash into a training and a
 held-out half that share no adjective-noun pair; values are drawn fresh. Gates and the demo ask for the held-out half.
+Names of variables and words of lists are nouns, split by the same hash.
+
+Variables have the form of RULER's variable tracking, lists that of its frequent words (arXiv 2404.06654); names, words,
+counts and wordings are the project's own.
 
 Test: pytest tests/python/test_tasks.py
 """
@@ -49,28 +53,57 @@ _WORDINGS = (
 )
 RECORD = 4  # the wording of a register's lines; the others are sentences
 REGISTER_HEAD = "This is a register. Remember the content of every line."
+VARIABLE, WORD = 5, 6  # wordings of draw_variables and draw_words
+MOST_HOPS = 4
+LIST_HEAD = "This is a list of words. Remember how often each of them occurs:"
+LIST_QUESTION = (
+    "Question: Which three words occur most often in the list? "
+    "Answer with one word per line, the most frequent word first."
+)
+WORD_SHARES = (0.2, 0.1, 0.05)  # of a list; the other words of the half share the rest evenly
+_RANKS = ("first", "second", "third")
+LEAST_WORDS = 30  # the third word occurs twice there, the others once
 
 
 @dataclass(frozen=True)
 class Fact:
-    """A key, its value (a string of digits) and the wording (index) in which it is stated and asked for."""
+    """A key, its value and the wording (index) in which it is stated and asked for.
+
+    Fields:
+        value: a string of digits; of WORD a word, whose key is its rank.
+        path: of VARIABLE, the variables that lead from the number to this one, in order; none if it is set to a number.
+    """
 
     key: str
     value: str
     wording: int = 0
+    path: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
         """The key as texts write it; lines of a register write it with a hyphen."""
-        return self.key.replace(" ", "-") if self.wording == RECORD else self.key
+        return {RECORD: self.key.replace(" ", "-"), VARIABLE: f"VAR {self.key}"}.get(self.wording, self.key)
 
     @property
     def statement(self) -> str:
+        """What the text says of it; of a word the word, which stands there many times."""
+        if self.wording == VARIABLE:
+            return f"{self.name} = {f'VAR {self.path[-1]}' if self.path else self.value}."
+        if self.wording == WORD:
+            return self.value
         return _WORDINGS[self.wording][0].format(key=self.name, value=self.value)
 
     @property
     def asked(self) -> str:
+        """The noun phrase that asks for it."""
+        if self.wording in (VARIABLE, WORD):
+            return f"value of {self.name}" if self.wording == VARIABLE else f"{self.key} most frequent word"
         return _WORDINGS[self.wording][1].format(key=self.name)
+
+    @property
+    def chain(self) -> str:
+        """The key at the start of its path: statements of one chain stand in their order."""
+        return self.path[0] if self.path else self.key
 
 
 @dataclass(frozen=True)
@@ -131,16 +164,86 @@ def draw_facts(rng: random.Random, count: int, held_out: bool, digits: int = 7, 
     return list(facts.values())
 
 
+@functools.cache
+def half_nouns(held_out: bool) -> tuple[str, ...]:
+    """The nouns of a half: its names of variables and words of lists."""
+    return tuple(noun for noun in NOUNS if is_held_out(noun) == held_out)
+
+
+def draw_variables(rng: random.Random, hops: Sequence[int], held_out: bool, digits: int = 5) -> list[Fact]:
+    """Chains of variables: the first of each is set to a number of `digits` digits, every further one to that before.
+
+    Args:
+        hops: of each chain, in [0, MOST_HOPS], how many steps its last variable is away from the number.
+    Returns:
+        The variables chain by chain in order. Names differ, and so do the numbers of chains.
+    Raises:
+        ValueError: hops is empty, out of range or asks for more names than the half has, or numbers of so many digits
+            can't differ.
+    """
+    names = half_nouns(held_out)
+    count = sum(hops) + len(hops)
+    if not hops or min(hops) < 0 or max(hops) > MOST_HOPS or count > len(names):
+        raise ValueError(
+            f"draw_variables: hops must be in [0, {MOST_HOPS}] and take at most {len(names)} names, "
+            f"got {list(hops)}, {count} names"
+        )
+    if digits < 1 or len(hops) > 9 * 10 ** (digits - 1):
+        raise ValueError(f"draw_variables: digits must allow {len(hops)} different numbers, got {digits}")
+    drawn = rng.sample(names, count)
+    numbers = rng.sample(range(10 ** (digits - 1), 10**digits), len(hops))
+    facts = []
+    for number, far in zip(numbers, hops, strict=True):
+        chain, drawn = drawn[: far + 1], drawn[far + 1 :]
+        facts += [Fact(name, str(number), VARIABLE, tuple(chain[:i])) for i, name in enumerate(chain)]
+    return facts
+
+
+def draw_words(
+    rng: random.Random, count_tokens: Callable[[str], int], num_tokens: int, held_out: bool
+) -> tuple[list[str], tuple[Fact, ...]]:
+    """As many words in random order as `num_tokens` tokens hold, and the three most frequent ones, most frequent first.
+
+    These make WORD_SHARES of the list; the other words of the half occur equally often, give or take one.
+
+    Args:
+        count_tokens: number of tokens of a string; that of a list is the sum over its words, a space before each.
+    Raises:
+        ValueError: num_tokens hold fewer than 30 words.
+    """
+    picked = rng.sample(half_nouns(held_out), len(half_nouns(held_out)))
+    sizes = [count_tokens(" " + word) for word in picked]
+    top = len(WORD_SHARES)
+
+    def counts_of(words: int) -> list[int]:
+        counts = [round(share * words) for share in WORD_SHARES]
+        each, more = divmod(words - sum(counts), len(picked) - top)
+        return counts + [each + (i < more) for i in range(len(picked) - top)]
+
+    words = num_tokens // min(sizes)
+    while words >= LEAST_WORDS:
+        counts = counts_of(words)
+        over = sum(count * size for count, size in zip(counts, sizes, strict=True)) - num_tokens
+        if over <= 0:
+            break
+        words -= max(1, over // max(sizes))
+    else:
+        raise ValueError(f"draw_words: num_tokens must hold {LEAST_WORDS} words, got {num_tokens}")
+    listed = [word for word, count in zip(picked, counts, strict=True) for _ in range(count)]
+    rng.shuffle(listed)
+    return listed, tuple(Fact(rank, word, WORD) for rank, word in zip(_RANKS, picked, strict=False))
+
+
 def ask(facts: Sequence[Fact]) -> str:
-    """The question for one or several facts."""
+    """The question for one or several facts; for words always that for the three most frequent."""
+    if facts[0].wording == WORD:
+        return LIST_QUESTION
     if len(facts) == 1:
         return f"Question: What is the {facts[0].asked}? Answer with the number only."
-    if facts[0].wording == RECORD:
+    if facts[0].wording in (RECORD, VARIABLE):
+        what = "REGISTER_CONTENTs in lines" if facts[0].wording == RECORD else "values of"
         listed = ", ".join(fact.name for fact in facts[:-1])
-        return (
-            f"Question: What are the REGISTER_CONTENTs in lines {listed} and {facts[-1].name}? "
-            "Answer with one number per line."
-        )
+        return f"Question: What are the {what} {listed} and {facts[-1].name}? Answer with one number per line."
     listed = ", the ".join(fact.key for fact in facts[:-1])
     head = _WORDINGS[facts[0].wording][1].format(key=listed)
     for noun in ("code", "number", "password"):
@@ -280,10 +383,12 @@ def make_case(
     tail_tokens: int = 128,
     wording: int | None = 0,
     depth: float | None = None,
+    hops: int | None = None,
 ) -> Case:
     """A text of about `num_tokens` tokens that hides `asked` + `distractors` held-out facts and asks for the former.
 
-    Facts stand at depths uniform over the context, none in its last `tail_tokens` tokens.
+    Facts stand at depths uniform over the context, none in its last `tail_tokens` tokens. With `hops`, it hides so many
+    chains of variables instead and asks for the last ones of `asked` of them; statements of a chain keep their order.
 
     Args:
         rng: source of every choice.
@@ -296,9 +401,10 @@ def make_case(
         sentences: prose to draw a contiguous run from; None writes the project's own.
         align, block, overhead: align=True cuts words at the end of the context so that context + question + `overhead`
             (the tokens of the chat template) is a multiple of `block`: the answer starts a block.
+        wording: of draw_facts. hops: of every chain; None: facts of `wording`.
     Raises:
-        ValueError: num_tokens is too small for the facts, a count or depth is out of range, or `sentences` gives no
-            prose.
+        ValueError: num_tokens is too small for the facts, a count or depth is out of range, `sentences` gives no prose,
+            or draw_facts or draw_variables refuse.
     """
     if depth is not None and not 0 <= depth <= 1:
         raise ValueError(f"make_case: depth must be None or in [0, 1], got {depth}")
@@ -307,17 +413,24 @@ def make_case(
             raise ValueError(f"make_case: {name} must be at least {least}, got {value}")
     if sentences is not None and not len(sentences):
         raise ValueError("make_case: sentences must be None or hold a sentence, got an empty list")
+    # Of many statements one nearly always stands at the last place, where most cuts come too close to it.
+    behind = tail_tokens + block if align and hops is not None else tail_tokens
     for _ in range(32):  # a cut can come too close to the last fact: then the case is drawn again
-        facts = draw_facts(rng, asked + distractors, held_out=True, wording=wording)
-        question = ask(facts[:asked])
+        if hops is None:
+            facts = draw_facts(rng, asked + distractors, held_out=True, wording=wording)
+            wanted = tuple(facts[:asked])
+        else:
+            facts = draw_variables(rng, [hops] * (asked + distractors), held_out=True)
+            wanted = tuple(facts[hops :: hops + 1][:asked])
+        question = ask(wanted)
         room = num_tokens - overhead
-        context, depths = _hide(rng, count_tokens, room, facts, question, sentences, tail_tokens, depth)
+        context, depths = _hide(rng, count_tokens, room, facts, question, sentences, behind, depth)
         if align:
             context = _cut_to_multiple(context, question, count_tokens, overhead, block) or ""
         ends = [context.rfind(fact.statement) + len(fact.statement) for fact in facts]
         if all(fact.statement in context for fact in facts) and count_tokens(context[max(ends) :]) >= tail_tokens:
-            told = tuple(depths[fact.key] for fact in facts[:asked])
-            return Case(context, question, answer(facts[:asked]), tuple(facts[:asked]), told)
+            told = tuple(depths[fact.key] for fact in wanted)
+            return Case(context, question, answer(wanted), wanted, told)
     raise ValueError(
         f"make_case: align must reach a multiple of {block} tokens by cutting words and leave {tail_tokens} behind "
         "every fact, got no such context in 32 draws"
@@ -339,6 +452,21 @@ def make_register_case(rng: random.Random, lines: int, asked: int = 1, digits: i
     picked = rng.sample(range(lines), asked)
     told = tuple(facts[i] for i in picked)
     return Case(context, ask(told), answer(told), told, tuple(i / lines for i in picked))
+
+
+def make_list_case(rng: random.Random, count_tokens: Callable[[str], int], num_tokens: int, overhead: int = 0) -> Case:
+    """A list of held-out words, and a question for its three most frequent ones; depths are the means of their places.
+
+    Args:
+        count_tokens, num_tokens, overhead: as of make_case; the prompt is at most a few tokens shorter or longer.
+    Raises:
+        ValueError: num_tokens hold fewer than 30 words.
+    """
+    room = num_tokens - overhead - count_tokens(join_prompt(LIST_HEAD, LIST_QUESTION))
+    words, facts = draw_words(rng, count_tokens, room, held_out=True)
+    places = [[i for i, word in enumerate(words) if word == fact.value] for fact in facts]
+    depths = tuple(sum(at) / len(at) / len(words) for at in places)
+    return Case(" ".join((LIST_HEAD, *words)), LIST_QUESTION, answer(facts), facts, depths)
 
 
 def _hide(
@@ -373,12 +501,15 @@ def _hide(
 
     drawn = [(rng.random(), rng.random(), fact) for fact in facts]
     drawn = [(place_at(share if depth is None else depth), tie, fact) for share, tie, fact in drawn]
-    order = sorted(drawn, key=lambda t: t[:2])
+    chains: dict[str, list[Fact]] = {}
+    for fact in facts:
+        chains.setdefault(fact.chain, []).append(fact)
+    order = [(place, chains[fact.chain].pop(0)) for place, _, fact in sorted(drawn, key=lambda t: t[:2])]
     pieces: list[str] = []
     for i in range(len(prose) + 1):
-        pieces += [fact.statement for place, _, fact in order if place == i]
+        pieces += [fact.statement for place, fact in order if place == i]
         pieces += [prose[i]] if i < len(prose) else []
-    return " ".join(pieces), {fact.key: (total - after[place]) / total for place, _, fact in order}
+    return " ".join(pieces), {fact.key: (total - after[place]) / total for place, fact in order}
 
 
 def _take_prose(

@@ -3,8 +3,9 @@
 "short": the base learns to denoise and to look facts up in 512 tokens first; when 90 % of the held-out answers are
 found there, the rest of the time goes to 2048 tokens. "long" goes on from such an adapter to all of the base's 8192
 positions, with registers of lines beside prose. "cut" keeps 16 of the base's 30 layers, takes over what an adapter of
-the whole base knows about them, and goes from 512 to 16384 positions. `mage train adapter` runs this; the Trainer does
-the work. Made for one GPU: a CPU takes hours for what it does in minutes, and serves for checking a change.
+the whole base knows about them, and goes from 512 to 16384 positions, with variables and lists of words too. `mage
+train adapter` runs this; the Trainer does the work. Made for one GPU: a CPU takes hours for what it does in minutes,
+and serves for checking a change.
 
 Test: pytest tests/python/test_train.py
 """
@@ -77,7 +78,18 @@ class Plan:
 CURRICULA = {
     "short": Plan(curriculum),
     "long": Plan(long_curriculum, {"registers": 0.4, "eval_every": 10**6, "eval_batches": 1, "save_every_s": 75.0}),
-    "cut": Plan(cut_curriculum, {"registers": 0.4, "eval_every": 200, "eval_batches": 1, "save_every_s": 75.0}, CUT),
+    "cut": Plan(
+        cut_curriculum,
+        {
+            "registers": 0.4,
+            "variables": 0.1,
+            "word_lists": 0.1,
+            "eval_every": 200,
+            "eval_batches": 1,
+            "save_every_s": 75.0,
+        },
+        CUT,
+    ),
 }
 
 

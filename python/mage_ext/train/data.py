@@ -1,10 +1,12 @@
-"""Training rows: prose of given novels or of the project's own with facts hidden in it, or a register; then questions.
+"""Training rows: prose of given novels or of the project's own with facts or variables hidden in it, a register, or a
+list of words; then questions.
 
 Text is tokenised sentence by sentence once; rows are put together from token runs, which makes hundreds per second.
 
 Test: pytest tests/python/test_train.py
 """
 
+import functools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -57,6 +59,8 @@ class RowMaker:
         own_prose: share of prose rows whose prose is the project's own.
         keys_asked: number of keys per question -> weight.
         registers: share of rows whose context is a register of lines (tasks.RECORD) in place of prose with facts.
+        variables: share of rows whose prose hides chains of variables, see tasks.draw_variables.
+        word_lists: share of rows whose context is a list of words; all questions of such a row are the same.
     Raises:
         ValueError: naming the argument, or a chat template that does not quote the user's message once.
     """
@@ -74,12 +78,17 @@ class RowMaker:
         own_prose: float = 0.25,
         keys_asked: dict[int, float] | None = None,
         registers: float = 0.0,
+        variables: float = 0.0,
+        word_lists: float = 0.0,
     ):
         if rows < 1:
             raise ValueError(f"RowMaker: rows must be at least 1, got {rows}")
-        for name, share in (("own_prose", own_prose), ("registers", registers)):
+        shares = {"registers": registers, "variables": variables, "word_lists": word_lists}
+        for name, share in (("own_prose", own_prose), *shares.items()):
             if not 0 <= share <= 1:
                 raise ValueError(f"RowMaker: {name} must be in [0, 1], got {share}")
+        if sum(shares.values()) > 1 + 1e-9:  # decimal shares that make 1 may sum to a little more
+            raise ValueError(f"RowMaker: {' + '.join(shares)} must be at most 1, got {list(shares.values())}")
         if keys_asked is not None and not (keys_asked and min(keys_asked) >= 1 and min(keys_asked.values()) > 0):
             raise ValueError(f"RowMaker: keys_asked must map numbers of keys to positive weights, got {keys_asked}")
         self.tokenizer, self.corpus, self.layout, self.rows = tokenizer, corpus, layout, rows
@@ -87,7 +96,11 @@ class RowMaker:
         self.held_out, self.all_masked = held_out, all_masked
         self.own_prose = own_prose if corpus is not None else 1.0
         self.keys_asked = keys_asked or {1: 0.5, 2: 0.1, 3: 0.1, 4: 0.3}
-        self.registers = registers
+        self._kinds = (
+            (registers, self._register),
+            (variables, functools.partial(self._prose_row, chains=True)),
+            (word_lists, self._word_list),
+        )
         chat = tokenizer.render_chat([{"role": "user", "content": "\x00"}])
         if chat.count("\x00") != 1:
             raise ValueError(
@@ -96,20 +109,23 @@ class RowMaker:
         head, tail = chat.split("\x00")
         self._head = tokenizer.encode(head, add_special_tokens=False)
         self._tail = tail
-        self._sentences: dict[str, np.ndarray] = {}
+        self._encoded: dict[str, np.ndarray] = {}
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def _known(self, text: str) -> np.ndarray:
+        """Tokens of a sentence of the project's own or a word, kept."""
+        if text not in self._encoded:
+            self._encoded[text] = np.asarray(self._encode(text), np.uint32)
+        return self._encoded[text]
 
     def _prose(self, rng: random.Random, tokens: int, own: bool) -> list[np.ndarray]:
         if not own:
             return self.corpus.run(rng, tokens)
         out, got = [], 0
         while got < tokens:
-            sentence = " " + tasks.filler_sentence(rng)
-            if sentence not in self._sentences:
-                self._sentences[sentence] = np.asarray(self._encode(sentence), np.uint32)
-            out.append(self._sentences[sentence])
+            out.append(self._known(" " + tasks.filler_sentence(rng)))
             got += len(out[-1])
         return out
 
@@ -121,7 +137,13 @@ class RowMaker:
 
     def _row(self, rng: random.Random) -> tuple[np.ndarray, list[Branch]]:
         """Trunk and branches of a row."""
-        return self._register(rng) if self.registers and rng.random() < self.registers else self._prose_row(rng)
+        if any(share for share, _ in self._kinds):
+            drawn = rng.random()
+            for share, make in self._kinds:
+                if drawn < share:
+                    return make(rng)
+                drawn -= share
+        return self._prose_row(rng)
 
     def _branch(self, context: list[int], question: list[int], asked: Sequence[tasks.Fact]) -> list[Branch]:
         """The branch with the end of the context, the question and the answer, if it fits the layout."""
@@ -155,17 +177,45 @@ class RowMaker:
             branches += self._branch(tokens[length:], self._encode("\n\n" + tasks.ask(asked) + self._tail), asked)
         return np.asarray(tokens[:length], np.uint32), branches
 
-    def _prose_row(self, rng: random.Random) -> tuple[np.ndarray, list[Branch]]:
-        layout, block = self.layout, self.layout.block
-        own = rng.random() < self.own_prose
-        most = max(4, min(24, layout.trunk // 48))
-        facts = tasks.draw_facts(
+    def _word_list(self, rng: random.Random) -> tuple[np.ndarray, list[Branch]]:
+        block = self.layout.block
+        head = self._head + self._encode(tasks.LIST_HEAD)
+        room = self._length(rng) + rng.randrange(block) - len(head)  # answers start anywhere in a block
+        try:
+            words, facts = tasks.draw_words(rng, lambda text: len(self._known(text)), room, self.held_out)
+        except ValueError:
+            raise ValueError(
+                f"RowMaker: half of layout.trunk must hold the head of a list ({len(head)} tokens) and "
+                f"{tasks.LEAST_WORDS} words, got {self.layout.trunk}"
+            ) from None
+        tokens = np.concatenate((np.asarray(head, np.uint32), *(self._known(" " + word) for word in words)))
+        length = len(tokens) // block * block
+        question = self._encode("\n\n" + tasks.ask(facts) + self._tail)
+        branches = []
+        for _ in range(1 if self.all_masked else self.layout.branches):  # they differ by their noise alone
+            branches += self._branch(tokens[length:].tolist(), question, facts)
+        return tokens[:length], branches
+
+    def _draw_facts(self, rng: random.Random) -> list[tasks.Fact]:
+        return tasks.draw_facts(
             rng,
-            rng.randint(4, most),
+            rng.randint(4, max(4, min(24, self.layout.trunk // 48))),
             self.held_out,
             digits=7 if self.held_out or rng.random() < 0.8 else rng.randint(4, 8),
             wording=0 if self.held_out else None,
         )
+
+    def _draw_variables(self, rng: random.Random) -> list[tasks.Fact]:
+        chains = rng.randint(4, max(4, min(8, self.layout.trunk // 256)))
+        hops = [rng.randint(1, tasks.MOST_HOPS) for _ in range(chains)]
+        digits = 5 if self.held_out or rng.random() < 0.8 else rng.randint(4, 7)
+        return tasks.draw_variables(rng, hops, self.held_out, digits)
+
+    def _prose_row(self, rng: random.Random, chains: bool = False) -> tuple[np.ndarray, list[Branch]]:
+        """Prose that hides facts or, in chains, variables."""
+        layout, block = self.layout, self.layout.block
+        own = rng.random() < self.own_prose
+        facts = self._draw_variables(rng) if chains else self._draw_facts(rng)
         stated = [np.asarray(self._encode(" " + fact.statement), np.uint32) for fact in facts]
         length = self._length(rng)  # whole blocks, so that no fact at the end is cut
         room = length - len(self._head) - sum(map(len, stated))
@@ -177,14 +227,20 @@ class RowMaker:
                 f"RowMaker: half of layout.trunk must hold the chat's head ({len(self._head)} tokens) and a fact "
                 f"({len(stated[0])}), got {layout.trunk}"
             )
-        kept, used = [], 0
+        kept: list[np.ndarray | str] = []  # pieces of prose, and names of chains where their next statement stands
+        used = 0
         for piece in self._prose(rng, room, own):  # the last sentence is cut
             kept.append(piece[: room - used])
             used += len(kept[-1])
-        for statement in stated:
-            kept.insert(rng.randint(0, len(kept)), statement)
-        trunk = np.concatenate((np.asarray(self._head, np.uint32), *kept))
+        waiting: dict[str, list[np.ndarray]] = {}
+        for fact, statement in zip(facts, stated, strict=True):
+            waiting.setdefault(fact.chain, []).append(statement)
+            kept.insert(rng.randint(0, len(kept)), fact.chain)
+        pieces = [waiting[piece].pop(0) if isinstance(piece, str) else piece for piece in kept]
+        trunk = np.concatenate((np.asarray(self._head, np.uint32), *pieces))
 
+        if chains and self.held_out:  # the last of every chain, as cases ask
+            facts = list({fact.chain: fact for fact in facts}.values())
         branches = []
         for _ in range(layout.branches):
             asked = self._asked(rng, facts)

@@ -26,6 +26,8 @@ from mage_ext.models.transformer import Transformer, rotary
 from mage_ext.train.data import Corpus, RowMaker, loader
 from mage_ext.train.packing import ANSWER, CLEAN, PROSE, Batch, Layout, dense_mask, visible
 
+_COUNTED = ("facts", "registers")  # kinds of rows that a gate judges by
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -63,7 +65,8 @@ class TrainConfig:
         minutes: wall time of this run. rank, scale: of the adapter.
         lr: peak rate, reached after warmup_steps, falling over the last decay_share of the time. weight_decay, clip.
         answer_weight, prose_weight, clean_weight: of the three losses.
-        registers: share of the rows whose context is a register, see RowMaker; gates then ask both kinds.
+        registers, variables, word_lists: shares of rows of these kinds, see RowMaker; gates then log these kinds too,
+            but judge by facts and registers alone.
         eval_every: steps between gates. eval_batches: batches of a gate and kind. save_every_s: seconds between saves.
         seed: 0..999, names every batch; another one gives other rows. workers: processes that make batches; 0: none.
     """
@@ -80,6 +83,8 @@ class TrainConfig:
     prose_weight: float = 0.5
     clean_weight: float = 0.2
     registers: float = 0.0
+    variables: float = 0.0
+    word_lists: float = 0.0
     eval_every: int = 200
     eval_batches: int = 2
     save_every_s: float = 90.0
@@ -344,15 +349,16 @@ class Trainer:
         for number, stage in enumerate(stages):
             shared = dict(layout=stage.layout, rows=stage.rows, mask_id=facts.mask_id, end_id=facts.eos_ids[0])
             first = config.seed * 10**6 + number * 10**5
-            batches = loader(RowMaker(tokenizer, corpus, registers=config.registers, **shared), first, config.workers)
-            kinds = {"facts": 0.0, "registers": 1.0} if config.registers else {"facts": 0.0}
+            shares = {kind: getattr(config, kind) for kind in ("registers", "variables", "word_lists")}
+            batches = loader(RowMaker(tokenizer, corpus, **shares, **shared), first, config.workers)
+            only = {"facts": {}, **{kind: {kind: 1.0} for kind, share in shares.items() if share}}
             tests = {
                 kind: loader(
-                    RowMaker(tokenizer, held_out, held_out=True, all_masked=True, registers=share, **shared),
+                    RowMaker(tokenizer, held_out, held_out=True, all_masked=True, **share, **shared),
                     10**9 + number * 10**5,
                     min(config.workers, 2),
                 )
-                for kind, share in kinds.items()
+                for kind, share in only.items()
             }
             ended_by, held = self._run_stage(number, stage, batches, tests, number + 1 == len(stages), began)
             if not held:
@@ -429,11 +435,14 @@ class Trainer:
         self._saved = time.monotonic()
 
     def _gate(self, tests: dict[str, Iterator[Batch]], stage: Stage, number: int) -> bool:
+        """Logs what is found of every kind; share and by_lines, by which it judges, are of _COUNTED alone."""
         found: dict[int, list[int]] = {}
         kinds = {}
         for kind, test in tests.items():
             counts = self.answers_found(test, self.config.eval_batches)
             kinds[kind] = [sum(column) for column in zip(*counts.values(), strict=True)]
+            if kind not in _COUNTED:
+                continue
             for lines, pair in counts.items():
                 found[lines] = [a + b for a, b in zip(found.get(lines, [0, 0]), pair, strict=True)]
         share = sum(n for n, _ in found.values()) / max(sum(n for _, n in found.values()), 1)
