@@ -183,6 +183,7 @@ def _eval(args: argparse.Namespace) -> int:
         print(needles.row_line(row), flush=True)
         write("eval/needles", rows)
     runner.close()
+    write("eval/needles", rows, complete=True)
     return 0
 
 
@@ -197,6 +198,7 @@ def _eval_methods(args: argparse.Namespace) -> int:
     for rows in method_comparison.suite(runner, args.n, wanted, *options):
         write("eval/methods", rows)
     runner.close()
+    write("eval/methods", rows, complete=True)
     print("\n".join(method_comparison.table(rows)))
     return 0
 
@@ -215,6 +217,7 @@ def _eval_recall(args: argparse.Namespace) -> int:
     for rows in attention_study.suite(runner, args.n, look, *options):
         write("eval/recall", rows)
     runner.close()
+    write("eval/recall", rows, complete=True)
     print("\n".join(attention_study.table(rows)))
     return 0
 
@@ -237,6 +240,7 @@ def _eval_prose(args: argparse.Namespace) -> int:
     ):
         write("eval/prose", rows)
     runner.close()
+    write("eval/prose", rows, complete=True)
     print("\n".join(forced_blocks.table(rows)))
     return 0
 
@@ -247,8 +251,15 @@ def _eval_report(args: argparse.Namespace) -> int:
     from mage_ext.evaluation import figures, pages, report
 
     _check_out("eval", args.out)
-    card = None if args.card is None else Path(args.card).read_text(encoding="utf-8")
-    pages.write_page(args.out, report.report(figures.read(args.files), card))
+    files, card = figures.read(args.files), None
+    if any(os.path.exists(args.out) and os.path.samefile(args.out, path) for path in args.files):
+        raise ValueError(f"eval: out must be none of files, got {args.out!r}")
+    if args.card is not None:
+        try:
+            card = Path(args.card).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"eval: card must be a UTF-8 text file, got {args.card!r}: {error}") from None
+    pages.write_page(args.out, report.report(files, card))
     print(f"written: {args.out}, {os.path.getsize(args.out) / 1e6:.1f} MB")
     return 0
 
@@ -272,6 +283,7 @@ def _eval_heatmap(args: argparse.Namespace) -> int:
     for rows in sweeps.heatmap(runner, args.n, wanted, args.methods, args.tokens, args.depths):
         write("eval/heatmap", rows)
     runner.close()
+    write("eval/heatmap", rows, complete=True)
     print("\n".join(sweeps.heatmap_table(rows)))
     return 0
 
@@ -288,6 +300,7 @@ def _eval_thresholds(args: argparse.Namespace) -> int:
     for rows in sweeps.thresholds(runner, args.n, wanted, args.tasks, args.methods, args.tokens, args.thresholds):
         write("eval/thresholds", rows)
     runner.close()
+    write("eval/thresholds", rows, complete=True)
     print("\n".join(sweeps.thresholds_table(rows)))
     return 0
 
@@ -302,7 +315,10 @@ def _eval_benchmark(args: argparse.Namespace) -> int:
         if getattr(args, name, None) is not None and getattr(args, name) < 1:
             raise ValueError(f"eval: {name} must be at least 1, got {getattr(args, name)}")
     _check_out("eval", args.out)
+    if args.pred is not None and (not args.pred or (os.path.exists(args.pred) and not os.path.isdir(args.pred))):
+        raise ValueError(f"eval: pred must be a folder, made if needed, got {args.pred!r}")
     loaded = _load("eval", args)
+    _check_dense_layers(args, loaded.config.num_layers)
     if args.suite == "longbench":
         items = benchmark_files.longbench_items(loaded, args.files, args.config, max_length=args.max_length, n=args.n)
     else:
@@ -313,12 +329,17 @@ def _eval_benchmark(args: argparse.Namespace) -> int:
     static = SamplerConfig("low_confidence_static", tokens_per_step=args.tokens_per_step or 1)
     sampler = SamplerConfig() if args.tokens_per_step is None else static
     told = 0
+
+    def write(rows: list, complete: bool) -> None:
+        if args.out:
+            device = _device_name(loaded.model.embed_tokens.weight.device)
+            needles.write_rows(args.out, f"eval/{args.suite}", args.model, device, commit(), rows, complete=complete)
+
     for rows in benchmark_files.run(loaded, items, wanted, args.methods, sampler, args.batch, tell, keep):
         print("\n".join(map(benchmark_files.row_line, rows[told:])), flush=True)
         told = len(rows)
-        if args.out:
-            device = _device_name(loaded.model.embed_tokens.weight.device)
-            needles.write_rows(args.out, f"eval/{args.suite}", args.model, device, commit(), rows)
+        write(rows, False)
+    write(rows, True)
     return 0
 
 
@@ -350,17 +371,25 @@ def _check_prompts(args: argparse.Namespace, spare: int) -> None:
             )
 
 
+def _check_dense_layers(args: argparse.Namespace, num_layers: int) -> None:
+    for each in getattr(args, "dense_layers", ()):
+        if each >= num_layers:
+            raise ValueError(f"eval: dense_layers must be below the model's {num_layers} layers, got {each}")
+
+
 def _check_out(owner: str, path: str | None) -> None:
     """Refuses a file that could not be written at the end of a long run."""
-    if not path:
+    if path is None:
         return
+    if not path:
+        raise ValueError(f"{owner}: out must be a file, got ''")
     if not os.path.isdir(os.path.dirname(path) or "."):
         raise ValueError(f"{owner}: out must be in a folder that exists, got {path!r}")
     if os.path.isdir(path) or not os.access(path if os.path.exists(path) else os.path.dirname(path) or ".", os.W_OK):
         raise ValueError(f"{owner}: out must be a file that can be written, got {path!r}")
 
 
-def _eval_start(args: argparse.Namespace) -> "tuple[Runner, Callable[[str, list], None]]":
+def _eval_start(args: argparse.Namespace) -> "tuple[Runner, Callable[..., None]]":
     """What runs a suite, and what writes its rows (name of the suite, rows) to --out, if that is given."""
     from mage_ext.evaluation import needles, tasks
     from mage_ext.info import commit
@@ -372,15 +401,17 @@ def _eval_start(args: argparse.Namespace) -> "tuple[Runner, Callable[[str, list]
     if not 0 <= args.first_seed < 1 << 32:
         raise ValueError(f"eval: first_seed must be in [0, {1 << 32}), got {args.first_seed}")
     _check_out("eval", args.out)
+    _check_dense_layers(args, builtin.num_layers(args.adapter))
     texts = tasks.read_texts(args.text) if args.text else None
     if texts is not None and len(texts) > 9:
         texts = tasks.held_out_texts(texts)[1]  # of a collection, those that training left out
     device, dtype = _device_and_dtype("eval", args)
 
-    def write(name: str, rows: list) -> None:
+    def write(name: str, rows: list, complete: bool = False) -> None:
         if args.out:
             model = builtin.NAME if args.adapter is None else os.path.basename(args.adapter).split(".")[0]
-            needles.write_rows(args.out, name, model, _device_name(device), commit(), rows, args.first_seed)
+            told = (_device_name(device), commit(), rows, args.first_seed, complete)
+            needles.write_rows(args.out, name, model, *told)
 
     tell = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
     runner = needles.Runner(args.jobs, texts, args.adapter, args.batch, tell, device, dtype, args.first_seed)
@@ -593,6 +624,10 @@ def _train_finetune(args: argparse.Namespace) -> int:
     for name in ("text", "out"):
         if getattr(args, name) is None:
             raise ValueError(f"finetune: {name} must be given but for --measure, got none")
+    if args.model.startswith("random:"):
+        raise ValueError(
+            f"finetune: model must be a folder or a model in the box but for --measure, got {args.model!r}"
+        )
     if len(args.tokens) != 1:
         raise ValueError(f"finetune: tokens must be one context but for --measure, got {len(args.tokens)}")
     finetune.finetune(
@@ -924,15 +959,27 @@ def _out_of_pages() -> type[Exception]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command line; returns the exit status. A user's mistake is one line on stderr and status 2."""
+    """Runs one command line; returns the exit status. A user's mistake is one line on stderr and status 2, an
+    interrupt status 130."""
     args = make_parser().parse_args(argv)
     try:
         return args.run(args)
+    except KeyboardInterrupt:
+        print("mage: interrupted; files written so far stay as they are", file=sys.stderr)
+        return 130
     except BrokenPipeError:  # the reader of a pipe has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     # Looked up when something was raised: importing mage_ext.cache here would load torch for every command line.
-    except (ValueError, TypeError, OSError, OverflowError, NotImplementedError, _out_of_pages()) as error:
+    except (
+        ValueError,
+        TypeError,
+        OSError,
+        OverflowError,
+        FloatingPointError,  # a loss that is not finite
+        NotImplementedError,
+        _out_of_pages(),
+    ) as error:
         if os.environ.get("MAGE_TRACEBACK"):
             raise
         text = str(error)

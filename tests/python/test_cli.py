@@ -1,6 +1,7 @@
 """The mage command as a user types it. Run: pytest tests/python/test_cli.py"""
 
 import io
+import json
 import re
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from mage_ext import cli, terminal
 from mage_ext.denoise import DenoiseConfig
+from mage_ext.evaluation import needles
 from mage_ext.models import builtin
 from mage_ext.sampling import SamplerConfig
 
@@ -111,3 +113,59 @@ def test_info_counts_kernels_by_family():
     names += [f"mage_token_mass_kernel_bf16_d128_rows{rows}" for rows in (64, 128)]
     assert _counted(names) == "append_kv, row_votes_select_long, merge_attention, token_mass (2)"
     assert _counted([]) == ""
+
+
+def test_an_interrupt_is_one_line(monkeypatch, capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mage_ext.info.info_lines", interrupted)
+    assert cli.main(["info"]) == 130
+    assert capsys.readouterr().err == "mage: interrupted; files written so far stay as they are\n"
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (
+            ["eval", "methods", "--dense-layers", "0", "99"],
+            "eval: dense_layers must be below the model's 30 layers, got 99",
+        ),
+        (["eval", "methods", "--out", ""], "eval: out must be a file, got ''"),
+        (["eval", "methods", "--first-seed", "-1"], "eval: first_seed must be in [0, 4294967296), got -1"),
+        (["inspect", "--out", ""], "inspect: out must be a file, got ''"),
+        (
+            ["train", "finetune", "--device", "cpu", "--model", "random:1.5B", "--text", "t.txt", "--out", "o"],
+            "finetune: model must be a folder or a model in the box but for --measure, got 'random:1.5B'",
+        ),
+    ],
+)
+def test_mistakes_are_told_before_the_work(arguments, message, capsys):
+    assert cli.main(arguments) == 2
+    assert capsys.readouterr().err == f"mage: error: {message}\n"
+
+
+def test_a_report_spares_its_files(tmp_path, capsys):
+    rows = [{"task": "t", "method": "exact", "K": 0, "g": 0, "n": 1, "score": 1.0, "exact": 1.0}]
+    file = tmp_path / "m.json"
+    needles.write_rows(file, "eval/unknown", "tiny", "cpu", "none", rows)
+    before = file.read_text()
+    assert json.loads(before)["complete"] is True
+    page = tmp_path / "page.html"
+    for files, out, message in (
+        ([file], file, "eval: out must be none of files"),
+        ([file, file], page, "files: must be different files"),
+    ):
+        assert cli.main(["eval", "report", "--files", *map(str, files), "--out", str(out)]) == 2
+        assert message in capsys.readouterr().err
+    assert cli.main(["eval", "report", "--files", str(file), "--out", str(page), "--card", str(tmp_path / "none")]) == 2
+    assert "eval: card must be a UTF-8 text file" in capsys.readouterr().err
+    for bad, message in (
+        ([], "must have rows, got none"),
+        ([{**rows[0], "score": "high"}], "score of row 1 of b.json"),
+    ):
+        other = tmp_path / "b.json"
+        needles.write_rows(other, "eval/unknown", "tiny", "cpu", "none", bad)
+        assert cli.main(["eval", "report", "--files", str(other), "--out", str(page)]) == 2
+        assert message in capsys.readouterr().err
+    assert not page.exists() and file.read_text() == before

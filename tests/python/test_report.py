@@ -383,7 +383,7 @@ def test_report_in_a_browser(write, tmp_path):
 
 
 def test_files_of_the_tree_become_a_report():
-    paths = sorted((ROOT / "bench" / "results").glob("**/eval/*.json"))
+    paths = sorted((ROOT / "bench" / "results").glob("**/eval/**/*.json"))
     assert paths
     by_model = {}
     for path in paths:
@@ -431,14 +431,17 @@ def test_broken_files_are_named(tmp_path, capsys, text, message):
 def test_other_mistakes(write, tmp_path, capsys):
     good = str(write("eval/methods", _methods()))
     other = str(write("eval/prose", _prose(), model="other"))
-    empty = str(write("eval/new", []))
+    unknown = str(write("eval/new", [{"x": 1}]))
     out = str(tmp_path / "out")
     for arguments, message in (
         (["report", "--files", "no-such.json", "--out", out], "files: must name files that exist, got 'no-such.json'"),
         (["report", "--files", good, "--out", "no/such/report.html"], "out must be in a folder that exists"),
         (["report", "--files", good, other, "--out", out], f"files: must be of one model, got other, {builtin.NAME}"),
         (["report", "--files", good, "--card", "no-such-card", "--out", out], "no-such-card"),
-        (["figures", "--files", empty, "--out", out], "eval: files must hold rows that figures are drawn of, got none"),
+        (
+            ["figures", "--files", unknown, "--out", out],
+            "eval: files must hold rows that figures are drawn of, got none",
+        ),
     ):
         assert cli.main(["eval", *arguments]) == 2
         assert message in capsys.readouterr().err

@@ -77,11 +77,13 @@ def read(paths: Sequence[str | Path]) -> list[ResultFile]:
     """The files, in order.
 
     Raises:
-        FileNotFoundError, ValueError: naming the file that is missing, is no JSON object with "name" and "rows", or has
-            rows that are no objects; files of several models.
+        FileNotFoundError, ValueError: naming the file that is missing or named twice, is no JSON object with "name" and
+            "rows", has no rows, rows that are no objects, or a score that is no number; files of several models.
     """
-    found = []
+    found: list[ResultFile] = []
     for path in map(Path, paths):
+        if any(path.resolve() == file.path.resolve() for file in found):
+            raise ValueError(f"files: must be different files, got {str(path)!r} twice")
         if not path.is_file():
             raise FileNotFoundError(f"files: must name files that exist, got {str(path)!r}")
         try:
@@ -89,10 +91,18 @@ def read(paths: Sequence[str | Path]) -> list[ResultFile]:
         except ValueError as error:
             raise ValueError(f"files: {path.name} must be JSON, got: {error}") from None
         if not isinstance(whole, dict) or not isinstance(whole.get("name"), str):
-            raise ValueError(f'files: {path.name} must be an object with a text "name"')
+            raise ValueError(f'files: {path.name} must be an object with a text "name", got {type(whole).__name__}')
         rows = whole.get("rows")
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             raise ValueError(f'files: {path.name} must have "rows", a list of objects')
+        if not rows:
+            raise ValueError(f"files: {path.name} must have rows, got none")
+        for number, row in enumerate(rows, 1):
+            for key in ("score", "exact", "ci_low", "ci_high"):
+                value = row.get(key)
+                is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+                if value is not None and not is_number:
+                    raise ValueError(f"files: {key} of row {number} of {path.name} must be a number, got {value!r}")
         head = {key: value for key, value in whole.items() if key != "rows"}
         found.append(ResultFile(path, whole["name"], head, rows))
     models = {file.head["model"] for file in found if "model" in file.head}

@@ -346,9 +346,17 @@ def _work(seeds: range, *, methods: Sequence[Method], num_tokens: int, asked: in
 
 
 def write_rows(
-    path: str | Path, name: str, model: str, device: str, commit: str, rows: Sequence[dict[str, Any]], first: int = 0
+    path: str | Path,
+    name: str,
+    model: str,
+    device: str,
+    commit: str,
+    rows: Sequence[dict[str, Any]],
+    first: int = 0,
+    complete: bool = True,
 ) -> None:
     """Writes an evaluation file: JSON, as bench/results/ keeps them, a line per row. first: the cases' first seed.
+    complete: False while a suite is still at work.
 
     Raises:
         ValueError: path is in a folder "h100" and device names no H100.
@@ -356,7 +364,15 @@ def write_rows(
     if "h100" in Path(path).parts and "H100" not in device:
         raise ValueError(f"write_rows: path must be outside of folders named h100 on {device}, got {str(path)!r}")
     n = max((row["n"] for row in rows), default=0)
-    head = {"name": name, "model": model, "device": device, "commit": commit, "n": n, "first_seed": first}
+    head = {
+        "name": name,
+        "model": model,
+        "device": device,
+        "commit": commit,
+        "n": n,
+        "first_seed": first,
+        "complete": complete,
+    }
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join("  " + json.dumps(row) for row in rows)

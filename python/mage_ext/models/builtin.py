@@ -72,6 +72,12 @@ def positions(adapter: str | Path | None = None) -> int:
     return 8192 if cut is None else cut.max_positions
 
 
+def num_layers(adapter: str | Path | None = None) -> int:
+    """Layers of the model of an adapter. Raises ValueError as load_adapter does."""
+    cut = adapter_cut(adapter_path(adapter))
+    return 30 if cut is None else len(cut.layers)
+
+
 def load_base(
     path: str | Path | None = None, block_size: int = 32, cut: Cut | None = None
 ) -> tuple[ModelConfig, Transformer, Tokenizer]:

@@ -341,7 +341,7 @@ class Finetuner:
             out: folder of log.jsonl, made if needed; the log is appended to.
             save: called at every check but the first, and at the end.
         Raises:
-            RuntimeError: a loss is not finite.
+            FloatingPointError: a loss is not finite.
         """
         config, out = self.config, Path(out)
         out.mkdir(parents=True, exist_ok=True)
@@ -354,6 +354,7 @@ class Finetuner:
             print(line, flush=True)
 
         log(event="start", config=asdict(config), layout=asdict(self.layout))
+        print(f"a check of {config.check_batches} held-out batches comes first, which counts as time", flush=True)
         tests = [self.prepare(next(held_out)) for _ in range(config.check_batches)]
         log(event="check", step=self.step, **self.check(tests))
         window: list[dict[str, Tensor]] = []
@@ -363,7 +364,7 @@ class Finetuner:
             nonlocal window, tick
             means = {name: float(torch.stack([w[name] for w in window]).mean()) for name in window[0]}
             if not all(map(math.isfinite, means.values())):
-                raise RuntimeError(f"finetune: losses must stay finite, got {means}; lower lr")
+                raise FloatingPointError(f"finetune: losses must stay finite, got {means}; lower lr")
             log(
                 step=self.step,
                 minutes=(time.monotonic() - began) / 60,

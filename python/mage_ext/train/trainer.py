@@ -329,7 +329,7 @@ class Trainer:
         Returns:
             Whether the last gate that was measured held. A gate missed after max_steps, or the time, ends the run.
         Raises:
-            ValueError: a stage does not fit the model. RuntimeError: a loss is not finite.
+            ValueError: a stage does not fit the model. FloatingPointError: a loss is not finite.
         """
         config, facts = self.config, self.model.config
         if not stages:
@@ -403,7 +403,9 @@ class Trainer:
             if stage_step % 50 == 0 or stage_step == 1:
                 prose, answer, clean = (window / since).tolist()
                 if not math.isfinite(prose + answer + clean):
-                    raise RuntimeError(f"Trainer: losses must stay finite, got {prose}, {answer}, {clean}; lower lr")
+                    raise FloatingPointError(
+                        f"Trainer: losses must stay finite, got {prose}, {answer}, {clean}; lower lr"
+                    )
                 rate = since * batch.tokens.numel() / (time.monotonic() - tick)
                 self.log(
                     stage=number,
