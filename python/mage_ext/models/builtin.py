@@ -8,6 +8,7 @@ Test: pytest tests/python/test_builtin.py
 """
 
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -92,7 +93,7 @@ def load_base(
     """
     file = GGUFFile(path or base_path())
     config = _read_config(file, block_size)
-    kept = cut.layers if cut is not None else tuple(range(config.num_layers))
+    kept = cut.layers if cut is not None else range(config.num_layers)
     whole, config = config, cut.of(config) if cut is not None else config
     state = _state_dict(file, whole, kept)
     tokenizer = _read_tokenizer(file, config)
@@ -199,7 +200,7 @@ def _read_tokenizer(file: GGUFFile, config: ModelConfig) -> Tokenizer:
     )
 
 
-def _state_dict(file: GGUFFile, config: ModelConfig, kept: tuple[int, ...]) -> dict[str, Tensor]:
+def _state_dict(file: GGUFFile, config: ModelConfig, kept: Sequence[int]) -> dict[str, Tensor]:
     """Weights by our names, the kept layers numbered anew; every tensor of the file must be expected, and be there."""
     hidden, inner = config.hidden_size, config.intermediate_size
     q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
