@@ -3,7 +3,7 @@
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -187,6 +187,15 @@ def _eval(args: argparse.Namespace) -> int:
     return 0
 
 
+def _write_parts(runner: "Runner", write: "Callable[..., None]", name: str, parts: "Iterable[list]") -> list:
+    """Writes all rows of a suite so far as they come, closes the runner; returns the last, which are complete."""
+    for rows in parts:
+        write(name, rows)
+    runner.close()
+    write(name, rows, complete=True)
+    return rows
+
+
 def _eval_methods(args: argparse.Namespace) -> int:
     from mage_ext.evaluation import method_comparison
 
@@ -195,10 +204,7 @@ def _eval_methods(args: argparse.Namespace) -> int:
     _check_steps(args.tokens_per_step)
     runner, write = _eval_start(args)
     options = (args.tasks, args.methods, args.tokens, args.tokens_per_step)
-    for rows in method_comparison.suite(runner, args.n, wanted, *options):
-        write("eval/methods", rows)
-    runner.close()
-    write("eval/methods", rows, complete=True)
+    rows = _write_parts(runner, write, "eval/methods", method_comparison.suite(runner, args.n, wanted, *options))
     print("\n".join(method_comparison.table(rows)))
     return 0
 
@@ -214,10 +220,7 @@ def _eval_recall(args: argparse.Namespace) -> int:
     look = attention_study.Look(tuple(args.k), tuple(args.g), tuple(args.methods))
     runner, write = _eval_start(args)
     options = (args.tasks, args.tokens, args.blocks, args.tokens_per_step, args.control)
-    for rows in attention_study.suite(runner, args.n, look, *options):
-        write("eval/recall", rows)
-    runner.close()
-    write("eval/recall", rows, complete=True)
+    rows = _write_parts(runner, write, "eval/recall", attention_study.suite(runner, args.n, look, *options))
     print("\n".join(attention_study.table(rows)))
     return 0
 
@@ -235,12 +238,14 @@ def _eval_prose(args: argparse.Namespace) -> int:
         if not 0 < share <= 1:
             raise ValueError(f"eval: t must be in (0, 1], got {share}")
     runner, write = _eval_start(args)
-    for rows in forced_blocks.suite(
-        runner, args.n, wanted, args.methods, args.tokens, args.t, tokens_per_step=args.tokens_per_step
-    ):
-        write("eval/prose", rows)
-    runner.close()
-    write("eval/prose", rows, complete=True)
+    rows = _write_parts(
+        runner,
+        write,
+        "eval/prose",
+        forced_blocks.suite(
+            runner, args.n, wanted, args.methods, args.tokens, args.t, tokens_per_step=args.tokens_per_step
+        ),
+    )
     print("\n".join(forced_blocks.table(rows)))
     return 0
 
@@ -280,10 +285,9 @@ def _eval_heatmap(args: argparse.Namespace) -> int:
     if not 2 <= args.depths <= 101:
         raise ValueError(f"eval: depths must be in [2, 101], got {args.depths}")
     runner, write = _eval_start(args)
-    for rows in sweeps.heatmap(runner, args.n, wanted, args.methods, args.tokens, args.depths):
-        write("eval/heatmap", rows)
-    runner.close()
-    write("eval/heatmap", rows, complete=True)
+    rows = _write_parts(
+        runner, write, "eval/heatmap", sweeps.heatmap(runner, args.n, wanted, args.methods, args.tokens, args.depths)
+    )
     print("\n".join(sweeps.heatmap_table(rows)))
     return 0
 
@@ -297,10 +301,12 @@ def _eval_thresholds(args: argparse.Namespace) -> int:
         if not 0 <= level <= 1:
             raise ValueError(f"eval: thresholds must be in [0, 1], got {level}")
     runner, write = _eval_start(args)
-    for rows in sweeps.thresholds(runner, args.n, wanted, args.tasks, args.methods, args.tokens, args.thresholds):
-        write("eval/thresholds", rows)
-    runner.close()
-    write("eval/thresholds", rows, complete=True)
+    rows = _write_parts(
+        runner,
+        write,
+        "eval/thresholds",
+        sweeps.thresholds(runner, args.n, wanted, args.tasks, args.methods, args.tokens, args.thresholds),
+    )
     print("\n".join(sweeps.thresholds_table(rows)))
     return 0
 
