@@ -1,5 +1,7 @@
 #pragma once
 
+#include <cstdint>
+
 // Arithmetic that has an instruction of its own, and what a quad (four lanes in a row) adds.
 namespace mage::device {
 
@@ -24,12 +26,13 @@ __device__ __forceinline__ float max_or_nan(float x, float y) {
     return z;
 }
 
-// Stores without a branch.
-__device__ __forceinline__ void store_if(bool stores, float* to, float x) {
-    asm volatile("{\n.reg .pred stores;\nsetp.ne.b32 stores, %0, 0;\n@stores st.global.f32 [%1], %2;\n}" ::"r"(
-                     static_cast<int>(stores)),
-                 "l"(to), "f"(x)
-                 : "memory");
+// Stores without a branch, under a policy of L2 (tma.cuh).
+__device__ __forceinline__ void store_if(bool stores, float* to, float x, uint64_t policy) {
+    asm volatile(
+        "{\n.reg .pred stores;\nsetp.ne.b32 stores, %0, 0;\n@stores st.global.L2::cache_hint.f32 [%1], %2, %3;\n}" ::
+            "r"(static_cast<int>(stores)),
+        "l"(to), "f"(x), "l"(policy)
+        : "memory");
 }
 
 // The sum of a quad's values, in each of its lanes.

@@ -444,7 +444,8 @@ struct Consumer {
     }
 
     // Adds four values over the quad (two rows x two units) so that each lane ends with one, and stores its logarithm:
-    // lane bit 0 is the row, bit 1 the unit. `offset` and `left` count units from the tile's first.
+    // lane bit 0 is the row, bit 1 the unit. It is to stay in L2, which K and V pass through. `offset` and `left` count
+    // units from the tile's first.
     __device__ __forceinline__ void emit(int32_t offset, int32_t left, float row0, float row1, float next0,
                                          float next1) const {
         const bool second = (lane & 2) != 0, lower = (lane & 1) != 0;
@@ -458,7 +459,7 @@ struct Consumer {
         const bool second = (lane & 2) != 0, lower = (lane & 1) != 0;
         total += __shfl_xor_sync(~0u, other, 1);
         device::store_if(emits && offset + (second ? 1 : 0) < left, unit_at + int64_t{offset} * args.rows,
-                         device::log2_fast(total) + (lower ? reference[1] : reference[0]));
+                         device::log2_fast(total) + (lower ? reference[1] : reference[0]), device::kEvictLast);
     }
 
     // What emit does for units of 64 keys of a tile that ends inside of the piece. Nothing branches, with masses or
@@ -481,7 +482,8 @@ struct Consumer {
             total += __shfl_xor_sync(~0u, lower ? units[0][0] : units[1][0], 1);
             total += __shfl_xor_sync(~0u, total, 2);
         }
-        device::store_if(emits_units, unit_at, device::log2_fast(total) + (lower ? reference[1] : reference[0]));
+        device::store_if(emits_units, unit_at, device::log2_fast(total) + (lower ? reference[1] : reference[0]),
+                         device::kEvictLast);
         unit_at += unit_step;
     }
 
