@@ -38,6 +38,16 @@ inline std::vector<AttentionCase> cuda_attention_cases() {
         }
     }
     for (const RowCount& r : kCutRowCounts) add(r.name, {130, 0, 40}, r.queries, r.heads, 1, 64, 32, kBf16);
+    // A last tile of up to 32 tokens beside whole ones, in workers of their own and in one that has all.
+    for (const int32_t page : {1, 16, 64}) {
+        const std::string of = "ShortTilePageOf" + std::to_string(page);
+        const std::vector<int32_t> lens = {1, 15, 17, 31, 32, 33, 143, 144, 145, 159, 160, 161, 257, 287, 288, 289};
+        add(of + "Rows128", lens, 32, 4, 1, 128, page, kBf16);
+        add(of + "Rows224", lens, 32, 7, 1, 64, page, kFp16);
+        add(of + "Rows224Causal", lens, 32, 7, 1, 128, page, kBf16).causal = true;
+    }
+    add("ShortTileOfOne", {416}, 32, 7, 1, 128, 64, kBf16);
+    add("ShortTileBroken", {160, 288}, 32, 7, 1, 64, 16, kBf16).break_page = true;
     // Pages x layouts, and every page with the tiles of 128 tokens and the pairs of CTAs.
     const char* layouts[] = {"Nhd", "Hnd", "Interleaved"};
     const auto set_layout = [](AttentionCase& c, int layout) {

@@ -128,6 +128,17 @@ std::vector<SparseCase> cuda_sparse_cases() {
         add(of_g(g) + "Batch70", many, 2, 8, 4, 64, 16, kFp16, g);
         add(of_g(g) + "Batch70Rows192", many, 32, 6, 1, 64, 16, kFp16, g).list = ListKind::kAll;
     }
+    // A last tile of up to 32 positions, in as many segments as have a worker each, and in more.
+    for (const int64_t g : kGranularities) {
+        for (const int32_t requests : {40, 150}) {
+            std::vector<int32_t> lens;
+            for (int32_t b = 0; b < requests; ++b) lens.push_back(120 + 5 * b % 220);
+            const std::string of = of_g(g) + "ShortTiles" + std::to_string(requests);
+            add(of + "Rows224", lens, 32, 7, 1, 128, 64, kBf16, g).list = ListKind::kAll;
+            add(of + "Rows128", lens, 32, 4, 1, 64, 16, kFp16, g).tail = TailKind::kInUnit;
+            add(of + "Rows224Causal", lens, 32, 7, 1, 64, 64, kBf16, g).attention.causal = true;
+        }
+    }
     add("NoTokens", {0, 0, 0}, 3, 2, 1, 64, 16, kBf16, 32);
     add("OneRow", {130}, 1, 1, 1, 128, 16, kBf16, 16);
     add("RowsExceedTokens", {5, 31, 20}, 40, 6, 2, 64, 16, kFp16, 1);
