@@ -303,6 +303,30 @@ def test_prose_is_a_run_of_the_texts_sentences():
     assert len(forced_blocks.prose(maker, 1, 40)) == 40
 
 
+def test_rows_are_paired_with_mage_with_single_tokens_and_with_no_dense_layers():
+    def losses(*ce):
+        ce = torch.tensor(ce, dtype=torch.float64)
+        return forced_blocks.Losses(ce, torch.zeros_like(ce), torch.ones_like(ce), torch.ones_like(ce))
+
+    fine, coarse, dense = Setting(32, 1, 0), Setting(32, 16, 0), Setting(32, 16, 2)
+    found = forced_blocks.ProseLosses(
+        {
+            (None, "exact", 0.5): losses(1.0, 2.0),
+            (fine, "mage", 0.5): losses(1.5, 2.5),
+            (fine, "quest", 0.5): losses(2.0, 2.5),
+            (coarse, "mage", 0.5): losses(2.5, 2.5),
+            (dense, "mage", 0.5): losses(2.0, 2.25),
+        },
+        {0.5: 16},
+        8,
+    )
+    exact, mage, quest, units, layers = found.rows(64)
+    assert not any(key.startswith("over_") for key in (*exact, *mage))
+    assert (quest["over_mage"], quest["over_mage_low"], quest["over_mage_high"]) == (0.25, 0.0, 0.5)
+    assert units["over_g1"] == 0.5 and "over_dense0" not in units and "over_mage" not in units
+    assert layers["over_dense0"] == -0.375 and "over_g1" not in layers
+
+
 def test_a_suite_joins_its_batches(monkeypatch):
     loaded = _loaded("llama_shift")
     encode = lambda text, add_special_tokens: [ord(c) % 90 + 1 for c in text]  # noqa: E731

@@ -388,6 +388,31 @@ def test_mcnemar_and_holm_against_hand_worked_values():
     assert comparison.holm([]) == []
 
 
+def test_rows_are_paired_with_mage_with_single_tokens_and_with_no_dense_layers():
+    def score(name, setting, found):
+        told = () if setting is None else (setting.K, setting.g, setting.dense_layers)
+        method = needles.Method(name, needles.exact_method(SAMPLER).config, *told)
+        results = [SimpleNamespace(stats=SimpleNamespace(kv_share=1.0, num_forwards=2, kept_mass=[0.5]))] * len(found)
+        return needles.Score(method, [[each] for each in found], results)
+
+    fine, coarse, dense = Setting(32, 1, 0), Setting(32, 16, 0), Setting(32, 16, 2)
+    scores = {
+        (fine, "mage"): score("mage", fine, [True, True, True, False]),
+        (coarse, "mage"): score("mage", coarse, [True, False, False, False]),
+        (dense, "mage"): score("mage", dense, [True, True, False, True]),
+        (dense, "quest"): score("quest", dense, [False, False, False, True]),
+    }
+    found = comparison.Comparison(score("exact", None, [True] * 4), scores, {}, [64] * 4, 1)
+    exact, first, second, third, quest = found.rows("needle", 64)
+    assert not any(key.startswith("p_") for key in (*exact, *first))
+    assert (second["g1_only"], second["units_only"], second["p_g1"]) == (2, 0, 0.5)
+    assert "p_dense0" not in second and "p_mage" not in second
+    assert (third["dense0_only"], third["dense_only"], third["p_dense0"]) == (0, 2, 0.5)
+    assert "p_g1" not in third  # single tokens with dense layers did not run
+    assert (quest["mage_only"], quest["method_only"], quest["p_mage"]) == (2, 0, 0.5)
+    assert "p_dense0" not in quest
+
+
 def test_table_marks_what_differs_from_mage():
     def row(method, k, score, **more):
         base = {"task": "needle", "method": method, "K": k, "g": int(k > 0), "dense_layers": 0 if k else -1}

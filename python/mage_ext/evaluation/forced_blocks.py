@@ -10,6 +10,8 @@ one forward predicts them. Rows of `mage eval prose` (eval/prose.json), one per 
     score, ci_low, ci_high      cross entropy of the masked tokens in nats, mean over contexts
     exact                the same of exact attention
     delta, delta_low, delta_high      score - exact, paired by context
+    over_mage, over_g1, over_dense0, each with _low and _high      the same against MAGE at the same setting, and against
+                         the same method with units of one token and without dense layers; where those ran, too
     kl, kl_low, kl_high          KL(exact || method) in nats, mean over masked positions
     agreement, agreement_low, agreement_high      share of positions whose most probable token is that of exact
     kept_mass            mean mass that the lists keep of the forward that made them (of "mage_prefix" the prefix's, of
@@ -224,9 +226,26 @@ class ProseLosses:
                 low, high = bootstrap(values)
                 prefix = "ci" if column == "score" else column
                 row |= {column: values.mean().item(), f"{prefix}_low": low, f"{prefix}_high": high}
+            for column, other in self._others(setting, name, share).items():
+                values = found.ce - other.ce
+                low, high = bootstrap(values)
+                row |= {column: values.mean().item(), f"{column}_low": low, f"{column}_high": high}
             row["kept_mass"] = None if found.kept.isnan().any() else found.kept.mean().item()
             rows.append(row)
         return rows
+
+    def _others(self, setting: Setting | None, name: str, share: float) -> dict[str, Losses]:
+        """What else a method's losses are held against, by column."""
+        if setting is None:
+            return {}
+        keys: dict[str, Key] = {}
+        if name != "mage":
+            keys["over_mage"] = setting, "mage", share
+        if setting.g > 1:
+            keys["over_g1"] = dataclasses.replace(setting, g=1), name, share
+        if setting.dense_layers > 0:
+            keys["over_dense0"] = dataclasses.replace(setting, dense_layers=0), name, share
+        return {column: self.losses[key] for column, key in keys.items() if key in self.losses}
 
 
 def measure(

@@ -348,9 +348,10 @@ class Comparison:
 
         Beside those of `Score.row`: "T"; "prefix_tokens", the mean prefix before the first block; "mage_only" and
         "method_only", cases that MAGE alone or this method alone answered at the same setting, and "p_mage", McNemar's
-        exact two-sided p of that; in MAGE's rows what `Recall.row` has. "kept_mass" is None where a method's lists
-        change with every forward or its scores are no shares; that of "mage_prefix" is of the prefix alone, that of
-        "mage_open" of its rows.
+        exact two-sided p of that; in MAGE's rows what `Recall.row` has. Against the same method with units of one
+        token, where it ran too: "g1_only", "units_only" and "p_g1"; without dense layers: "dense0_only", "dense_only"
+        and "p_dense0". "kept_mass" is None where a method's lists change with every forward or its scores are no
+        shares; that of "mage_prefix" is of the prefix alone, that of "mage_open" of its rows.
         """
         prefix = sum(self.prefixes) / max(len(self.prefixes), 1)
         more = {"T": self.T, "tokens": tokens, "distractors": TASKS[task][1], "prefix_tokens": prefix}
@@ -364,11 +365,22 @@ class Comparison:
                 known = self.recalls.get((setting.K, setting.g))
                 row |= known.row(setting.dense_layers) if known is not None else {}
             elif mage is not None:
-                pairs = [(all(a), all(b)) for a, b in zip(mage.found, score.found, strict=True)]
-                row["mage_only"], row["method_only"] = pairs.count((True, False)), pairs.count((False, True))
-                row["p_mage"] = mcnemar(row["mage_only"], row["method_only"])
+                row |= _paired(mage, score, "mage_only", "method_only", "p_mage")
+            fine = self.scores.get((dataclasses.replace(setting, g=1), name))
+            if setting.g > 1 and fine is not None:
+                row |= _paired(fine, score, "g1_only", "units_only", "p_g1")
+            sparse = self.scores.get((dataclasses.replace(setting, dense_layers=0), name))
+            if setting.dense_layers > 0 and sparse is not None:
+                row |= _paired(sparse, score, "dense0_only", "dense_only", "p_dense0")
             rows.append(row)
         return rows
+
+
+def _paired(one: needles.Score, other: needles.Score, only_one: str, only_other: str, p: str) -> dict[str, Any]:
+    """Under the names given: cases that one alone answered, that the other alone did, and McNemar's p of them."""
+    pairs = [(all(a), all(b)) for a, b in zip(one.found, other.found, strict=True)]
+    counts = pairs.count((True, False)), pairs.count((False, True))
+    return {only_one: counts[0], only_other: counts[1], p: mcnemar(*counts)}
 
 
 def mcnemar(only_one: int, only_other: int) -> float:
