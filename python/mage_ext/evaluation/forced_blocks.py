@@ -10,8 +10,8 @@ one forward predicts them. Rows of `mage eval prose` (eval/prose.json), one per 
     score, ci_low, ci_high      cross entropy of the masked tokens in nats, mean over contexts
     exact                the same of exact attention
     delta, delta_low, delta_high      score - exact, paired by context
-    over_mage, over_g1, over_dense0, each with _low and _high      the same against MAGE at the same setting, and against
-                         the same method with units of one token and without dense layers; where those ran, too
+    over_mage, over_mage_low, over_mage_high      the same against MAGE at the same setting, where it ran
+    over_g1, over_dense0, ...      against the same method with units of one token and without dense layers
     kl, kl_low, kl_high          KL(exact || method) in nats, mean over masked positions
     agreement, agreement_low, agreement_high      share of positions whose most probable token is that of exact
     kept_mass            mean mass that the lists keep of the forward that made them (of "mage_prefix" the prefix's, of
