@@ -67,7 +67,6 @@ void set_tile(Schedule* schedule, int64_t keys) {
     schedule->unit_shift = log2_of(keys);
     schedule->min_units = static_cast<int32_t>((kMinKeys + keys - 1) / keys);
     schedule->piece_units = static_cast<int32_t>(kPieceKeys / keys);
-    schedule->tail_tokens = has_short_tile(keys) ? kTailTokens : 0;
 }
 
 AttentionPlan plan_attention(const BlockAttentionParams& p, int64_t sms) {

@@ -7,8 +7,7 @@
 // Who does what: the split of all KV streams of a launch over its workers. Pure arithmetic, the same on the host
 // (tests, plans), in the attention kernel and in the merge.
 //
-// A segment is one row tile of one (request, KV head): its stream is cut into units of one tile of keys. Up to
-// kTailTokens left over go to the last of them: a tile of so few takes a fraction of a whole one's time.
+// A segment is one row tile of one (request, KV head): its stream is cut into units of one tile of keys.
 //   aligned   every segment has workers of its own, as many as it has times a number of units, the last fraction
 //   included,
 //             and they share its units evenly: a worker has one piece. That number is the least with which the workers
@@ -36,22 +35,14 @@ struct Schedule {
     int32_t max_workers = 0;
     int32_t min_units = 1;    // that a worker should have
     int32_t piece_units = 0;  // what starting and ending a piece takes, in units
-    int32_t tail_tokens = 0;  // that the last unit of a segment may have beside its own
     bool fixed = false;
 };
 
-constexpr int32_t kTailTokens = 32;
 constexpr int32_t kMaxAligned = 32;  // requests: one per lane of the warp that looks
 
 MAGE_BOTH int32_t units_of(const Schedule& s, int32_t seq_len) {
-    const int32_t rounded = seq_len + s.unit_tokens - 1 - s.tail_tokens;
-    const int32_t units = s.unit_shift > 0 ? rounded >> s.unit_shift : rounded / s.unit_tokens;
-    return units == 0 && seq_len > 0 ? 1 : units;
-}
-
-// Where the first `count` of a segment's units end.
-MAGE_BOTH int32_t units_end(const Schedule& s, int32_t units, int32_t count, int32_t seq_len) {
-    return count == units ? seq_len : count * s.unit_tokens;
+    const int32_t rounded = seq_len + s.unit_tokens - 1;
+    return s.unit_shift > 0 ? rounded >> s.unit_shift : rounded / s.unit_tokens;
 }
 
 MAGE_BOTH int32_t workers_of(const Schedule& s, int32_t total_units) {
@@ -115,9 +106,6 @@ MAGE_BOTH Pieces pieces_of(const Schedule& s, int32_t total_units, int32_t worke
 MAGE_BOTH int32_t slot_of_piece(const Schedule& s, const Pieces& pieces, int32_t i) {
     return slot_of(s, pieces.first + i, pieces.first + i, i == 0);
 }
-
-// Whether the kernel with tiles of so many keys has a shorter one of kTailTokens; of 64 keys it would spare little.
-MAGE_BOTH constexpr bool has_short_tile(int64_t keys) { return keys == 4 * kTailTokens; }
 
 // Units of a launch whose requests are all max_seq_len long; must be below 2^31.
 inline int64_t max_units(const Schedule& s, int64_t max_seq_len) {

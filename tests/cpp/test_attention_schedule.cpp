@@ -92,32 +92,14 @@ std::vector<Piece> walk(const core::Schedule& s, const std::vector<int32_t>& len
 std::string describe(const core::Schedule& s, const std::vector<int32_t>& lens) {
     std::string text = "segments " + std::to_string(s.segments_per_request) + " workers " +
                        std::to_string(s.max_workers) + " min_units " + std::to_string(s.min_units) + " unit_tokens " +
-                       std::to_string(s.unit_tokens) + " tail_tokens " + std::to_string(s.tail_tokens) +
-                       (s.fixed ? " fixed" : "") + " lens";
+                       std::to_string(s.unit_tokens) + (s.fixed ? " fixed" : "") + " lens";
     for (const int32_t len : lens) text += ' ' + std::to_string(len);
     return text;
-}
-
-// Every token of a stream is in one unit; the last may have some more than the others.
-void expect_all_tokens(const core::Schedule& s, int32_t len) {
-    const int32_t units = core::units_of(s, len);
-    ASSERT_EQ(units == 0, len == 0);
-    ASSERT_EQ(core::units_end(s, units, units, len), len);
-    for (int32_t unit = 0; unit < units; ++unit) {
-        const int32_t begin = core::units_end(s, units, unit, len);
-        const int32_t tokens = core::units_end(s, units, unit + 1, len) - begin;
-        ASSERT_EQ(begin, unit * s.unit_tokens);
-        ASSERT_GT(tokens, 0) << len;
-        ASSERT_LE(tokens, s.unit_tokens + (unit == units - 1 ? s.tail_tokens : 0)) << len;
-        // A piece that ends with this unit counts as many: pieces_of is told by where the first one ends.
-        ASSERT_EQ(core::units_of(s, begin + tokens), unit + 1) << len;
-    }
 }
 
 // Every unit belongs to one piece, and the merge names the pieces that there are, in their order, by distinct slots.
 void expect_sound(const core::Schedule& s, const std::vector<int32_t>& lens, int32_t max_seq_len) {
     SCOPED_TRACE(describe(s, lens));
-    for (const int32_t len : lens) expect_all_tokens(s, len);
     const std::vector<Piece> pieces = walk(s, lens);
     int32_t total = 0;
     for (const int32_t len : lens) total += core::units_of(s, len) * s.segments_per_request;
@@ -211,13 +193,10 @@ TEST(AttentionSchedule, EveryUnitHasOneWorkerAndTheMergeFindsIt) {
                 for (const int32_t unit_tokens : {64, 128, 320}) {
                     for (const int32_t min_units : {1, 2}) {
                         for (const int32_t piece_units : {0, 3, 6}) {
-                            for (const int32_t tail_tokens : {0, 32}) {
-                                core::Schedule s = make_schedule(lens.size(), segments, unit_tokens, workers, min_units,
-                                                                 false, piece_units);
-                                s.tail_tokens = tail_tokens;
-                                expect_sound(s, lens, longest);
-                                if (HasFatalFailure()) return;
-                            }
+                            expect_sound(make_schedule(lens.size(), segments, unit_tokens, workers, min_units, false,
+                                                       piece_units),
+                                         lens, longest);
+                            if (HasFatalFailure()) return;
                         }
                     }
                     expect_sound(make_schedule(lens.size(), segments, unit_tokens, workers, 1, true), lens, longest);
@@ -235,11 +214,10 @@ TEST(AttentionSchedule, EveryUnitHasOneWorkerInRandomBatches) {
         const auto longest = static_cast<int32_t>(1 + random() % (i % 7 == 0 ? 30000 : 700));
         for (int32_t& len : lens) len = random() % 4 == 0 ? 0 : static_cast<int32_t>(random() % (longest + 1));
         const int32_t tiles[] = {64, 128, 192, 320};
-        core::Schedule s =
+        const core::Schedule s =
             make_schedule(lens.size(), static_cast<int32_t>(1 + random() % 12), tiles[random() % 4],
                           static_cast<int32_t>(1 + random() % 132), static_cast<int32_t>(1 + random() % 4),
                           random() % 3 == 0, static_cast<int32_t>(random() % 7));
-        s.tail_tokens = s.fixed || random() % 2 == 0 ? 0 : core::kTailTokens;
         expect_sound(s, lens, longest);
         if (HasFatalFailure()) return;
     }
@@ -340,12 +318,10 @@ TEST(AttentionPlan, BoundsItsSlots) {
                     ASSERT_EQ(plan.schedule.fixed, split_tokens > 0);
                     if (split_tokens > 0) {
                         ASSERT_EQ(plan.schedule.unit_tokens, split_tokens);
-                        ASSERT_EQ(plan.schedule.tail_tokens, 0) << "a split is what it is called";
                         ASSERT_EQ(plan.slots,
                                   3 * 4 * plan.row_tiles * ((max_seq_len + split_tokens - 1) / split_tokens));
                     } else {
                         ASSERT_EQ(plan.schedule.unit_tokens, plan.shape.keys);
-                        ASSERT_EQ(plan.schedule.tail_tokens, plan.shape.keys == 128 ? core::kTailTokens : 0);
                         ASSERT_LE(plan.slots, plan.shape.ctas == 2 ? 132 : 264);
                     }
                     // A device of fewer multiprocessors fits what was allocated; one of more uses no more.

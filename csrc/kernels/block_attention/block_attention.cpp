@@ -181,10 +181,10 @@ void launch_block_attention(const char* op, const BlockAttentionParams& p, const
     if (list_plan.splits > 0) {
         args.guess_workers = 1;
     } else if (lists == nullptr) {
-        const int32_t units = core::units_of(plan.schedule, static_cast<int32_t>(most_positions));
-        const auto all = static_cast<int32_t>(segments * units);
-        const int32_t most = core::aligned_units(
-            plan.schedule, all, [&](int32_t t) { return static_cast<int32_t>(segments) * core::ceil_div(units, t); });
+        const auto units = static_cast<int32_t>(most_units / std::max(segments, int64_t{1}));
+        const int32_t most = core::aligned_units(plan.schedule, static_cast<int32_t>(most_units), [&](int32_t t) {
+            return static_cast<int32_t>(segments) * core::ceil_div(units, t);
+        });
         args.guess_workers = most > 0 ? core::ceil_div(units, most) : 0;
     }
     if (lists != nullptr) {

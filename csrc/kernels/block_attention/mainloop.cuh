@@ -200,7 +200,6 @@ struct Consumer {
     static constexpr int kKeys = Config::kKeys;
     static constexpr int kBlocks = kKeys / 16;  // of 16 keys: a step of P V, and the finest unit
     static constexpr int kUnits = kKeys / 64;   // of 64 keys
-    static constexpr int kTail = core::has_short_tile(kKeys) ? core::kTailTokens : 0;  // keys of a short last tile
 
     const AttentionArgs& args;
     AttentionShared<Config>& shared;
@@ -333,15 +332,14 @@ struct Consumer {
         device::wgmma_commit();
     }
 
-    // O += P V of a stage, asynchronous; of its first kColumns keys alone.
-    template <int kColumns = kKeys>
+    // O += P V of a stage, asynchronous.
     __device__ __forceinline__ void start_values(uint32_t stage) {
         const uint64_t v = device::swizzled_tile(shared_tile + kVTile + stage * (Config::kTileBytes / 16), kAtomBytes,
                                                  kKeys * kRowBytes);
         device::pin_registers(o);
         device::wgmma_fence();
 #pragma unroll
-        for (int i = 0; i < kColumns / 16; ++i)
+        for (int i = 0; i < kBlocks; ++i)
             device::Wgmma<T, kDim>::values(o, p[i], device::tile_further(v, i * 16 * kRowBytes), true);
         device::wgmma_commit();
     }
@@ -358,11 +356,10 @@ struct Consumer {
 
     // Rows of V that no position reads hold anything, NaN included, and P = 0 does not silence NaN: those past the end
     // of the stream, and those of the hole.
-    template <int kColumns = kKeys>
     __device__ __forceinline__ void clear_tail(uint32_t stage, int32_t token) {
+        const int32_t box = 1 << args.box_shift;
         const int32_t first = token_end - token;
-        const int32_t last = min(((first - 1 >> args.box_shift) + 1) << args.box_shift, kColumns);
-        if (first < last) clear_rows(stage, first, last - first);
+        if (first < kKeys && (first & (box - 1)) != 0) clear_rows(stage, first, box - (first & (box - 1)));
     }
 
     __device__ __forceinline__ void clear_hole(uint32_t stage, int32_t token) {
@@ -385,12 +382,11 @@ struct Consumer {
     }
 
     // Scores of listed tokens past a row's limit, where that is below the tail.
-    template <int kColumns>
     __device__ __forceinline__ void mask_listed(int32_t token) {
         const int32_t* list = list_of(args, piece.request, piece.kv_head);
         const int32_t inside = (1 << args.list_shift) - 1;
 #pragma unroll
-        for (int i = 0; i < kColumns / 2; ++i) {
+        for (int i = 0; i < kKeys / 2; ++i) {
             const int32_t position = token + i / 4 * 8 + lane % 4 * 2 + i % 2;
             if (position >= piece.list_end) continue;
             const int32_t unit = list[position >> args.list_shift];
@@ -399,12 +395,11 @@ struct Consumer {
     }
 
     // Scores of tokens that a row must not see become -inf.
-    template <int kColumns = kKeys>
     __device__ __forceinline__ void mask(int32_t token, uint32_t stage, bool any_broken) {
-        if (Config::kLists && min(listed_limit[0], listed_limit[1]) <= piece.tail_begin) mask_listed<kColumns>(token);
-        if (token + kColumns <= min(limit[0], limit[1]) && !any_broken) return;
+        if (Config::kLists && min(listed_limit[0], listed_limit[1]) <= piece.tail_begin) mask_listed(token);
+        if (token + kKeys <= min(limit[0], limit[1]) && !any_broken) return;
 #pragma unroll
-        for (int i = 0; i < kColumns / 2; ++i) {
+        for (int i = 0; i < kKeys / 2; ++i) {
             const int32_t column = i / 4 * 8 + lane % 4 * 2 + i % 2;
             if (token + column >= limit[i / 2 % 2]) s[i] = -INFINITY;
         }
@@ -412,7 +407,7 @@ struct Consumer {
         const uint4 broken = shared.broken[stage];
         const uint32_t words[4] = {broken.x, broken.y, broken.z, broken.w};
 #pragma unroll
-        for (int i = 0; i < kColumns / 2; ++i) {
+        for (int i = 0; i < kKeys / 2; ++i) {
             const int32_t column = i / 4 * 8 + lane % 4 * 2 + i % 2;
             // Boxes of 16 tokens and more are all in the first word; boxes of one are in the column's own.
             const int32_t box = column >> args.box_shift;
@@ -428,12 +423,11 @@ struct Consumer {
     }
 
     // The block sums again, of the first `end` columns alone.
-    template <int kColumns>
     __device__ __forceinline__ void block_sums(int32_t end) {
         const int32_t left = end - lane % 4 * 2;
         const auto kept = [&](int i, int32_t column) { return column < left ? s[i] : 0.0f; };
 #pragma unroll
-        for (int i = 0; i < kColumns / 16; ++i) {
+        for (int i = 0; i < kBlocks; ++i) {
             const int32_t c = 16 * i;
             blocks[0][i] =
                 (kept(8 * i, c) + kept(8 * i + 1, c + 1)) + (kept(8 * i + 4, c + 8) + kept(8 * i + 5, c + 9));
@@ -519,24 +513,23 @@ struct Consumer {
     // against a reference that follows a row's maximum only when that has grown by more than 2^kSlack: terms stay below
     // 2^kSlack, which 16-bit P and float32 sums hold as well as 1. So most tiles need no maximum, only the knowledge
     // that nothing exceeds the slack, which one integer maximum over both rows gives: what is above a positive number
-    // is above it as an integer too, and what is negative is below it. A short tile has kColumns alone.
-    template <int kColumns = kKeys>
+    // is above it as an integer too, and what is negative is below it.
     __device__ __forceinline__ void softmax(int32_t token) {
         constexpr float kSlack = 8.0f;
         const bool unseen[2] = {reference[0] == -INFINITY, reference[1] == -INFINITY};
         const float base[2] = {unseen[0] ? 0.0f : reference[0], unseen[1] ? 0.0f : reference[1]};
         int32_t highest_bits[4] = {INT32_MIN, INT32_MIN, INT32_MIN, INT32_MIN};
 #pragma unroll
-        for (int i = 0; i < kColumns / 2; i += 2) {
+        for (int i = 0; i < kKeys / 2; i += 2) {
             s[i] = fmaf(s[i], args.scale_log2, -base[i / 2 % 2]);
             s[i + 1] = fmaf(s[i + 1], args.scale_log2, -base[i / 2 % 2]);
             highest_bits[i / 2 % 4] =
                 __vimax3_s32(highest_bits[i / 2 % 4], __float_as_int(s[i]), __float_as_int(s[i + 1]));
         }
         const int32_t highest = max(__vimax3_s32(highest_bits[0], highest_bits[1], highest_bits[2]), highest_bits[3]);
-        if (__any_sync(~0u, highest > __float_as_int(kSlack) || unseen[0] || unseen[1])) rebase<kColumns>(kSlack);
+        if (__any_sync(~0u, highest > __float_as_int(kSlack) || unseen[0] || unseen[1])) rebase(kSlack);
 #pragma unroll
-        for (int i = 0; i < kColumns / 16; ++i) {
+        for (int i = 0; i < kBlocks; ++i) {
 #pragma unroll
             for (int j = 8 * i; j < 8 * i + 8; ++j) s[j] = device::exp2_fast(s[j]);
             blocks[0][i] = (s[8 * i] + s[8 * i + 1]) + (s[8 * i + 4] + s[8 * i + 5]);
@@ -545,17 +538,12 @@ struct Consumer {
 #pragma unroll
             for (int j = 0; j < 4; ++j) p[i][j] = pack(s[8 * i + 2 * j], s[8 * i + 2 * j + 1], T());
         }
-        if constexpr (kColumns < kKeys) {  // units that it does not reach
-            static_assert(kColumns <= 64, "a short tile is in one unit of 64 keys");
-#pragma unroll
-            for (int i = 1; i < kUnits; ++i) units[0][i] = units[1][i] = 0.0f;
-        }
         float added[2] = {tile_sum(0), tile_sum(1)};
         sum[0] += added[0];
         sum[1] += added[1];
         if (Config::kLists || args.units == nullptr) return;
-        if (token + kColumns > prefix) {
-            block_sums<kColumns>(prefix - token);
+        if (token + kKeys > prefix) {
+            block_sums(prefix - token);
             added[0] = tile_sum(0);
             added[1] = tile_sum(1);
         }
@@ -574,15 +562,13 @@ struct Consumer {
 
     // Moves the references of rows that have grown too far, or have seen nothing so far, to their maximum, and
     // everything that was counted from the old ones along.
-    template <int kColumns>
     __device__ __forceinline__ void rebase(float slack) {
         float scale[2];
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             float highest = s[2 * r];
 #pragma unroll
-            for (int i = 0; i < kColumns / 8; ++i)
-                highest = fmaxf(highest, fmaxf(s[4 * i + 2 * r], s[4 * i + 2 * r + 1]));
+            for (int i = 0; i < kKeys / 8; ++i) highest = fmaxf(highest, fmaxf(s[4 * i + 2 * r], s[4 * i + 2 * r + 1]));
             highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 1));
             highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 2));
             const bool unseen = reference[r] == -INFINITY;
@@ -592,7 +578,7 @@ struct Consumer {
             reference[r] = unseen ? (moves ? highest : -INFINITY) : reference[r] + by;
             if (unseen) scale[r] = 1.0f;  // of nothing
 #pragma unroll
-            for (int i = 0; i < kColumns / 8; ++i) {
+            for (int i = 0; i < kKeys / 8; ++i) {
                 s[4 * i + 2 * r] -= by;
                 s[4 * i + 2 * r + 1] -= by;
             }
@@ -691,21 +677,6 @@ struct Consumer {
         }
     }
 
-    // The last tile, whose scores are there, if it has no more than kTail keys.
-    template <typename RingT>
-    __device__ __forceinline__ void short_tile(int32_t token, bool any_broken, RingT& k_ring, const RingT& v_ring) {
-        device::pin_registers(s);
-        device::pin_registers(o);
-        mask<kTail>(token, k_ring.stage, any_broken);
-        release(&shared.empty_k[k_ring.stage]);
-        k_ring.advance();
-        softmax<kTail>(token);
-        device::mbarrier_wait(device::shared_address(&shared.full_v[v_ring.stage]), v_ring.parity);
-        clear_hole(v_ring.stage, token);
-        clear_tail<kTail>(v_ring.stage, token);
-        start_values<kTail>(v_ring.stage);
-    }
-
     // Q has been asked for where that did not have to wait for the piece.
     __device__ __forceinline__ void run() {
         if (is_whole<Config>(args) && !shared.any) {
@@ -732,8 +703,7 @@ struct Consumer {
             start_scores(k_ring.stage);
             bool any_broken = is_broken(k_ring.stage);
             device::wgmma_wait<0>();
-            bool is_short = kTail > 0 && token_end - token <= kTail;
-            while (!is_short) {
+            for (;; token += kKeys) {
                 device::pin_registers(s);
                 device::pin_registers(o);
                 mask(token, k_ring.stage, any_broken);
@@ -760,15 +730,9 @@ struct Consumer {
                 device::wgmma_wait<0>();
                 release(&shared.empty_v[v_ring.stage]);
                 v_ring.advance();
-                token += kKeys;
-                if (kTail > 0) is_short = token_end - token <= kTail;
             }
-            if (is_short) {
-                if constexpr (kTail > 0) short_tile(token, any_broken, k_ring, v_ring);
-            } else {
-                clear_tail(v_ring.stage, token);
-                start_values(v_ring.stage);
-            }
+            clear_tail(v_ring.stage, token);
+            start_values(v_ring.stage);
             emit_units<false>(token);
             device::wgmma_wait<0>();
             device::pin_registers(o);

@@ -217,7 +217,7 @@ __device__ __forceinline__ bool next_piece(const AttentionArgs& args, const Shar
     piece->pieces = 0;
     set_segment<kLists>(args, walk->request, segment, piece);
     piece->token_begin = first * s.unit_tokens;
-    piece->token_end = core::units_end(s, units, last, seq_len);
+    piece->token_end = min(seq_len, last * s.unit_tokens);
     piece->slot = first == 0 && last == units ? -1 : core::slot_of(s, walk->at, share.worker, first == 0);
     walk->at += last - first;
     return true;
@@ -263,7 +263,7 @@ __device__ __forceinline__ bool aligned_piece(const AttentionArgs& args, int32_t
     const int32_t units = core::units_of(s, seq_len);
     set_segment<kLists>(args, request, segment, piece);
     piece->token_begin = core::first_unit(units, workers, index) * s.unit_tokens;
-    piece->token_end = core::units_end(s, units, core::first_unit(units, workers, index + 1), seq_len);
+    piece->token_end = min(seq_len, core::first_unit(units, workers, index + 1) * s.unit_tokens);
     piece->slot = workers == 1 ? -1 : core::slot_of(s, 0, worker, index == 0);
     piece->pieces = workers;
     return true;
@@ -464,8 +464,7 @@ __device__ __forceinline__ void prefetch_first(const AttentionArgs& args, int32_
         const int32_t guess = Config::kLists ? args.capacity << args.list_shift : args.max_seq_len;
         const int32_t units = core::units_of(s, guess), part = worker - position * args.guess_workers;
         const int32_t first = core::first_unit(units, args.guess_workers, part) * s.unit_tokens;
-        const int32_t last =
-            core::units_end(s, units, core::first_unit(units, args.guess_workers, part + 1), guess) - 1;
+        const int32_t last = min(guess, core::first_unit(units, args.guess_workers, part + 1) * s.unit_tokens) - 1;
         const int32_t* table = args.block_table + request * args.stride_table;
         if constexpr (Config::kLists) {  // its entries, and all pages: those of the entries are not known
             const int32_t entry = (first >> args.list_shift) + thread * kEntries;
