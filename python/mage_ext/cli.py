@@ -253,7 +253,7 @@ def _eval_prose(args: argparse.Namespace) -> int:
 def _eval_report(args: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from mage_ext.evaluation import figures, pages, report
+    from mage_ext.evaluation import answers, figures, pages, report
 
     _check_out("eval", args.out)
     files, card = figures.read(args.files), None
@@ -265,6 +265,7 @@ def _eval_report(args: argparse.Namespace) -> int:
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"eval: card must be a UTF-8 text file, got {args.card!r}: {error}") from None
     pages.write_page(args.out, report.report(files, card))
+    print("\n".join(answers.lines(answers.answers(files))))
     print(f"written: {args.out}, {os.path.getsize(args.out) / 1e6:.1f} MB")
     return 0
 

@@ -376,7 +376,7 @@ def test_report_in_a_browser(write, tmp_path):
     images = opened.find("img")
     assert len(images) == 13 and all(image.attributes["src"].startswith("data:image/png;base64,") for image in images)
     linked = {element.attributes["href"] for element in opened.find("a")}
-    assert linked == {f"#{element.attributes['id']}" for element in opened.find("h2")} and len(linked) == 7
+    assert linked == {f"#{element.attributes['id']}" for element in opened.find("h2")} and len(linked) == 8
     assert opened.find("script") == [] and opened.find("link") == []
     signs = [b.text for td in ("below", "above") for b in opened.find("b", td)]
     assert signs.count("\u2212") == 3 and signs.count("+") == 2  # two of them in the legend

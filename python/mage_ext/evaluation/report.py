@@ -1,4 +1,4 @@
-"""Evaluation files as one HTML report: what ran, tables, figures, the model's card. It needs nothing but a browser.
+"""Evaluation files as one HTML report: what ran, answers, tables, figures, the model's card. All it needs is a browser.
 
 A score stands beside exact attention's on the same cases, with its 95 % interval and K as a share of the prefix. Where
 exact is below 80 % a cell is grey, since a method can't be judged there. A mark says that a method differs from MAGE at
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mage_ext.evaluation import figures, pages
+from mage_ext.evaluation.answers import Answer, answers
 from mage_ext.evaluation.figures import RELIABLE, ResultFile, Row, groups, of_method
 from mage_ext.evaluation.method_comparison import holm
 from mage_ext.models import builtin
@@ -23,6 +24,7 @@ _TITLES = {
     "eval/heatmap": "Hidden facts by length and depth",
     "eval/thresholds": "Forwards and accuracy against the sampler's threshold",
     "eval/prose": "Held-out prose: cross entropy on given blocks",
+    "eval/finetune": "Fine-tuning with sparse forwards and its control",
     "eval/recall": "How far a block's first forward foretells the later ones",
     "eval/longbench": "LongBench",
     "eval/ruler": "RULER",
@@ -49,10 +51,10 @@ def report(files: Sequence[ResultFile], card: str | None = None) -> str:
     ordered = sorted(files, key=lambda file: list(_TITLES).index(file.name) if file.name in _TITLES else len(_TITLES))
     body = [
         f"<h1>Evaluation of {pages.escape(model or 'a run')}</h1>",
-        _LEGEND,
-        _runs(ordered),
         _contents(ordered, card),
     ]
+    top = len(body)
+    body += [f"<details><summary>What ran: {len(files)} files</summary>{_runs(ordered)}</details>", _LEGEND]
     drawn = {name: [] for name in dict.fromkeys(file.name for file in ordered)}
     for drawing in figures.drawings(ordered):
         image = base64.b64encode(figures.png(drawing.draw())).decode("ascii")
@@ -66,6 +68,7 @@ def report(files: Sequence[ResultFile], card: str | None = None) -> str:
         for file in ordered:
             if file.name == name:
                 body.append(_section(file))
+    body.insert(top, _answers(answers(ordered)))  # made last: a missing key is named with its file before
     if card is not None:
         lines = "\n".join(pages.escape(each) for each in card.splitlines())
         body.append(f'<h2 id="card">The model\'s card</h2>\n<pre class="card">{lines}</pre>')
@@ -110,9 +113,22 @@ def _constants(rows: Sequence[Row]) -> Row:
 
 
 def _contents(files: Sequence[ResultFile], card: str | None) -> str:
-    links = {_anchor(file.name): _TITLES.get(file.name, file.name) for file in files}
+    links = {"answers": "Answers"}
+    links |= {_anchor(file.name): _TITLES.get(file.name, file.name) for file in files}
     links |= {} if card is None else {"card": "The model's card"}
     return "<p>" + " · ".join(f'<a href="#{name}">{pages.escape(text)}</a>' for name, text in links.items()) + "</p>"
+
+
+def _answers(found: Sequence[Answer]) -> str:
+    """The questions with their answers, and behind each, folded, the cells it is made of."""
+    short = _table(["question", "answer"], [[each.question, each.text] for each in found], "answers")
+    behind = [
+        f"<details><summary>{pages.escape(each.question)} {len(each.rows)} cells</summary>"
+        f"{_table(each.head, each.rows)}</details>"
+        for each in found
+        if each.rows
+    ]
+    return "\n".join(['<h2 id="answers">Answers</h2>', _ANSWERS_LEGEND, short, *behind])
 
 
 def _section(file: ResultFile) -> str:
@@ -419,11 +435,16 @@ head, with its share of the prefix. <span class="grey">Grey</span>: exact attent
 <b class="below">&#8722;</b> below and <b class="above">+</b> above MAGE at the same setting: McNemar's exact test on
 the same cases, at 5 % for all comparisons of the file together (Holm).</p>"""
 
+_ANSWERS_LEGEND = f"""<p>Cells where exact attention finds at least {100 * RELIABLE:.0f} %, and shares masked of prose.
+"Better" and "worse" hold in a paired test (McNemar's for facts; for prose a normal one from the bootstrap interval of
+the difference) at 5 % for all cells of an answer's facts, or prose, together (Holm). No difference shown is not the
+same as none.</p>"""
+
 _STYLE = """
 table { border-collapse: collapse; margin: 0.6em 0 1.2em; font-size: 0.9em; font-variant-numeric: tabular-nums; }
 th, td { border-bottom: 1px solid var(--line); padding: 0.15em 0.7em; text-align: left; vertical-align: top; }
 th { border-bottom: 2px solid var(--dim); } caption { text-align: left; color: var(--dim); padding-bottom: 0.2em; }
-td { white-space: nowrap; } table.run td { white-space: normal; }
+td { white-space: nowrap; } table.run td, table.answers td { white-space: normal; }
 .grey { background: #d9d9d9; color: #6a6a6a; } small { color: var(--dim); }
 .below { color: #c0392b; } .above { color: #1e8449; } .wide { overflow-x: auto; }
 figure { margin: 0.8em 1em 0.8em 0; display: inline-block; vertical-align: top; }

@@ -1,0 +1,217 @@
+"""Answers that evaluation files give, against hand-worked values. Run: pytest tests/python/test_answers.py"""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mage_ext import cli
+from mage_ext.evaluation import needles
+from mage_ext.evaluation.answers import answers, difference, lines, normal_p
+from mage_ext.evaluation.figures import ResultFile
+from mage_ext.evaluation.method_comparison import mcnemar
+
+
+def _file(name, rows):
+    return ResultFile(Path(f"{name.split('/')[-1]}.json"), name, {"name": name}, rows)
+
+
+def _ask(name, *files):
+    return next(each for each in answers(files) if each.name == name)
+
+
+def _fact(method, successes, *, exact=100, n=100, **more):
+    low, high = needles.wilson(successes, n)
+    row = {"task": "lines", "tokens": 2048, "T": 8, "method": method, "K": 64, "g": 1, "dense_layers": 0, "n": n}
+    row |= {"found_of_exact": min(successes / exact, 1)}
+    row |= {"score": successes / n, "exact": exact / n, "ci_low": low, "ci_high": high, "prefix_tokens": 2000.0}
+    return row | more
+
+
+def _against_mage(method, mage_only, method_only, **more):
+    row = {"mage_only": mage_only, "method_only": method_only, "p_mage": mcnemar(mage_only, method_only)}
+    return _fact(method, 60 - mage_only + method_only, **row | more)
+
+
+def _prose(method, column, mean, half, **more):
+    row = {"task": "prose", "tokens": 2048, "method": method, "K": 64, "g": 1, "dense_layers": 0, "t": 0.5, "n": 100}
+    row |= {"exact": 3.5, "score": 3.6, column: mean, f"{column}_low": mean - half, f"{column}_high": mean + half}
+    return row | more
+
+
+def _recall(low, score, high, control="none", **more):
+    row = {"study": "recall", "task": "prose", "tokens": 2048, "control": control, "method": "mage", "K": 64, "g": 1}
+    row |= {"score": score, "ci_low": low, "ci_high": high, "chance": 0.03, "kept": 0.98, "recall_worst_layer": 0.6}
+    return row | {"recall_by_forward": [score + 0.05, score - 0.05]} | more
+
+
+def _timed(K, context, ratio, g=64, method="mage"):
+    return {"case": {"method": method, "K": K, "context": context, "g": g, "dense_layers": 0}, "ratio": ratio}
+
+
+def test_without_rows_every_answer_says_so():
+    found = answers([_file("eval/heatmap", [])])
+    assert [each.name for each in found] == [
+        "recall",
+        "methods",
+        "variants",
+        "layers",
+        "dense",
+        "finetuning",
+        "speed",
+    ]
+    assert all(each.text == "Not measured in these files." and not each.rows for each in found)
+    assert len(lines(found)) == 7
+
+
+def test_recall_is_held_against_the_papers_range():
+    rows = [
+        _recall(0.85, 0.87, 0.89),
+        _recall(0.70, 0.75, 0.80, K=16, kept=0.9),
+        _recall(0.91, 0.92, 0.93, K=512),
+        _recall(0.80, 0.85, 0.88, g=32),
+        _recall(0.4, 0.5, 0.6, "shuffled"),
+        _recall(0.99, 1.0, 1.0, method="oracle"),
+        {"study": "alignment", "method": "rotated", "control": "none"},
+    ]
+    found = _ask("recall", _file("eval/recall", rows))
+    assert "75.0 to 92.0 % over 4 cells" in found.text
+    assert "1 inside, 1 below, 1 above, 1 touches" in found.text
+    assert "at least 90.0 %" in found.text
+    assert [row[5] for row in found.rows] == ["inside", "below", "above", "touches"]
+    assert found.rows[0][4] == "87.0 [85.0, 89.0]" and found.rows[0][6] == "82.0"
+    assert found.rows[0][-1] == "shuffled 50.0" and found.rows[1][-1] == ""
+
+
+def test_methods_count_where_mage_is_better_and_name_where_not():
+    rows = [
+        _fact("exact", 100, K=0),
+        _fact("mage", 90),
+        _against_mage("quest", 30, 1),  # p = 3e-8
+        _against_mage("quest", 8, 1, K=128),  # 0.039: alone below 5 %, not in a family of four
+        _against_mage("tidal", 0, 20, K=256),  # 2e-6: MAGE is worse
+        _against_mage("sparsed", 3, 3),
+        _against_mage("sparsed", 60, 0, exact=79),  # exact is too low
+        _against_mage("v1", 60, 0),  # another question's
+    ]
+    found = _ask("methods", _file("eval/methods", rows))
+    assert (
+        "MAGE against quest, facts: better in 1, no difference shown in 1, worse in 0 of 2 cells, +18.0 points"
+        in found.text
+    )
+    assert "MAGE against tidal, facts: better in 0, no difference shown in 0, worse in 1 of 1 cells" in found.text
+    assert "MAGE against sparsed, facts: better in 0, no difference shown in 1" in found.text
+    assert "worse at K = 256," in found.text
+    assert [row[0].split()[-1] for row in found.rows] == ["quest", "quest", "tidal", "sparsed"]
+    assert found.rows[0][1:4] == ["lines, 2048 tokens, T = 8, K = 64, g = 1, 0 dense", "3.2 %", "+29.0 points"]
+    better = _ask("methods", _file("eval/methods", rows[:4]))
+    assert better.text.endswith("Worse nowhere.")
+
+
+def test_prose_is_a_family_of_its_own_with_the_sign_of_what_is_saved():
+    rows = [
+        _prose("quest", "over_mage", 0.10, 0.03),  # Quest costs more: z = 6.5
+        _prose("quest", "over_mage", -0.05, 0.02, t=0.25),  # less: z = 4.9
+        _prose("tidal", "over_mage", 0.01, 0.02),
+        _prose("mage", "over_g1", 0.2, 0.05, g=32),
+        _prose("exact", "over_mage", 0.0, 0.0, K=0),
+    ]
+    found = _ask("methods", _file("eval/prose", rows))
+    assert "MAGE against quest, prose: better in 1, no difference shown in 0, worse in 1 of 2 cells" in found.text
+    assert "+0.025 nats on average (-0.050 to +0.100)" in found.text
+    assert "MAGE against tidal, prose: better in 0, no difference shown in 1" in found.text
+    assert found.rows[1][1] == "prose, 2048 tokens, 25 % masked, K = 64, g = 1, 0 dense"
+    units = _ask("variants", _file("eval/prose", rows))
+    assert "units of 32 for 1, equal bytes, prose: better in 0, no difference shown in 0, worse in 1" in units.text
+
+
+def test_variants_layers_and_dense_layers_read_their_own_pairs():
+    pairs = {"g1_only": 20, "units_only": 0, "p_g1": mcnemar(20, 0)}
+    dense = {"dense0_only": 0, "dense_only": 15, "p_dense0": mcnemar(0, 15)}
+    rows = [
+        _fact("mage", 90),
+        _fact("mage", 70, g=32, **pairs),
+        _fact("quest", 70, g=32, **pairs),
+        _fact("mage", 95, dense_layers=2, **dense),
+        _against_mage("mage_max", 0, 12),
+        _against_mage("mage_open", 25, 0),
+        _against_mage("v1", 30, 0),
+        _against_mage("joint", 2, 1),
+    ]
+    times = [
+        {"case": {"model": "7B", "K": 512, "g": g, "batch": batch}, "us": us}
+        for g, batch, us in ((1, 1, 12.0), (64, 1, 10.0), (1, 16, 30.0), (64, 16, 20.0), (16, 4, 5.0))
+    ]
+    files = _file("eval/methods", rows), _file("sparse_block_attention", times)
+    variants = _ask("variants", *files)
+    assert "score: largest row for mean, facts: better in 1" in variants.text
+    assert "rows: open ones for all, facts: better in 0, no difference shown in 0, worse in 1 of 1" in variants.text
+    assert "norm:" not in variants.text
+    assert (
+        "units of 32 for 1, equal bytes, facts: better in 0, no difference shown in 0, worse in 1 of 1" in variants.text
+    )
+    assert "takes 1.20 to 1.50 times as long with single tokens as with units of 64 (2 timed cases)" in variants.text
+    layers = _ask("layers", *files)
+    assert "v1 (votes, budgets by layer), facts: better in 0, no difference shown in 0, worse in 1" in layers.text
+    assert "no difference shown in 1" in layers.text
+    assert "2 dense layers for none, facts: better in 1" in _ask("dense", *files).text
+
+
+def test_finetuning_against_its_control():
+    checks = {"check_kl": 0.03, "check_sparse_answer": 0.02}
+    rows = [
+        _fact("mage", 50, weights="shipped"),
+        _fact("mage", 52, weights="control", check_kl=0.07, check_sparse_answer=0.09),
+        _fact("mage", 80, weights="tuned", **checks),
+        _fact("mage", 80, weights="tuned", K=128),  # without a control
+        {"task": "measure", "weights": "random:1.5B", "K": 512},
+    ]
+    found = _ask("finetuning", _file("eval/finetune", rows))
+    low, high = difference(0.8, 100, 0.52, 100)
+    assert f"+28.0 points [{100 * low:.1f}, {100 * high:.1f}]" in found.text
+    assert "KL to exact 0.0300 nats for 0.0700" in found.text
+    assert len(found.rows) == 1 and found.rows[0][2:5] == ["50.0 %", "52.0 %", "80.0 %"]
+
+
+def test_speed_wants_facts_at_the_same_units_and_share():
+    timed = [_timed(1024, 32768, 1.5), _timed(1024, 32768, 2.0), _timed(1024, 131072, 4.0), _timed(1024, 8192, 1.1)]
+    timed.append(_timed(1024, 32768, 0.9, method="quest"))
+    rows = [
+        _fact("mage", 99, g=64),  # 64 / 2000 = 3.2 %: as 1024 / 32768
+        _fact("mage", 40, g=64, K=256),  # 12.8 %: as 1024 / 8192
+        _fact("mage", 10, g=1, K=16),  # 0.8 %, but other units
+    ]
+    found = _ask("speed", _file("generate", timed), _file("eval/methods", rows))
+    assert "Of 3 kinds of timed settings" in found.text and "1 have found facts behind" in found.text
+    assert "3.12 % in units of 64, 0 dense (1.50 to 2.00 x). 1 have none measured" in found.text
+    assert [row[-1] for row in found.rows] == [
+        "none measured",
+        "no difference from exact shown (1 cells)",
+        "differs from exact (1 cells)",
+    ]
+
+
+def test_intervals_and_p_against_published_values():
+    # Newcombe (1998), table II, method 10: 56/70 and 48/80.
+    assert difference(56 / 70, 70, 48 / 80, 80) == pytest.approx((0.0524, 0.3339), abs=1e-4)
+    assert normal_p(1.96, 0.0, 3.92) == pytest.approx(0.05, abs=1e-4)
+    assert normal_p(-1.0, -3.0, 1.0) == pytest.approx(0.3270, abs=1e-3)
+    assert normal_p(0.0, 0.0, 0.0) == 1 and normal_p(0.5, 0.5, 0.5) == 0
+
+
+def test_a_missing_key_is_named():
+    with pytest.raises(ValueError, match=r"answer 'methods' must have the key 'method_only'"):
+        answers([_file("eval/methods", [_fact("quest", 50, p_mage=0.5)])])
+
+
+def test_the_command_prints_them(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    row = _fact("mage", 90, sampler="low_confidence_static", tokens_per_step=4, kv_share=0.2, distractors=0)
+    rows = [row | {"method": "exact", "K": 0, "g": 0, "dense_layers": -1, "score": 1.0, "exact": 1.0}, row]
+    path = tmp_path / "methods.json"
+    path.write_text(json.dumps({"name": "eval/methods", "model": "m", "rows": rows}))
+    assert cli.main(["eval", "report", "--files", str(path), "--out", str(tmp_path / "page.html")]) == 0
+    told = capsys.readouterr().out
+    assert "Which speed has accuracy behind it" in told and "Not measured in these files." in told
+    page = (tmp_path / "page.html").read_text()
+    assert '<h2 id="answers">' in page and "Which speed has accuracy behind it" in page
