@@ -187,13 +187,15 @@ def _eval(args: argparse.Namespace) -> int:
     return 0
 
 
-def _write_parts(runner: "Runner", write: "Callable[..., None]", name: str, parts: "Iterable[list]") -> list:
-    """Writes all rows of a suite so far as they come, closes the runner; returns the last, which are complete."""
+def _write_parts(
+    runner: "Runner", write: "Callable[..., None]", name: str, parts: "Iterable[list]", before: Sequence[dict] = ()
+) -> list:
+    """Writes all rows of a suite so far as they come, behind those before, closes the runner; returns them all."""
     for rows in parts:
-        write(name, rows)
+        write(name, [*before, *rows])
     runner.close()
-    write(name, rows, complete=True)
-    return rows
+    write(name, [*before, *rows], complete=True)
+    return [*before, *rows]
 
 
 def _eval_methods(args: argparse.Namespace) -> int:
@@ -218,9 +220,21 @@ def _eval_recall(args: argparse.Namespace) -> int:
     _check_steps([args.tokens_per_step])
     _check_prompts(args, 32 * (args.blocks + 1))
     look = attention_study.Look(tuple(args.k), tuple(args.g), tuple(args.methods))
-    runner, write = _eval_start(args)
     options = (args.tasks, args.tokens, args.blocks, args.tokens_per_step, args.control)
-    rows = _write_parts(runner, write, "eval/recall", attention_study.suite(runner, args.n, look, *options))
+    names = [os.path.basename(path).rsplit(".", 1)[0] for path in args.stages]
+    if len(set(names)) != len(names):
+        raise ValueError(f"eval: stages must be files of different names, got {' '.join(args.stages)}")
+    if names and args.control != "none":
+        raise ValueError(f"eval: control must be none with stages, got {args.control}")
+    for path in args.stages:
+        _check_prompts(argparse.Namespace(**{**vars(args), "adapter": path}), 32 * (args.blocks + 1))
+    before: list[dict] = []
+    for path, name in zip(args.stages, names, strict=True):
+        runner, _ = _eval_start(argparse.Namespace(**{**vars(args), "adapter": path}))
+        rows = _write_parts(runner, lambda *_, **__: None, "", attention_study.suite(runner, args.n, look, *options))
+        before += [{**row, "weights": name} for row in rows]
+    runner, write = _eval_start(args)
+    rows = _write_parts(runner, write, "eval/recall", attention_study.suite(runner, args.n, look, *options), before)
     print("\n".join(attention_study.table(rows)))
     return 0
 
@@ -784,6 +798,7 @@ def make_parser() -> argparse.ArgumentParser:
         choices=["none", "base", "shuffled"],
         help="base: without the adapter; shuffled: the entries of every matrix permuted",
     )
+    add("--stages", nargs="+", default=[], metavar="FILE", help="adapters of earlier weights, measured first")
     recall.set_defaults(run=_eval_recall)
 
     prose = suites.add_parser("prose", help="what each method costs in cross entropy on blocks of held-out prose")

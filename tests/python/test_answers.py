@@ -71,6 +71,7 @@ def test_recall_is_held_against_the_papers_range():
         _recall(0.91, 0.92, 0.93, K=512),
         _recall(0.80, 0.85, 0.88, g=32),
         _recall(0.4, 0.5, 0.6, "shuffled"),
+        _recall(0.6, 0.7, 0.8, weights="stage-0"),
         _recall(0.99, 1.0, 1.0, method="oracle"),
         {"study": "alignment", "method": "rotated", "control": "none"},
     ]
@@ -78,6 +79,7 @@ def test_recall_is_held_against_the_papers_range():
     assert "75.0 to 92.0 % over 4 cells" in found.text
     assert "1 inside, 1 below, 1 above, 1 touches" in found.text
     assert "at least 90.0 %" in found.text
+    assert "Earlier weights stage-0: prose K = 64 70.0 %." in found.text
     assert [row[5] for row in found.rows] == ["inside", "below", "above", "touches"]
     assert found.rows[0][4] == "87.0 [85.0, 89.0]" and found.rows[0][6] == "82.0"
     assert found.rows[0][-1] == "shuffled 50.0" and found.rows[1][-1] == ""
@@ -106,6 +108,18 @@ def test_methods_count_where_mage_is_better_and_name_where_not():
     assert found.rows[0][1:4] == ["lines, 2048 tokens, T = 8, K = 64, g = 1, 0 dense", "3.2 %", "+29.0 points"]
     better = _ask("methods", _file("eval/methods", rows[:4]))
     assert better.text.endswith("Worse nowhere.")
+
+
+def test_methods_are_also_compared_with_the_units_that_suit_each():
+    names = ("mage", "quest", "tidal", "sparsed")
+    scores = {1: (90, 80, 10, 70), 32: (50, 60, 20, 75)}
+    rows = [_fact("mage", 90), _against_mage("quest", 3, 3)]
+    for g, each in scores.items():
+        rows += [_fact(name, found, g=g, K=128) for name, found in zip(names, each, strict=True)]
+    rows += [_fact(name, 0, g=1, K=256) for name in names]  # one kind of units only
+    found = _ask("methods", _file("eval/methods", rows))
+    assert "of [1, 32], that suit each best in each of 1 cells" in found.text
+    assert found.text.endswith("found on average, %: mage 90.0, quest 80.0, tidal 20.0, sparsed 75.0.")
 
 
 def test_prose_is_a_family_of_its_own_with_the_sign_of_what_is_saved():

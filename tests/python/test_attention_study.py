@@ -446,6 +446,36 @@ def test_a_study_on_cuda(variant):
             assert all(-1.001 <= value <= 1.001 for value in row["cosine_by_layer"])
 
 
+def test_rows_of_earlier_weights_come_first(monkeypatch, capsys):
+    asked, written = [], []
+
+    def start(args):
+        asked.append(args.adapter)
+        runner = SimpleNamespace(close=lambda: None, adapter=args.adapter)
+        return runner, lambda name, rows, complete=False: written.append((name, [*rows], complete))
+
+    def suite(runner, n, *_):
+        row = {"study": "alignment", "task": "prose", "tokens": 640, "method": "rotated", "adapter": runner.adapter}
+        yield [row | {"score": 0.5, "n": 1}]
+        yield [row | {"score": 0.75, "n": n}]
+
+    monkeypatch.setattr(cli, "_eval_start", start)
+    monkeypatch.setattr(cli, "_check_prompts", lambda args, spare: None)
+    monkeypatch.setattr(attention, "suite", suite)
+    assert cli.main(["eval", "recall", "--n", "2", "--stages", "d/one.safetensors", "d/two.safetensors"]) == 0
+    assert asked == ["d/one.safetensors", "d/two.safetensors", None]
+    assert [complete for _, _, complete in written] == [False, False, True]
+    name, rows, _ = written[-1]
+    assert name == "eval/recall" and [row["score"] for row in rows] == [0.75] * 3
+    assert [(row.get("weights"), row["adapter"]) for row in rows] == [
+        ("one", "d/one.safetensors"),
+        ("two", "d/two.safetensors"),
+        (None, None),
+    ]
+    assert [row["n"] for row in written[0][1]] == [2, 2, 1]
+    assert "alignment, prose, 640 tokens" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -454,6 +484,8 @@ def test_a_study_on_cuda(variant):
         (["--blocks", "0"], "blocks must be in [1, 32], got 0"),
         (["--tokens-per-step", "40"], "tokens_per_step must be in [1, 32], got 40"),
         (["--n", "0"], "n must be at least 1, got 0"),
+        (["--stages", "a/x.safetensors", "b/x.safetensors"], "stages must be files of different names, got a/x"),
+        (["--stages", "x.safetensors", "--control", "base"], "control must be none with stages, got base"),
     ],
 )
 def test_mistakes_on_the_command_line_name_the_argument(arguments, message, capsys):

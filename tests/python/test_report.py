@@ -367,6 +367,21 @@ def test_an_unknown_suite_and_odd_texts(write):
 
 
 @pytest.mark.skipif(browser.chromium() is None, reason="chromium is not installed")
+def test_recall_of_earlier_weights_is_a_figure_of_its_own(write, tmp_path):
+    rows = _recall()
+    early = [{**row, "weights": name} for name in ("stage-0", "stage-1") for row in rows if row["control"] == "none"]
+    files = figures.read([write("eval/recall", early + rows)])
+    plain = figures.read([write("eval/recall", rows)])
+    stems = [drawing.stem for drawing in figures.drawings(files)]
+    assert stems == ["recall_progress_prose_2048_g1", *(drawing.stem for drawing in figures.drawings(plain))]
+    (axes, *_) = next(figures.drawings(files)).draw().axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["stage-0", "stage-1", "finished"]
+    mage = next(line for line in axes.lines if line.get_label() == "mage")
+    assert list(mage.get_ydata()) == [0.9] * 3
+    page = report.report(files)
+    assert "earlier weights stage-1" in page and "recall_progress" not in page
+
+
 def test_report_in_a_browser(write, tmp_path):
     paths = [write(suite, make()) for suite, make in SUITES.items()]
     assert cli.main(["eval", "report", "--files", *map(str, paths), "--out", str(tmp_path / "report.html")]) == 0

@@ -138,12 +138,9 @@ def _signed(value: float, digits: int) -> str:
 def _gains(cells: Sequence[_Cell], is_prose: bool) -> str:
     """Least, mean and largest gain."""
     values = [cell.gain for cell in cells]
-    unit, scale = (" nats", 1.0) if is_prose else (" points", 100.0)
-    shown = ".3f" if is_prose else ".1f"
-    mean = sum(values) / len(values)
-    return (
-        f"{scale * mean:+{shown}}{unit} on average ({scale * min(values):+{shown}} to {scale * max(values):+{shown}})"
-    )
+    unit, scale, digits = ("nats", 1.0, 3) if is_prose else ("points", 100.0, 1)
+    mean, low, high = (_signed(scale * each, digits) for each in (sum(values) / len(values), min(values), max(values)))
+    return f"{mean} {unit} on average ({low} to {high})"
 
 
 def _place(row: Row) -> str:
@@ -201,10 +198,11 @@ def _recall(rows: dict[str, list[Row]]) -> Any:
     own = [row for row in rows.get("eval/recall", []) if row["study"] == "recall" and row["method"] == "mage"]
     controls = {}
     for row in own:
-        if row["control"] != "none":
+        if row["control"] != "none" and not row.get("weights"):
             key = row["task"], row["tokens"], row["K"], row["g"]
             controls.setdefault(key, []).append(f"{row['control']} {100 * row['score']:.1f}")
-    own = [row for row in own if row["control"] == "none"]
+    staged = groups([row for row in own if row.get("weights")], "weights")
+    own = [row for row in own if row["control"] == "none" and not row.get("weights")]
     if not own:
         return None
     low, high = PAPER_RECALL
@@ -228,6 +226,9 @@ def _recall(rows: dict[str, list[Row]]) -> Any:
     text = f"Recall is {min(scores):.1f} to {max(scores):.1f} % over {len(own)} cells (task, length, K, g); against "
     text += f"{100 * low:.0f} to {100 * high:.0f} % their 95 % intervals are: {counted}. "
     text += f"Mass kept of what each forward's own list keeps: at least {100 * min(r['kept'] for r in own):.1f} %."
+    for (weights,), inside in staged.items():
+        shown = ", ".join(f"{row['task']} K = {row['K']} {100 * row['score']:.1f} %" for row in inside)
+        text += f" Earlier weights {weights}: {shown}."
     head = ("task", "tokens", "K (chance)", "g", "recall, % [95 %]", f"{low:.2f}-{high:.2f}", "least forward")
     return text, (*head, "worst layer", "kept / own", "controls"), table
 
@@ -248,7 +249,25 @@ def _methods(rows: dict[str, list[Row]]) -> Any:
         text += f" Not better everywhere: worse at {', '.join(ks)}, in cells that the table names."
     else:
         text += " Worse nowhere."
-    return text, head, table
+    return text + _best_units(facts), head, table
+
+
+def _best_units(facts: Sequence[Row]) -> str:
+    """Scores of all methods with the units that suit each best, over cells where all of them ran with the same ones."""
+    names = ("mage", *_OTHERS)
+    best: dict[str, list[float]] = {name: [] for name in names}
+    tried = set()
+    for inside in groups(_reliable(_of(facts, *names)), "task", "tokens", "T", "K", "dense_layers").values():
+        by = {name: {row["g"]: row["score"] for row in inside if row["method"] == name} for name in names}
+        if len(by["mage"]) > 1 and all(set(by[name]) == set(by["mage"]) for name in names):
+            tried |= set(by["mage"])
+            for name in names:
+                best[name].append(max(by[name].values()))
+    if not tried:
+        return ""
+    told = ", ".join(f"{name} {100 * sum(scores) / len(scores):.1f}" for name, scores in best.items())
+    cells = f"{len(best['mage'])} cells (task, length, T, K, dense layers)"
+    return f" With the units, of {sorted(tried)}, that suit each best in each of {cells}, found on average, %: {told}."
 
 
 def _number(text: str) -> int:

@@ -8,6 +8,7 @@ them is done with the attention of every row looked at. Rows of `mage eval recal
                          text; "prose_forced": that text's own next blocks, uncovered in an order that is the same for
                          every model (one that has learned nothing would write one token over and over); or a task of
                          method_comparison
+    weights              of earlier weights alone (--stages): the name of their file
     control              "none"; "base": the weights before the adapter; "shuffled": entries of each matrix permuted
     n, blocks            contexts, and the blocks of them that count
     T, prefix_tokens     forwards of a whole open block; mean prefix

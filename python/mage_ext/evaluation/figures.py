@@ -1,6 +1,7 @@
 """Figures of evaluation files and of bench/results/<gpu>/generate.json, drawn from their rows alone.
 
     recall_*, alignment_*, layer_budget_*     eval/recall: MAGE paper's figures 1 and 2, and the queries behind them
+    recall_progress_*                         eval/recall --stages: recall of earlier weights
     budget_*                                  eval/methods: accuracy against K (figure 4)
     needle_*                                  eval/heatmap: accuracy by length and depth
     prose_*                                   eval/prose: cross entropy and KL divergence against K
@@ -281,6 +282,8 @@ def _recall(suite: str, rows: Sequence[Row]) -> Iterator[Drawing]:
         "alignment": "The block's mean query against that of its first forward",
         "budget": "What each layer wants, forward by forward",
     }
+    yield from _progress(suite, [row for row in rows if row["study"] == "recall" and row["control"] == "none"])
+    rows = [row for row in rows if not row.get("weights")]
     for kind, draw in kinds.items():
         own = [row for row in rows if row["study"] == kind]
         keys = ("task", "tokens", "control", *(("g",) if kind == "recall" else ()))
@@ -291,6 +294,37 @@ def _recall(suite: str, rows: Sequence[Row]) -> Iterator[Drawing]:
             about = f"{task}, {tokens} tokens" + (f", g = {values[3]}" if g else "")
             about += "" if control == "none" else f", control: {control}"
             yield Drawing(name, f"{titles[kind]}: {about}", suite, lambda draw=draw, inside=inside: draw(inside))
+
+
+def _progress(suite: str, rows: Sequence[Row]) -> Iterator[Drawing]:
+    """Recall against training, where there are rows of earlier weights."""
+    for (task, tokens, g), inside in groups(rows, "task", "tokens", "g").items():
+        if any(row.get("weights") for row in inside):
+            title = f"Recall of the first forward's lists against training: {task}, {tokens} tokens, g = {g}"
+            name = _stem("recall_progress", task, tokens, f"g{g}")
+            yield Drawing(name, title, suite, lambda inside=inside: _by_weights(inside))
+
+
+def _by_weights(rows: Sequence[Row]) -> "Figure":
+    """Recall with its interval by weights, the finished ones last; a panel per K."""
+    ks = sorted({row["K"] for row in rows})
+    order = [key[0] for key in groups([row for row in rows if row.get("weights")], "weights")] + [None]
+    figure, axes = panels(1, len(ks), 3.6, 3.2)
+    for axis, k in zip(axes[0], ks, strict=True):
+        inside = [row for row in rows if row["K"] == k]
+        for method, found in of_method(inside).items():
+            found = sorted(found, key=lambda row: order.index(row.get("weights")))
+            x = [order.index(row.get("weights")) for row in found]
+            line(axis, method, x, [row["score"] for row in found])
+            low, high = ([row[key] for row in found] for key in ("ci_low", "ci_high"))
+            axis.fill_between(x, low, high, color=color(method), alpha=0.12, lw=0)
+        axis.set_xticks(range(len(order)), [each or "finished" for each in order], fontsize=7, rotation=30, ha="right")
+        axis.set_ylim(0, 1.03)
+        axis.set_title(f"K = {k} ({100 * k / inside[0]['prefix_tokens']:.1f} % of the prefix)", fontsize=9)
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("recall of the later forward's own list", fontsize=8)
+    axes[0][-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.4))
+    return figure
 
 
 def _recall_along(rows: Sequence[Row]) -> "Figure":

@@ -352,7 +352,9 @@ def _prose(rows: Sequence[Row]) -> list[str]:
 def _recall(rows: Sequence[Row]) -> list[str]:
     tables = []
     recalls = [row for row in rows if row["study"] == "recall"]
-    for (task, tokens, control, g), inside in groups(recalls, "task", "tokens", "control", "g").items():
+    for (task, tokens, control, g, weights), inside in groups(
+        recalls, "task", "tokens", "control", "g", "weights"
+    ).items():
         lines = []
         for row in sorted(inside, key=lambda row: row["K"]):
             recall = _Cell(f"<td>{_interval(row, 'score', 'ci_low', 'ci_high', _percent)}</td>")
@@ -378,8 +380,9 @@ def _recall(rows: Sequence[Row]) -> list[str]:
         ]
         head += ["kept / own list's", "worst layer", "kept mass", "own list's mass"]
         caption = f"{task}, {tokens} tokens, g = {g}, control {control}, n = {inside[0]['n']} contexts; all in %"
+        caption += f"; earlier weights {weights}" if weights else ""
         tables.append(_table(head, lines, "", caption))
-    others = [row for row in rows if row["study"] != "recall"]
+    others = [row for row in rows if row["study"] != "recall" and not row.get("weights")]
     if others:
         lines = []
         for row in others:
