@@ -219,6 +219,8 @@ def _eval_recall(args: argparse.Namespace) -> int:
         raise ValueError(f"eval: blocks must be in [1, 32], got {args.blocks}")
     _check_steps([args.tokens_per_step])
     _check_prompts(args, 32 * (args.blocks + 1))
+    if args.control == "two_way" and set(args.tasks) != {"prose_forced"}:
+        raise ValueError(f"eval: tasks must be prose_forced with the control two_way, got {' '.join(args.tasks)}")
     look = attention_study.Look(tuple(args.k), tuple(args.g), tuple(args.methods))
     options = (args.tasks, args.tokens, args.blocks, args.tokens_per_step, args.control)
     names = [os.path.basename(path).rsplit(".", 1)[0] for path in args.stages]
@@ -795,8 +797,9 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--control",
         default="none",
-        choices=["none", "base", "shuffled"],
-        help="base: without the adapter; shuffled: the entries of every matrix permuted",
+        choices=["none", "base", "shuffled", "two_way"],
+        help="base: without the adapter; shuffled: the entries of every matrix permuted; two_way: every token attends "
+        "every other (prose_forced)",
     )
     add("--stages", nargs="+", default=[], metavar="FILE", help="adapters of earlier weights, measured first")
     recall.set_defaults(run=_eval_recall)

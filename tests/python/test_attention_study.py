@@ -335,13 +335,14 @@ def test_forced_trajectories_uncover_the_text():
     assert torch.equal(again.forwards[2][1][0], one.forwards[2][1][0])
 
 
-def test_a_study_of_a_texts_own_blocks():
+@pytest.mark.parametrize("two_way", [False, True])
+def test_a_study_of_a_texts_own_blocks(two_way):
     """Against the masses of plain windows."""
     loaded = _loaded("llama_shift")
     model, size = loaded.model, loaded.config.block_size
     texts = _prompts((112, 112))
     look = Look((16,), (1,), ("mage", "carry"))
-    tally = attention.study(loaded, texts, look, 2, SAMPLER, forced=True)
+    tally = attention.study(loaded, texts, look, 2, SAMPLER, forced=True, two_way=two_way)
     assert tally.blocks["recall", "mage", 16, 1].values.shape == (4, 3, 2)
     expected = torch.zeros(4, dtype=torch.float64)
     for number, text in enumerate(texts):
@@ -353,7 +354,7 @@ def test_a_study_of_a_texts_own_blocks():
             for seen in [*(forward[0] for forward in block.forwards), block.tokens]:
                 whole = text[:start] + seen[0].tolist()
                 window = PlainWindow(model, len(whole))
-                mask = block_causal_mask(len(whole), size)[None]
+                mask = block_causal_mask(len(whole), 1 << 20 if two_way else size)[None]
                 with torch.no_grad():
                     window.forward(whole, list(range(len(whole))), lambda layer, mask=mask: mask)
                 mass = torch.stack([share[:, :, start:].mean((1, 2)) for share in window.shares])
@@ -411,9 +412,13 @@ def test_a_suite_joins_its_batches(monkeypatch):
     assert {row["control"] for row in shuffled} == {"shuffled"}
     forced = list(attention.suite(runner, 2, look, ["prose_forced"], [128], 1))[-1]
     assert {row["task"] for row in forced} == {"prose_forced"} and forced[0]["prefix_tokens"] == 128
+    seen = list(attention.suite(runner, 2, Look((16,), (1, 32)), ["prose_forced"], [128], 1, control="two_way"))[-1]
+    methods = {row["method"] for row in seen if row["study"] == "recall"}
+    assert methods == set(attention.LISTS) - {"quest", "carry"} and {row["control"] for row in seen} == {"two_way"}
     for arguments, message in (
         (dict(tasks_wanted=["lines?"]), r"tasks_wanted must be of prose, prose_forced, .*, got 'lines\?'"),
-        (dict(control="none?"), r"control must be of none, base, shuffled, got 'none\?'"),
+        (dict(control="none?"), r"control must be of none, base, shuffled, two_way, got 'none\?'"),
+        (dict(control="two_way"), "tasks_wanted must be prose_forced with two_way, got prose, four_keys"),
         (dict(look=Look((16,), (1,), ("x",))), "look.methods must be of mage, .*, got 'x'"),
         (dict(look=Look((16,), (32,))), r"look.ks must hold a multiple of one of gs = \[32\], got \[16\]"),
     ):
@@ -485,6 +490,7 @@ def test_rows_of_earlier_weights_come_first(monkeypatch, capsys):
         (["--tokens-per-step", "40"], "tokens_per_step must be in [1, 32], got 40"),
         (["--n", "0"], "n must be at least 1, got 0"),
         (["--stages", "a/x.safetensors", "b/x.safetensors"], "stages must be files of different names, got a/x"),
+        (["--control", "two_way"], "tasks must be prose_forced with the control two_way, got prose four_keys"),
         (["--stages", "x.safetensors", "--control", "base"], "control must be none with stages, got base"),
     ],
 )

@@ -9,7 +9,8 @@ them is done with the attention of every row looked at. Rows of `mage eval recal
                          every model (one that has learned nothing would write one token over and over); or a task of
                          method_comparison
     weights              of earlier weights alone (--stages): the name of their file
-    control              "none"; "base": the weights before the adapter; "shuffled": entries of each matrix permuted
+    control              "none"; "base": the weights before the adapter; "shuffled": entries of each matrix permuted;
+                         "two_way": every token attends every other, so that the prefix sees the block (prose_forced)
     n, blocks            contexts, and the blocks of them that count
     T, prefix_tokens     forwards of a whole open block; mean prefix
     x                    share of the block's open positions that is decided, one per forward that the lists are of: the
@@ -81,12 +82,13 @@ from mage_ext.results import StepInfo
 from mage_ext.sampling import SamplerConfig
 from mage_ext.selection import BlockSelection, SelectionConfig
 
-CONTROLS = ("none", "base", "shuffled")
+CONTROLS = ("none", "base", "shuffled", "two_way")
 _SCORED = ("mage", "mage_max", "mage_open", "mage_prefix", "probe1", "probe5")  # lists of a score of the first forward
 LISTS = (*_SCORED, "v1", "carry", "tidal", "quest", "recency", "random", "oracle")
 NEEDED = (0.9, 0.95)  # shares of the mass whose price in tokens is counted
 _SINKS = 4  # of recency and random, as in method_comparison
 _NUM_PROBES = 5
+_UNIT = 64  # lengths are padded to a multiple of the largest unit
 
 
 @dataclass(frozen=True)
@@ -259,28 +261,33 @@ class _Probe:
         pool = (forward.block_table, forward.seq_lens)
         out, lse = ops.block_attention(q, k_cache, v_cache, *pool, max_seq_len=forward.max_seq_len)
         rows = ops.token_mass(q, k_cache, *pool, lse, max_seq_len=forward.max_seq_len, score="rows")
+        self.look(q, rows, forward.prefix_lens)
+        if not self._first:
+            for g, quest in self._quests.items():
+                view = self._views.setdefault(g, dataclasses.replace(forward))
+                self.seen.bounds.setdefault(g, []).append(quest.scores(view, layer, q))
+        return out
+
+    def look(self, q: Tensor, rows: Tensor, prefix_lens: Tensor) -> None:
+        """One layer. q: [A, Q, H, D]. rows: [A, Hkv, n, R], float32, logarithms of the shares of each token in each
+        row's attention, which are overwritten. prefix_lens: [A], int32."""
         seen = self.seen
         for k in dict.fromkeys(self._look.ks):
-            votes = ops.row_votes(rows, forward.prefix_lens, k=k, g=1)
+            votes = ops.row_votes(rows, prefix_lens, k=k, g=1)
             seen.v1.setdefault(k, []).append(votes if self._first else (None, *votes[1:]))
         shares = rows.exp_()  # [A, Hkv, n, R]
         seen.mass.append(shares.mean(-1))
 
         per_row = self._rows.float() / self._rows.sum(1, keepdim=True).clamp(min=1)
         seen.query.append(torch.einsum("aq,aqhd->ahd", per_row, q.float()))
-        positions = forward.prefix_lens[:, None] + torch.arange(q.shape[1], device=q.device)
+        positions = prefix_lens[:, None] + torch.arange(q.shape[1], device=q.device)
         cos, sin = rotary(positions, q.shape[-1], self._config.rope_theta, torch.float32)
         seen.unrotated.append(torch.einsum("aq,aqhd->ahd", per_row, rotate(q.float(), cos, -sin)))
 
         if self._first:
-            self._score(forward, shares, per_row)
-        else:
-            for g, quest in self._quests.items():
-                view = self._views.setdefault(g, dataclasses.replace(forward))
-                seen.bounds.setdefault(g, []).append(quest.scores(view, layer, q))
-        return out
+            self._score(prefix_lens, shares, per_row)
 
-    def _score(self, forward: PagedForward, shares: Tensor, per_row: Tensor) -> None:
+    def _score(self, prefix_lens: Tensor, shares: Tensor, per_row: Tensor) -> None:
         """Scores of the first forward. shares: [A, Hkv, n, R]; per_row: [A, Q], weights of the rows open at the
         start."""
         num_rows = per_row.shape[1]
@@ -295,7 +302,7 @@ class _Probe:
                 by_token[name] = _weighted(shares, per_row.repeat_interleave(group, 1)[:, None] / group)
             elif name == "mage_prefix":
                 position = torch.arange(shares.shape[2], device=shares.device)
-                inside = (position < forward.prefix_lens[:, None]).float()[:, None]  # [A, 1, n]
+                inside = (position < prefix_lens[:, None]).float()[:, None]  # [A, 1, n]
                 total = torch.einsum("ahnr,axn->ahr", shares, inside)
                 own = 1 / total.clamp(min=torch.finfo(torch.float32).tiny) / total.shape[-1]  # [A, Hkv, R]
                 by_token[name] = _weighted(shares, own) * inside
@@ -327,6 +334,53 @@ def probe_rows(num_rows: int, count: int) -> list[int]:
     if count == 1:
         return [num_rows // 2]
     return [round(i * (num_rows - 1) / (count - 1)) for i in range(count)]
+
+
+class _TwoWay:
+    """Stands for ForcedBlocks where every token attends every other, those of the block among them: the prefix has no
+    K and V of its own, so that each forward does all of it.
+
+    Args:
+        model: a Transformer. prefixes: [A, n], int64.
+    """
+
+    def __init__(self, model: Transformer, prefixes: Tensor):
+        self._model, self._prefixes = model, prefixes
+
+    @property
+    def start(self) -> Tensor:
+        """[A], int32, first position of each request's block."""
+        count, length = self._prefixes.shape
+        return torch.full((count,), length, dtype=torch.int32, device=self._prefixes.device)
+
+    def hidden(self, tokens: Tensor, *, method: _Probe, final: bool, **_: Any) -> None:
+        """One forward over prefixes and tokens [A, Q], which `method` looks at. final: they are the block's own."""
+        whole = torch.cat((self._prefixes, tokens), 1)
+        count, length = whole.shape
+        start, begin = self.start, self._prefixes.shape[1]
+        padding = -length % _UNIT
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            queries, keys, values = (t.transpose(1, 2) for t in (q, k, v))
+            out = torch.nn.functional.scaled_dot_product_attention(queries, keys, values, enable_gqa=True)
+            # [A, Hkv, n, Q * group]: the heads of a row stand side by side.
+            own = q[:, begin:].unflatten(2, (k.shape[2], -1)).permute(0, 2, 1, 3, 4).flatten(2, 3).float()
+            scores = keys.float() @ own.transpose(-1, -2) / math.sqrt(q.shape[-1])
+            rows = torch.nn.functional.pad(scores.log_softmax(2), (0, 0, 0, padding), value=-math.inf)
+            method.look(q[:, begin:], rows.contiguous(), start)
+            return out.transpose(1, 2)
+
+        positions = torch.arange(length, device=whole.device).expand(count, -1)
+        self._model.hidden(whole, positions, attend)
+        if final:
+            self._final = tokens
+
+    def advance(self, live: Tensor | None = None) -> None:
+        """The next block begins where this one ends."""
+        self._prefixes = torch.cat((self._prefixes, self._final), 1)
+
+    def close(self) -> None:
+        """Nothing: it holds no pages."""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -638,6 +692,7 @@ def study(
     contexts: Sequence[int] | None = None,
     ignore_eos: bool = False,
     forced: bool = False,
+    two_way: bool = False,
 ) -> Tally:
     """Sums over the blocks that exact generation writes after every prompt, or over the last blocks of given texts.
 
@@ -647,6 +702,8 @@ def study(
             block. contexts: numbers of the prompts, seeds of "random" too; None: 0, 1, ...
         ignore_eos: blocks are written whatever the model says. forced: nothing is written; the last num_blocks blocks
             of every prompt are uncovered in a random order. Then prompts are multiples of the block, of one length.
+        two_way: with forced, every token attends every other, as the model was not trained to: the block is seen by its
+            prefix. "quest" is left out, which needs kept K.
     Raises:
         ValueError: naming the argument.
     """
@@ -668,9 +725,15 @@ def study(
             f"study: look.ks must be below every prefix, the shortest of which has {shortest} tokens, "
             f"got {max(look.ks)}"
         )
-    config = DenoiseConfig(max_new_tokens=num_blocks * size, sampler=sampler, ignore_eos=ignore_eos, cuda_graphs=False)
-    state = prefill(model, prompts, config)
-    device = state.batch.cache.device
+    if two_way and not forced:
+        raise ValueError("study: two_way must come with forced, got forced False")
+    device = model.embed_tokens.weight.device
+    state = None
+    if not two_way:
+        config = DenoiseConfig(
+            max_new_tokens=num_blocks * size, sampler=sampler, ignore_eos=ignore_eos, cuda_graphs=False
+        )
+        state = prefill(model, prompts, config)
     if forced:
         blocks = forced_trajectories(
             torch.tensor(texts, device=device),
@@ -684,7 +747,11 @@ def study(
         blocks = trajectories(model, state, config)
     numbers = torch.tensor(numbers, device=device)
     quests = {}
-    replay = ForcedBlocks(model, state, num_blocks=num_blocks + 1)  # a prompt's tail adds a block
+    if two_way:
+        replay = _TwoWay(model, torch.tensor([list(ids) for ids in prompts], device=device))
+        look = dataclasses.replace(look, methods=tuple(name for name in look.methods if name != "quest"))
+    else:
+        replay = ForcedBlocks(model, state, num_blocks=num_blocks + 1)  # a prompt's tail adds a block
     if "quest" in look.methods:
         quests = {g: Quest(replay.cache, k=g, g=g) for g in look.gs}
     layers = {layer: layer for layer in range(model.config.num_layers)}
@@ -718,7 +785,8 @@ def study(
                 replay.advance(block.finished)
     finally:
         replay.close()
-        state.release()
+        if state is not None:
+            state.release()
     return tally.cpu()
 
 
@@ -830,6 +898,8 @@ def suite(
     check_choices("suite", "tasks_wanted", tasks_wanted, ("prose", "prose_forced", *TASKS))
     check_choices("suite", "control", [control], CONTROLS)
     check_choices("suite", "look.methods", look.methods, LISTS)
+    if control == "two_way" and any(task != "prose_forced" for task in tasks_wanted):
+        raise ValueError(f"suite: tasks_wanted must be prose_forced with two_way, got {', '.join(tasks_wanted)}")
     if not look.settings:
         raise ValueError(f"suite: look.ks must hold a multiple of one of gs = {list(look.gs)}, got {list(look.ks)}")
     sampler = dataclasses.replace(STATIC, tokens_per_step=tokens_per_step)
@@ -869,7 +939,8 @@ def _work(
     else:
         prompts = [make_case(maker, task, seed, tokens)[1] for seed in seeds]
     loaded = _controlled(loaded, control)
-    tally = study(loaded, prompts, look, num_blocks, sampler, list(seeds), task == "prose", forced)
+    two_way = control == "two_way"
+    tally = study(loaded, prompts, look, num_blocks, sampler, list(seeds), task == "prose", forced, two_way)
     return tally, sampler.max_forwards(size - shift)
 
 
@@ -878,7 +949,7 @@ _control: dict[str, LoadedModel] = {}
 
 def _controlled(loaded: LoadedModel, control: str) -> LoadedModel:
     """The model of a control, made once per process; its tokenizer is that of `loaded`."""
-    if control == "none":
+    if control in ("none", "two_way"):
         return loaded
     if control not in _control:
         weight = loaded.model.embed_tokens.weight
