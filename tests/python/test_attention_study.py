@@ -449,6 +449,9 @@ def test_a_study_on_cuda(variant):
     for row in rows:
         if row["study"] == "alignment":
             assert all(-1.001 <= value <= 1.001 for value in row["cosine_by_layer"])
+    both = attention.study(loaded, _prompts((192, 192)), Look((16,), (1,)), 2, SAMPLER, forced=True, two_way=True)
+    means = {name: both.blocks["recall", name, 16, 1].values.mean() for name in ("mage", "random", "oracle")}
+    assert means["random"] < means["mage"] <= means["oracle"] == 1
 
 
 def test_rows_of_earlier_weights_come_first(monkeypatch, capsys):
