@@ -348,7 +348,10 @@ def test_report_has_what_ran_and_the_card(write):
     assert runs.count("abc1234") == runs.count("<td>cpu</td>") == len(paths)
     assert runs.count(builtin.NAME) == len(paths) - 1
     assert "task needle, sampler low_confidence_static, T 8, tokens 2048" in runs
-    assert "Low-rank factors (rank 32)" in text  # of the card
+    assert "Low-rank factors on all seven linears" in text and 'id="card"' in text
+    for name in builtin.names():  # each with its own part of the card
+        card = report.report(figures.read([write("eval/methods", _methods(), model=name)])).partition('id="card"')[2]
+        assert [other for other in builtin.names() if f"\n## {other}\n" in card] == [name] and "\n## Licence\n" in card
     images = re.findall(r'src="data:image/png;base64,([^"]+)"', text)
     assert len(images) == 13 and all(base64.b64decode(image).startswith(b"\x89PNG") for image in images)
     assert len(text) < 3_000_000
@@ -360,7 +363,9 @@ def test_an_unknown_suite_and_odd_texts(write):
     rows = [
         {"task": "<td><script>alert(1)</script>", "value": 0.123456, "list": [1, 2], "case": {"model": "\u202ex\x00"}}
     ]
-    text = report.report(figures.read([write("eval/new", rows * 20, model="<b>&\"'\n")]))
+    text = report.report(
+        figures.read([write("eval/new", [{**row, "n": n} for row in rows for n in range(20)], model="<b>&\"'\n")])
+    )
     assert "&lt;td&gt;&lt;script&gt;alert(1)&lt;/script&gt;" in text and "<script>" not in text
     assert "0.1235" in text and "\u27e8U+202E\u27e9x\u2400" in text and "<summary>20 rows</summary>" in text
     assert "Evaluation of &lt;b&gt;&amp;&quot;&#x27;\u21b5" in text
@@ -460,6 +465,15 @@ def test_other_mistakes(write, tmp_path, capsys):
     ):
         assert cli.main(["eval", *arguments]) == 2
         assert message in capsys.readouterr().err
-    twice = write("eval/recall", _recall() + _recall())
+    twice = write("eval/recall", _recall() + [row | {"kept": 0.5} for row in _recall()])
     with pytest.raises(ValueError, match=r"files: must have a case once, got 2 rows of \{'study': 'recall'"):
         _drawn(twice)
+
+
+def test_a_row_that_stands_twice_is_refused(write):
+    rows = _methods()
+    path = write("eval/methods", [*rows, dict(reversed(rows[2].items()))])  # another order of keys is the same row
+    with pytest.raises(
+        ValueError, match=rf"files: rows of {path.name} must differ, got row 3 again as row {len(rows) + 1}"
+    ):
+        figures.read([path])

@@ -79,7 +79,8 @@ def read(paths: Sequence[str | Path]) -> list[ResultFile]:
 
     Raises:
         FileNotFoundError, ValueError: naming the file that is missing or named twice, is no JSON object with "name" and
-            "rows", has no rows, rows that are no objects, or a score that is no number; files of several models.
+            "rows", has no rows, rows that are no objects, a row twice, or a score that is no number; files of several
+            models.
     """
     found: list[ResultFile] = []
     for path in map(Path, paths):
@@ -98,7 +99,11 @@ def read(paths: Sequence[str | Path]) -> list[ResultFile]:
             raise ValueError(f'files: {path.name} must have "rows", a list of objects')
         if not rows:
             raise ValueError(f"files: {path.name} must have rows, got none")
+        seen: dict[str, int] = {}
         for number, row in enumerate(rows, 1):
+            first = seen.setdefault(json.dumps(row, sort_keys=True), number)
+            if first != number:
+                raise ValueError(f"files: rows of {path.name} must differ, got row {first} again as row {number}")
             for key in ("score", "exact", "ci_low", "ci_high"):
                 value = row.get(key)
                 is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

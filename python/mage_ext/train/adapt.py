@@ -29,7 +29,7 @@ MAX_WORKERS = 12
 
 
 def curriculum(rows: int = 8) -> list[Stage]:
-    """The stages of the shipped model; 8 rows per step take 25 GiB of GPU memory."""
+    """The stages of the first run of smollm2-135m-block; 8 rows per step take 25 GiB of GPU memory."""
     return [
         Stage(Layout(trunk=512, branches=16, trunk_blocks=4), rows, gate=0.9, min_steps=200, max_steps=2000),
         Stage(Layout(trunk=2048, branches=12, trunk_blocks=6), rows, gate=None),
@@ -144,5 +144,7 @@ def train_adapter(
     print(f"{len(train)} texts to train on ({len(corpora[0].tokens)} tokens), {len(held_out)} held out", flush=True)
     if device == "cuda":
         torch.set_float32_matmul_precision("high")
+    wait = "compiles, about 20 s" if device == "cuda" else "takes minutes on a CPU"
+    print(f"the first step {wait}; then every 50 steps have a line", flush=True)
     trainer = Trainer(model, run, out, Path(base).name if base else builtin.BASE_NAME, device, resume, plan.cut)
     return trainer.run(plan.stages(rows), tokenizer, *corpora)
