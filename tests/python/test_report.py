@@ -245,8 +245,9 @@ def test_needle_map(write):
 
 def test_thresholds_and_prose_and_latency(write):
     (figure,) = _drawn(write("eval/thresholds", _thresholds())).values()
-    assert _lines(figure.axes[0])["quest"] == ([0.5, 0.9], pytest.approx([5.0, 6.6]))
-    assert _lines(figure.axes[0])["exact"] == ([0.5, 0.9], pytest.approx([4.0, 5.6]))
+    assert _lines(figure.axes[0])["quest"] == ([0, 1], pytest.approx([5.0, 6.6]))
+    assert _lines(figure.axes[0])["exact"] == ([0, 1], pytest.approx([4.0, 5.6]))
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["0.5", "0.9"]
     (figure,) = _drawn(write("eval/prose", _prose())).values()
     assert _lines(figure.axes[0])["tidal"] == ([64, 256], pytest.approx([0.06, 0.015]))
     assert _lines(figure.axes[2])["tidal"] == ([64, 256], pytest.approx([0.03, 0.0075]))

@@ -482,11 +482,13 @@ def _thresholds(suite: str, rows: Sequence[Row]) -> Iterator[Drawing]:
 
 
 def _by_threshold(rows: Sequence[Row]) -> "Figure":
-    """Forwards per answer, and scores with their intervals, against the threshold."""
+    """Forwards per answer, and scores with their intervals, against the threshold; steps of equal width, since most
+    thresholds lie close below 1."""
     figure, (axes,) = panels(1, 2, 4.4, 3.3)
+    thresholds = sorted({row["threshold"] for row in rows})
     for method, found in of_method(rows).items():
         found = sorted(found, key=lambda row: row["threshold"])
-        x = [row["threshold"] for row in found]
+        x = [thresholds.index(row["threshold"]) for row in found]
         line(axes[0], method, x, [row["forwards"] for row in found])
         line(axes[1], method, x, [row["score"] for row in found])
         axes[1].fill_between(
@@ -503,6 +505,7 @@ def _by_threshold(rows: Sequence[Row]) -> "Figure":
     axes[1].set_ylim(-0.03, 1.05)
     for axis in axes:
         axis.set_xlabel("threshold of the sampler")
+        axis.set_xticks(range(len(thresholds)), [f"{threshold:g}" for threshold in thresholds], fontsize=8)
         axis.grid(alpha=0.3)
     axes[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
     return figure
