@@ -720,15 +720,18 @@ def test_settings_refuse(make, message):
 # --- the command ----------------------------------------------------------------------------------------------------
 
 
-def test_curricula_are_those_of_the_shipped_model():
-    """Its two runs, with all that their logs tell of stages and settings."""
-    lines = map(json.loads, (builtin.WEIGHTS / "training_log.jsonl").read_text().splitlines())
+@pytest.mark.parametrize(
+    "model, curricula", [("smollm2-135m-block", ("short", "long")), ("smollm2-cut16-block", ("cut",))]
+)
+def test_curricula_are_those_of_the_shipped_models(model, curricula):
+    """Their runs, with all that their logs tell of stages and settings."""
+    lines = map(json.loads, (builtin.WEIGHTS / f"{model}.log.jsonl").read_text().splitlines())
     starts = [line for line in lines if line.get("event") == "start"]
-    for start, name in zip(starts, ("short", "long"), strict=True):
+    for start, name in zip(starts, curricula, strict=True):
         plan = adapt.CURRICULA[name]
         for stage, told in zip(plan.stages(8), start["stages"], strict=True):
             assert {key: value for key, value in dataclasses.asdict(stage).items() if key in told} == told
-        config = {key: start["config"][key] for key in ("minutes", "workers", "seed")}
+        config = {key: start["config"][key] for key in ("minutes", "workers", "seed", "rank", "lr")}
         run = TrainConfig(**config, **plan.settings)
         assert all(getattr(run, name) == value for name, value in start["config"].items())
 
@@ -738,7 +741,7 @@ def test_cut_curriculum_fits_what_is_kept():
     assert all(stage.layout.trunk + stage.layout.branch_tokens <= cut.max_positions for stage in stages)
     assert [stage.until for stage in stages] == sorted(stage.until for stage in stages) and stages[-1].until == 1
     assert len(cut.layers) == 16 and cut.layers[-1] == 29
-    new = {"variables", "word_lists"}  # of no other curriculum: their rows are those of the shipped model's runs
+    new = {"variables", "word_lists"}  # of no other curriculum: their rows are those of smollm2-135m-block's runs
     assert [name for name, plan in adapt.CURRICULA.items() if new & set(plan.settings)] == ["cut"]
     assert all(adapt.CURRICULA["cut"].settings[kind] == 0.1 for kind in new)
     # No angle of the slowest rotary pair at its last position is larger than any that the base was trained to.
