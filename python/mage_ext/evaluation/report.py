@@ -9,7 +9,6 @@ Test: pytest tests/python/test_report.py
 
 import base64
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 from mage_ext.evaluation import figures, pages
@@ -19,7 +18,7 @@ from mage_ext.evaluation.method_comparison import holm
 from mage_ext.models import builtin
 
 _TITLES = {
-    "eval/needles": "Hidden facts: the gates of the shipped model",
+    "eval/needles": "Hidden facts: the gates of a shipped model",
     "eval/methods": "Methods at equal K",
     "eval/heatmap": "Hidden facts by length and depth",
     "eval/thresholds": "Forwards and accuracy against the sampler's threshold",
@@ -30,7 +29,6 @@ _TITLES = {
     "eval/ruler": "RULER",
     "generate": "Times of whole generations",
 }
-_CARD = Path(builtin.__file__).parent / "weights" / "MODEL_CARD.md"
 _LONG = 12  # rows of a table that has none of its own are shown whole up to here
 
 
@@ -38,16 +36,16 @@ def report(files: Sequence[ResultFile], card: str | None = None) -> str:
     """The report of a run as an HTML document.
 
     Args:
-        files: of `figures.read`, at least one. card: text of the model's card; None: that of the shipped model where
-            a file is of it, else none.
+        files: of `figures.read`, at least one. card: text of the model's card; None: that of the model where it is
+            shipped, else none.
     Raises:
         ValueError: no file, or rows that lack a key, naming it. ModuleNotFoundError: matplotlib is missing.
     """
     if not files:
         raise ValueError("report: files must be at least one, got none")
     model = next((str(file.head["model"]) for file in files if "model" in file.head), None)
-    if card is None and model == builtin.NAME:
-        card = _CARD.read_text(encoding="utf-8")
+    if card is None and model in builtin.names():
+        card = builtin.model_card(model)
     ordered = sorted(files, key=lambda file: list(_TITLES).index(file.name) if file.name in _TITLES else len(_TITLES))
     body = [
         f"<h1>Evaluation of {pages.escape(model or 'a run')}</h1>",

