@@ -17,7 +17,8 @@ from mage_ext import cli, models
 from mage_ext.denoise import DenoiseConfig, generate
 from mage_ext.evaluation import tasks
 from mage_ext.models import builtin
-from mage_ext.models.adapter import adapter_tensors, add_adapter, load_adapter, save_adapter
+from mage_ext.models.adapter import adapter_cut, adapter_tensors, add_adapter, load_adapter, save_adapter
+from mage_ext.models.config import Cut
 from mage_ext.models.tokenizer import byte_level_bpe
 from mage_ext.selection import SelectionConfig, select
 from mage_ext.testing.tiny import tiny_config, tiny_model
@@ -511,22 +512,26 @@ def test_command_trains_adapters_of_a_folder_and_resumes(folder, texts, tmp_path
     assert max(value.abs().max() for name, value in saved.items() if name.endswith(".b")) > 1e-5
 
 
-def test_command_goes_on_from_the_adapter_of_the_model_in_the_box(base, texts, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name, cut", [(builtin.NAME, None), ("other-block", Cut((0, 2), 2e4, 256))])
+def test_command_goes_on_from_the_adapter_of_a_model_in_the_box(name, cut, base, texts, tmp_path, monkeypatch):
     monkeypatch.setattr(builtin, "base_path", lambda: base)
     monkeypatch.setattr(builtin, "WEIGHTS", tmp_path)
-    model = builtin.load_base()[1]
+    model = builtin.load_base(cut=cut)[1]
     wrapped = add_adapter(model, 2)
     with torch.no_grad():
         for module in wrapped.values():
             module.b.normal_(std=0.1)
-    shipped = tmp_path / f"{builtin.NAME}.safetensors"
-    save_adapter(shipped, adapter_tensors(wrapped, torch.randn(32)), builtin.BASE_NAME)
+    shipped = tmp_path / f"{name}.safetensors"
+    save_adapter(shipped, adapter_tensors(wrapped, torch.randn(32)), builtin.BASE_NAME, cut=cut)
     out = tmp_path / "out"
-    assert command(builtin.NAME, texts, out, "--dense-layers", "0", "--lr", "1e-9") == 0
-    first, now = (load_adapter(path, builtin.BASE_NAME) for path in (shipped, out / "adapter.safetensors"))
-    for name, value in first.items():
-        torch.testing.assert_close(now[name], value, rtol=0.01, atol=1e-4)
-    assert command(builtin.NAME, texts, out, "--dense-layers", "0", "--rank", "2") == 2
+    assert command(name, texts, out, "--dense-layers", "0", "--lr", "1e-9") == 0
+    first, now = (load_adapter(path, builtin.BASE_NAME, cut) for path in (shipped, out / "adapter.safetensors"))
+    for key, value in first.items():
+        torch.testing.assert_close(now[key], value, rtol=0.01, atol=1e-4)
+    assert adapter_cut(out / "adapter-int8.safetensors") == cut
+    again = ("--resume", str(out / "adapter-int8.safetensors"))
+    assert command(name, texts, tmp_path / "again", "--dense-layers", "0", *again) == 0
+    assert command(name, texts, out, "--dense-layers", "0", "--rank", "2") == 2
 
 
 @pytest.mark.parametrize(

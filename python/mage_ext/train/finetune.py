@@ -18,7 +18,7 @@ from mage_ext import models
 from mage_ext._arguments import check_device
 from mage_ext.evaluation import tasks
 from mage_ext.models import builtin
-from mage_ext.models.adapter import adapter_tensors, load_adapter, save_adapter
+from mage_ext.models.adapter import adapter_cut, adapter_tensors, load_adapter, save_adapter
 from mage_ext.models.config import ModelConfig
 from mage_ext.models.tokenizer import Tokenizer
 from mage_ext.models.transformer import Transformer
@@ -53,7 +53,7 @@ def finetune(
     All weights: a folder that `models.load` takes, with the files of `model` beside the weights.
 
     Args:
-        model: a folder, or models.builtin.NAME, whose shipped adapter is trained on.
+        model: a folder, or of models.builtin.names(), whose shipped adapter is trained on.
         texts: files of prose, see tasks.read_texts; every tenth text by name is held out for the checks.
         out: folder, made if needed. config: of the run.
         tokens: context of a row, a multiple of the model's block. rows: per step. device: CPU or CUDA.
@@ -72,15 +72,17 @@ def finetune(
     train, held_out = tasks.held_out_texts(tasks.read_texts(texts))
     if not train:
         raise ValueError("finetune: text must name at least one file with a text, got none")
-    start = None
-    is_builtin = str(model) == builtin.NAME and not Path(model).exists()
+    start = cut = None
+    is_builtin = str(model) in builtin.names() and not Path(model).exists()
     if is_builtin:
         if rank is not None:
-            raise ValueError(f"finetune: rank must be left to the adapter of {builtin.NAME}, got {rank}")
+            raise ValueError(f"finetune: rank must be left to the adapter of {model}, got {rank}")
         base, source = builtin.BASE_NAME, None
-        start = load_adapter(resume or builtin.WEIGHTS / f"{builtin.NAME}.safetensors", base=base)
+        shipped = builtin.adapter_path(model)
+        cut = adapter_cut(shipped)
+        start = load_adapter(resume or shipped, base=base, cut=cut)
         rank = next(t.shape[0] for name, t in start.items() if name.endswith(".a"))
-        _, plain, tokenizer = builtin.load_base()
+        _, plain, tokenizer = builtin.load_base(cut=cut)
     else:
         base, source = Path(model).resolve().name, Path(model)
         if out.resolve() == source.resolve():
@@ -114,7 +116,7 @@ def finetune(
             return
         for name, int8 in (("adapter", False), ("adapter-int8", True)):
             part = out / f"{name}.part"
-            save_adapter(part, adapter_tensors(tuner.wrapped, tuner.mask_row), base, int8=int8)
+            save_adapter(part, adapter_tensors(tuner.wrapped, tuner.mask_row), base, int8=int8, cut=cut)
             part.replace(out / f"{name}.safetensors")
 
     tuner.run(batches, tests, out, save)
