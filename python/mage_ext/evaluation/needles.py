@@ -269,7 +269,7 @@ class Runner:
 
     Args:
         jobs: processes; 1 runs in this one. texts: prose as (name, text) pairs, None for the project's own.
-        adapter: an adapter file in place of the shipped one. batch: cases per batch. progress: takes a line per batch.
+        adapter: as in `load_builtin`. batch: cases per batch. progress: takes a line per batch.
         device, dtype: of the model; as in `load_builtin`. first: the cases' first seed, >= 0.
     """
 
@@ -385,7 +385,7 @@ def suite(
     tasks_wanted: Sequence[str] = ("four_keys", "needle"),
     methods_wanted: Sequence[str] = METHODS,
 ) -> Iterator[dict[str, Any]]:
-    """The gates of the shipped model, and MAGE against exact attention at 2048 tokens with K = 128: rows one by one.
+    """The gates of a shipped model, and MAGE against exact attention at 2048 tokens with K = 128: rows one by one.
 
     Args:
         runner: of the model. n: cases per task. tasks_wanted: "needle" (one fact), "four_keys" (four in one block).

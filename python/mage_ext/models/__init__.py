@@ -22,7 +22,7 @@ def load(
 
     Args:
         path: of `models.builtin.names()`, or a folder; a folder of that name counts as a folder.
-        dtype: torch dtype or its name; None: for the model in the box float32, on CUDA bfloat16, else what config.json
+        dtype: torch dtype or its name; None: for those in the box float32, on CUDA bfloat16, else what config.json
             names. Generation on CUDA takes bfloat16 and float16.
         device: where the weights go.
         overrides: fields of ModelConfig, for folders; see `models.huggingface.load`.
