@@ -486,17 +486,23 @@ def suite(
         work = functools.partial(_work, task=task, wanted=wanted, names=methods_wanted, tokens=length, sampler=sampler)
         if runner.jobs == 1:
             work = functools.partial(work, tell=runner.progress)
-        whole = None
-        for part in runner.parts(work, n):
-            if whole is None:
-                whole = part
-            else:
-                whole.extend(part)
+        for whole in joined(runner, work, n):
             if runner.progress is not None:
                 told = f"{task}, {length} tokens, T = {whole.T}"
                 runner.progress(f"{told}: {whole.exact.cases}/{n} cases, exact {whole.exact.whole}")
             yield done + whole.rows(task, length)
         done += whole.rows(task, length)
+
+
+def joined(runner: needles.Runner, work: Callable[[range], Comparison], n: int) -> Iterator[Comparison]:
+    """The comparison of all cases so far, after every batch of `work` over seeds 0 .. n - 1."""
+    whole = None
+    for part in runner.parts(work, n):
+        if whole is None:
+            whole = part
+        else:
+            whole.extend(part)
+        yield whole
 
 
 def _work(

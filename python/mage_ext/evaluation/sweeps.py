@@ -35,6 +35,7 @@ from mage_ext.evaluation.method_comparison import (
     Setting,
     check_choices,
     compare,
+    joined,
     make_case,
 )
 from mage_ext.sampling import SamplerConfig
@@ -149,13 +150,8 @@ def _forwards(whole: Comparison, score: needles.Score) -> dict[str, float]:
 
 
 def _joined(runner: needles.Runner, work: Any, n: int, told: str) -> Iterator[Comparison]:
-    """The comparison of all cases so far, after every batch."""
-    whole = None
-    for part in runner.parts(work, n):
-        if whole is None:
-            whole = part
-        else:
-            whole.extend(part)
+    """The comparison of all cases so far, after every batch, which is told."""
+    for whole in joined(runner, work, n):
         if runner.progress is not None:
             counts = ", ".join(f"{name} {score.whole}" for (_, name), score in whole.scores.items())
             runner.progress(f"{told}: of {whole.exact.cases}/{n} exact {whole.exact.whole}, {counts}")
