@@ -228,8 +228,7 @@ def _eval_recall(args: argparse.Namespace) -> int:
         raise ValueError(f"eval: stages must be files of different names, got {' '.join(args.stages)}")
     if names and args.control != "none":
         raise ValueError(f"eval: control must be none with stages, got {args.control}")
-    for path in args.stages:
-        _check_prompts(argparse.Namespace(**{**vars(args), "adapter": path}), 32 * (args.blocks + 1))
+    _check_stages(args.stages, args.adapter)
     before: list[dict] = []
     for path, name in zip(args.stages, names, strict=True):
         runner, _ = _eval_start(argparse.Namespace(**{**vars(args), "adapter": path}))
@@ -392,6 +391,29 @@ def _check_prompts(args: argparse.Namespace, spare: int) -> None:
             raise ValueError(
                 f"eval: tokens must be in [512, {positions - spare}] (the model has {positions} positions), got {each}"
             )
+
+
+def _check_stages(stages: Sequence[str], adapter: str | None) -> None:
+    """Refuses what is no earlier adapter of the same layers as --adapter's."""
+    from mage_ext.models import builtin
+    from mage_ext.models.adapter import adapter_cut, load_adapter
+
+    final = builtin.adapter_path(adapter)
+    model = builtin.NAME if adapter is None else adapter
+    seen = {os.path.realpath(final): model}
+    for path in stages:
+        wanted = f"eval: stages must be adapters of the layers of {model}"
+        if not path:
+            raise ValueError(f"{wanted}, got ''")
+        file = builtin.adapter_path(path)
+        try:
+            load_adapter(file, base=builtin.BASE_NAME, cut=adapter_cut(final))
+        except ValueError as error:
+            raise ValueError(f"{wanted}, got {path!r}: {error}") from None
+        place = os.path.realpath(file)
+        if place in seen:
+            raise ValueError(f"{wanted}, each of other weights than the model, got {path!r}, that of {seen[place]}")
+        seen[place] = path
 
 
 def _check_dense_layers(args: argparse.Namespace, num_layers: int) -> None:

@@ -15,6 +15,7 @@ from mage_ext.evaluation import method_comparison as comparison
 from mage_ext.evaluation import needles
 from mage_ext.evaluation.attention_study import Look
 from mage_ext.evaluation.forced_blocks import ForcedBlocks, rows_of
+from mage_ext.models import builtin
 from mage_ext.models.huggingface import LoadedModel
 from mage_ext.models.transformer import rotary_frequencies
 from mage_ext.sampling import SamplerConfig
@@ -469,6 +470,7 @@ def test_rows_of_earlier_weights_come_first(monkeypatch, capsys):
 
     monkeypatch.setattr(cli, "_eval_start", start)
     monkeypatch.setattr(cli, "_check_prompts", lambda args, spare: None)
+    monkeypatch.setattr(cli, "_check_stages", lambda stages, adapter: None)
     monkeypatch.setattr(attention, "suite", suite)
     assert cli.main(["eval", "recall", "--n", "2", "--stages", "d/one.safetensors", "d/two.safetensors"]) == 0
     assert asked == ["d/one.safetensors", "d/two.safetensors", None]
@@ -484,6 +486,14 @@ def test_rows_of_earlier_weights_come_first(monkeypatch, capsys):
     assert "alignment, prose, 640 tokens" in capsys.readouterr().out
 
 
+def test_a_stage_under_two_names_is_refused(tmp_path, capsys):
+    names = [tmp_path / "one.safetensors", tmp_path / "two.safetensors"]
+    names[0].write_bytes(builtin.adapter_path(None).read_bytes())
+    names[1].symlink_to(names[0])
+    assert cli.main(["eval", "recall", "--stages", *map(str, names)]) == 2
+    assert f"got '{names[1]}', that of {names[0]}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -495,6 +505,16 @@ def test_rows_of_earlier_weights_come_first(monkeypatch, capsys):
         (["--stages", "a/x.safetensors", "b/x.safetensors"], "stages must be files of different names, got a/x"),
         (["--control", "two_way"], "tasks must be prose_forced with the control two_way, got prose four_keys"),
         (["--stages", "x.safetensors", "--control", "base"], "control must be none with stages, got base"),
+        (["--stages", ""], "stages must be adapters of the layers of smollm2-135m-block, got ''"),
+        (
+            ["--stages", "smollm2-cut16-block"],
+            "stages must be adapters of the layers of smollm2-135m-block, got 'smollm2-cut16-block': load_adapter: cut",
+        ),
+        (["--stages", "smollm2-135m-block"], "got 'smollm2-135m-block', that of smollm2-135m-block"),
+        (
+            ["--adapter", "smollm2-cut16-block", "--stages", "none.safetensors"],
+            "stages must be adapters of the layers of smollm2-cut16-block, got 'none.safetensors'",
+        ),
     ],
 )
 def test_mistakes_on_the_command_line_name_the_argument(arguments, message, capsys):
