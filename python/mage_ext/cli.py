@@ -176,6 +176,7 @@ def _inspect(args: argparse.Namespace) -> int:
 def _eval(args: argparse.Namespace) -> int:
     from mage_ext.evaluation import needles
 
+    _check_lists(args)
     runner, write = _eval_start(args)
     rows = []
     for row in needles.suite(runner, args.n, args.tasks, args.methods):
@@ -369,10 +370,18 @@ def _eval_settings(args: argparse.Namespace, dense_layers: "Sequence[int] | None
     """--k, --g and --dense-layers of a suite, all combinations."""
     from mage_ext.evaluation import method_comparison
 
+    _check_lists(args)
     try:
         return method_comparison.settings(args.k, args.g, args.dense_layers if dense_layers is None else dense_layers)
     except ValueError as error:
         raise ValueError(str(error).replace("settings: ks", "eval: k").replace("settings: gs", "eval: g")) from None
+
+
+def _check_lists(args: argparse.Namespace) -> None:
+    """Refuses an option that names a value twice: its cells would be measured twice, and their file be refused."""
+    for name, values in vars(args).items():
+        if isinstance(values, list) and len(set(values)) != len(values):
+            raise ValueError(f"eval: {name} must be different values, got {' '.join(map(str, values))}")
 
 
 def _check_steps(tokens_per_step: Sequence[int]) -> None:

@@ -133,6 +133,18 @@ def test_an_interrupt_is_one_line(monkeypatch, capsys):
         ),
         (["eval", "methods", "--out", ""], "eval: out must be a file, got ''"),
         (["eval", "methods", "--first-seed", "-1"], "eval: first_seed must be in [0, 4294967296), got -1"),
+        (["eval", "needles", "--tasks", "needle", "needle"], "eval: tasks must be different values, got needle needle"),
+        (
+            ["eval", "methods", "--tokens-per-step", "4", "8", "4"],
+            "eval: tokens_per_step must be different values, got 4 8 4",
+        ),
+        (["eval", "recall", "--methods", "mage", "mage"], "eval: methods must be different values, got mage mage"),
+        (["eval", "recall", "--k", "64", "64"], "eval: k must be different values, got 64 64"),
+        (["eval", "prose", "--t", "0.5", ".50"], "eval: t must be different values, got 0.5 0.5"),
+        (["eval", "heatmap", "--tokens", "1024", "1024"], "eval: tokens must be different values, got 1024 1024"),
+        (["eval", "thresholds", "--thresholds", "1", "1"], "eval: thresholds must be different values, got 1.0 1.0"),
+        (["eval", "methods", "--dense-layers", "0", "0"], "eval: dense_layers must be different values, got 0 0"),
+        (["eval", "ruler", "a", "a", "--model", "m"], "eval: files must be different values, got a a"),
         (["inspect", "--out", ""], "inspect: out must be a file, got ''"),
         (
             ["train", "finetune", "--device", "cpu", "--model", "random:1.5B", "--text", "t.txt", "--out", "o"],
