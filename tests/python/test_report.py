@@ -2,6 +2,7 @@
 
 import base64
 import json
+import math
 import random
 import re
 import runpy
@@ -433,12 +434,17 @@ def _without(key):
         ('{"name": "eval/methods"}', 'bad.json must have "rows", a list of objects'),
         ('{"name": "eval/methods", "rows": [1]}', 'bad.json must have "rows", a list of objects'),
         (
-            json.dumps({"name": "eval/methods", "rows": _without("score")}),
+            json.dumps({"name": "eval/methods", "model": "m", "rows": _without("score")}),
             "bad.json must have the key 'score' of eval/",
         ),
-        (json.dumps({"name": "eval/recall", "rows": [{"K": 1}]}), "bad.json must have the key 'study' of eval/recall"),
+        (
+            json.dumps({"name": "eval/recall", "model": "m", "rows": [{"K": 1}]}),
+            "bad.json must have the key 'study' of eval/recall",
+        ),
+        ('{"name": "eval/methods", "rows": [{"K": 1}]}', 'bad.json must have a text "model", got None'),
+        ('{"name": "eval/methods", "model": ["m"], "rows": [{"K": 1}]}', """must have a text "model", got ['m']"""),
     ],
-    ids=["json", "object", "rows", "row", "score", "study"],
+    ids=["json", "object", "rows", "row", "score", "study", "no model", "model"],
 )
 def test_broken_files_are_named(tmp_path, capsys, text, message):
     (tmp_path / "bad.json").write_text(text)
@@ -457,7 +463,10 @@ def test_other_mistakes(write, tmp_path, capsys):
     for arguments, message in (
         (["report", "--files", "no-such.json", "--out", out], "files: must name files that exist, got 'no-such.json'"),
         (["report", "--files", good, "--out", "no/such/report.html"], "out must be in a folder that exists"),
-        (["report", "--files", good, other, "--out", out], f"files: must be of one model, got other, {builtin.NAME}"),
+        (
+            ["report", "--files", good, other, "--out", out],
+            f"files: must be of one model, got {builtin.NAME} in {good!r}, other in {other!r}",
+        ),
         (["report", "--files", good, "--card", "no-such-card", "--out", out], "no-such-card"),
         (
             ["figures", "--files", unknown, "--out", out],
@@ -467,8 +476,49 @@ def test_other_mistakes(write, tmp_path, capsys):
         assert cli.main(["eval", *arguments]) == 2
         assert message in capsys.readouterr().err
     twice = write("eval/recall", _recall() + [row | {"kept": 0.5} for row in _recall()])
-    with pytest.raises(ValueError, match=r"files: must have a case once, got 2 rows of \{'study': 'recall'"):
+    with pytest.raises(ValueError, match=r"must have a case once, got row 1 of '.*' and row .*\{'study': 'recall'"):
         _drawn(twice)
+
+
+@pytest.mark.parametrize(
+    ("suite", "key", "value", "expected"),
+    [
+        ("eval/methods", "task", ["needle"], "a text, got ['needle']"),
+        ("eval/methods", "tokens", None, "a whole number of at least 0, got None"),
+        ("eval/methods", "K", "64", "a whole number of at least 0, got '64'"),
+        ("eval/methods", "n", -5, "a whole number of at least 1, got -5"),
+        ("eval/methods", "score", 7.0, "in [0, 1], got 7.0"),
+        ("eval/methods", "exact", math.nan, "a number, got nan"),
+        ("eval/methods", "tokens", 10**400, "a whole number of at least 0, got 1000"),
+        ("eval/heatmap", "ci_low", None, "a number, got None"),
+        ("eval/finetune", "check_kl", "low", "a number, got 'low'"),
+        ("eval/prose", "kl_low", True, "a number, got True"),
+        ("eval/recall", "x", "0.5", "a list of numbers, got '0.5'"),
+        ("eval/recall", "score", -0.5, "in [0, 1], got -0.5"),
+        ("eval/recall", "recall_by_forward", [0.5, "1"], "a list of numbers, got [0.5, '1']"),
+        ("generate", "us", "fast", "a number, got 'fast'"),
+        ("generate", "case", [1], "an object, got [1]"),
+    ],
+)
+def test_a_value_of_another_kind_is_named(write, suite, key, value, expected):
+    rows = (SUITES | {"eval/finetune": _methods})[suite]()
+    path = write(suite, [rows[0] | {key: value}, *rows[1:]])
+    with pytest.raises(ValueError, match=re.escape(f"files: {key} of row 1 of {path.name} must be {expected}")):
+        figures.read([path])
+
+
+def test_cases_of_two_files_are_not_mixed(write, tmp_path):
+    first = write("eval/methods", _methods(), first_seed=1000)
+    other = first.rename(tmp_path / "other.json")
+    second = write("eval/methods", _methods(), first_seed=0)
+    with pytest.raises(ValueError, match=r"of eval/methods must have one first_seed, got 1000 in .*other.json', 0 in"):
+        figures.read([other, second])
+    second = write("eval/methods", _methods(), first_seed=1000)
+    with pytest.raises(ValueError, match=r"must have a case once, got row 1 of .*other.json' and row 1 of"):
+        figures.read([other, second])
+    for paths in (None, "other.json", [5]):
+        with pytest.raises(TypeError, match="read: paths must be a "):
+            figures.read(paths)
 
 
 def test_a_row_that_stands_twice_is_refused(write):

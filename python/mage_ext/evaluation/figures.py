@@ -27,6 +27,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mage_ext._arguments import check_list, check_path
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -74,16 +76,122 @@ class ResultFile:
     rows: list[Row]
 
 
+# What keys of rows hold. Suites without a kind here, such as those of kernels' benches, may hold anything.
+_KINDS = {
+    "a text": "study task method control sampler weights",
+    "a whole number": "K g T n tokens tokens_per_step dense_layers blocks masked facts distractors "
+    "mage_only method_only g1_only units_only dense0_only dense_only",
+    "a number": "score exact ci_low ci_high found_of_exact kv_share forwards kept_mass prefix_tokens recall chance t p "
+    "depth threshold exact_forwards forwards_ratio forwards_ratio_low forwards_ratio_high recall_worst_layer recall_p5 "
+    "kept kept_worst_layer kept_p5 kept_prefix own_mass next_block other_text spearman_contexts p_mage p_g1 p_dense0 "
+    "delta delta_low delta_high kl kl_low kl_high agreement agreement_low agreement_high over_mage over_mage_low "
+    "over_mage_high over_g1 over_g1_low over_g1_high over_dense0 over_dense0_low over_dense0_high check_kl "
+    "check_sparse_answer diff_low diff_high prompt_tokens sparse_items K_share",
+    "a list of numbers": "x recall_by_forward kept_by_forward cosine_by_forward",
+    "a list of lists of numbers": "by_forward_layer",
+}
+_KIND_OF = {key: kind for kind, keys in _KINDS.items() for key in keys.split()}
+_MAY_BE_NULL = "tokens_per_step weights kv_share kept_mass recall p_mage p_g1 p_dense0 over_mage over_g1 over_dense0 "
+_MAY_BE_NULL = frozenset((_MAY_BE_NULL + "check_kl next_block other_text spearman_contexts").split())
+_LEAST = {"n": 1, "dense_layers": -1}  # of whole numbers; 0 for the others
+_RATES = ("score", "exact", "ci_low", "ci_high")
+_SUITES_OF_RATES = ("needles", "methods", "heatmap", "thresholds", "finetune", "longbench", "ruler")
+_SUITES_OF_KINDS = tuple(f"eval/{name}" for name in (*_SUITES_OF_RATES, "prose", "recall"))
+_TIMED = ("generate", "sparse_block_attention")  # benches that figures and answers are made of
+# Which case a row is of: a case has one row in all files of a suite together.
+_CASE = "study task method K g dense_layers tokens tokens_per_step T t p control weights threshold depth sampler "
+_CASE = (_CASE + "distractors case").split()
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return abs(value) < 2**63  # no NaN
+
+
+def _is_of(kind: str, key: str, value: Any) -> bool:
+    if kind == "a text":
+        return isinstance(value, str)
+    if kind == "a whole number":
+        return _is_number(value) and isinstance(value, int) and value >= _LEAST.get(key, 0)
+    if kind == "a number":
+        return _is_number(value)
+    inner = "a number" if kind == "a list of numbers" else "a list of numbers"
+    return isinstance(value, list) and all(_is_of(inner, key, each) for each in value)
+
+
+def _check_row(suite: str, place: str, row: Row) -> None:
+    """Raises ValueError for a value that is not what its key says; keys that are missing are found by their readers."""
+
+    def refuse(key: str, expected: str, value: Any) -> None:
+        raise ValueError(f"files: {key} of {place} must be {expected}, got {value!r:.60}")
+
+    if not isinstance(row.get("case", {}), dict):
+        refuse("case", "an object", row["case"])
+    if suite in _TIMED:
+        for key in ("us", "ratio"):
+            if row.get(key) is not None and not _is_number(row[key]):
+                refuse(key, "a number", row[key])
+        for key, value in row.get("case", {}).items():
+            if isinstance(value, (dict, list)):
+                refuse(f"{key} of case", "a plain value", value)
+            if key in ("K", "g", "T", "context", "batch") and value is not None:
+                if not _is_of("a whole number", key, value):
+                    refuse(f"{key} of case", "a whole number of at least 0", value)
+        return
+    for key, value in row.items():
+        kind = _KIND_OF.get(key) if suite in _SUITES_OF_KINDS or key in _RATES else None
+        may_be_null = key in _MAY_BE_NULL or suite not in _SUITES_OF_KINDS
+        may_be_null |= suite == "eval/recall" and kind == "a number"  # of cells without blocks
+        if kind is None or (value is None and may_be_null):
+            continue
+        if not _is_of(kind, key, value):
+            least = f" of at least {_LEAST.get(key, 0)}" if kind == "a whole number" else ""
+            refuse(key, kind + least, value)
+        is_rate = suite.removeprefix("eval/") in _SUITES_OF_RATES or row.get("study") == "recall"
+        if key in _RATES and is_rate and not 0 <= round(value, 9) <= 1:
+            refuse(key, "in [0, 1]", value)
+
+
+def _check_together(files: Sequence[ResultFile]) -> None:
+    """Raises ValueError if files are of several models, or those of a suite of several first seeds, or a case has
+    several rows."""
+    models = [(file.head["model"], file) for file in files if "model" in file.head]
+    if len({model for model, _ in models}) > 1:
+        told = ", ".join(f"{model} in {str(file.path)!r}" for model, file in models)
+        raise ValueError(f"files: must be of one model, got {told}")
+    for suite in dict.fromkeys(file.name for file in files):
+        own = [file for file in files if file.name == suite]
+        seeds = [(file.head["first_seed"], file) for file in own if "first_seed" in file.head]
+        if any(seed != seeds[0][0] for seed, _ in seeds):
+            told = ", ".join(f"{seed} in {str(file.path)!r}" for seed, file in seeds)
+            raise ValueError(f"files: of {suite} must have one first_seed, got {told}")
+        if suite not in _SUITES_OF_KINDS and suite not in _TIMED:
+            continue
+        seen: dict[str, str] = {}
+        for file in own:
+            for number, row in enumerate(file.rows, 1):
+                case = {key: row[key] for key in _CASE if row.get(key) is not None}
+                place = f"row {number} of {str(file.path)!r}"
+                first = seen.setdefault(json.dumps(case, sort_keys=True), place)
+                if first != place:
+                    raise ValueError(f"files: must have a case once, got {first} and {place}, both of {case}")
+
+
 def read(paths: Sequence[str | Path]) -> list[ResultFile]:
     """The files, in order.
 
     Raises:
-        FileNotFoundError, ValueError: naming the file that is missing or named twice, is no JSON object with "name" and
-            "rows", has no rows, rows that are no objects, a row twice, or a score that is no number; files of several
-            models.
+        FileNotFoundError, ValueError: naming the file that is missing or named twice, is no JSON object with "name",
+            for evaluations "model", and "rows", has no rows, rows that are no objects, a row twice, or a value that is
+            not what its key says; files of several models, of one suite with several first seeds, or with several rows
+            of a case.
+        TypeError: paths are no list of paths.
     """
     found: list[ResultFile] = []
-    for path in map(Path, paths):
+    for path in check_list("read", "paths", paths, "a list of paths"):
+        check_path("read", path, "paths")
+        path = Path(path)
         if any(path.resolve() == file.path.resolve() for file in found):
             raise ValueError(f"files: must be different files, got {str(path)!r} twice")
         if not path.is_file():
@@ -99,21 +207,18 @@ def read(paths: Sequence[str | Path]) -> list[ResultFile]:
             raise ValueError(f'files: {path.name} must have "rows", a list of objects')
         if not rows:
             raise ValueError(f"files: {path.name} must have rows, got none")
+        head = {key: value for key, value in whole.items() if key != "rows"}
+        has_model = isinstance(head.get("model"), str) and head["model"] != ""
+        if not has_model and ("model" in head or whole["name"].startswith("eval/")):
+            raise ValueError(f'files: {path.name} must have a text "model", got {head.get("model")!r:.60}')
         seen: dict[str, int] = {}
         for number, row in enumerate(rows, 1):
             first = seen.setdefault(json.dumps(row, sort_keys=True), number)
             if first != number:
                 raise ValueError(f"files: rows of {path.name} must differ, got row {first} again as row {number}")
-            for key in ("score", "exact", "ci_low", "ci_high"):
-                value = row.get(key)
-                is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-                if value is not None and not is_number:
-                    raise ValueError(f"files: {key} of row {number} of {path.name} must be a number, got {value!r}")
-        head = {key: value for key, value in whole.items() if key != "rows"}
+            _check_row(whole["name"], f"row {number} of {path.name}", row)
         found.append(ResultFile(path, whole["name"], head, rows))
-    models = {file.head["model"] for file in found if "model" in file.head}
-    if len(models) > 1:
-        raise ValueError(f"files: must be of one model, got {', '.join(sorted(map(str, models)))}")
+    _check_together(found)
     return found
 
 
