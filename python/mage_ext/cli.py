@@ -289,7 +289,17 @@ def _eval_report(args: argparse.Namespace) -> int:
 def _eval_figures(args: argparse.Namespace) -> int:
     from mage_ext.evaluation import figures
 
-    if not figures.write(figures.read(args.files), args.out):
+    files = figures.read(args.files)
+    expected = "eval: out must be a folder that can be written, made if needed"
+    if not args.out:
+        raise ValueError(f"{expected}, got ''")
+    try:
+        os.makedirs(args.out, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{expected}, got {args.out!r}: {error.strerror}") from None
+    if not os.access(args.out, os.W_OK | os.X_OK):
+        raise ValueError(f"{expected}, got {args.out!r}")
+    if not figures.write(files, args.out):
         raise ValueError(f"eval: files must hold rows that figures are drawn of, got none in {', '.join(args.files)}")
     return 0
 

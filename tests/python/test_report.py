@@ -468,6 +468,12 @@ def test_other_mistakes(write, tmp_path, capsys):
             f"files: must be of one model, got {builtin.NAME} in {good!r}, other in {other!r}",
         ),
         (["report", "--files", good, "--card", "no-such-card", "--out", out], "no-such-card"),
+        (["figures", "--files", good, "--out", ""], "eval: out must be a folder that can be written, made if needed"),
+        (
+            ["figures", "--files", good, "--out", good],
+            f"eval: out must be a folder that can be written, made if needed, got {good!r}",
+        ),
+        (["figures", "--files", good, "--out", f"{good}/x"], f"made if needed, got '{good}/x': Not a directory"),
         (
             ["figures", "--files", unknown, "--out", out],
             "eval: files must hold rows that figures are drawn of, got none",
