@@ -30,15 +30,18 @@ def _demo(args: argparse.Namespace) -> int:
 
     from mage_ext.evaluation.demo import run_demo
     from mage_ext.evaluation.tasks import read_texts
-    from mage_ext.models.builtin import load_builtin
+    from mage_ext.models import builtin
 
     begun = time.perf_counter()
-    if not 512 <= args.tokens <= 8000:
-        raise ValueError(f"demo: tokens must be in [512, 8000] (the model has 8192 positions), got {args.tokens}")
+    positions = builtin.positions(args.adapter)
+    if not 512 <= args.tokens <= positions - 192:
+        expected = f"in [512, {positions - 192}] (the model has {positions} positions)"
+        raise ValueError(f"demo: tokens must be {expected}, got {args.tokens}")
     texts = read_texts(args.text) if args.text else None
     device, dtype = _device_and_dtype("demo", args)
-    loaded = load_builtin(dtype, device, args.adapter)
-    print(f"SmolLM2-135M adapted to block diffusion, loaded in {time.perf_counter() - begun:.1f} s.")
+    loaded = builtin.load_builtin(dtype, device, args.adapter)
+    kept = f"{loaded.config.num_layers} layers of " if builtin.adapter_cut(builtin.adapter_path(args.adapter)) else ""
+    print(f"{kept}SmolLM2-135M adapted to block diffusion, loaded in {time.perf_counter() - begun:.1f} s.")
     run_demo(loaded, args.tokens, args.seed, texts)
     where = f"{torch.get_num_threads()} threads" if device.type == "cpu" else _device_name(device)
     print(f"Whole demo: {time.perf_counter() - begun:.1f} s on {where}.")

@@ -28,6 +28,10 @@ from mage_ext.sampling import SamplerConfig
         (["demo", "--text", "no-such-file"], "no-such-file"),
         (["demo", "--tokens", "10"], "tokens must be in [512, 8000]"),
         (["demo", "--tokens", "999999"], "tokens must be in [512, 8000]"),
+        (
+            ["demo", "--adapter", "smollm2-cut16-block", "--tokens", "16200"],
+            "tokens must be in [512, 16192] (the model",
+        ),
         (["eval", "needles", "--out", "no/such/folder/x.json"], "out must be in a folder that exists"),
         (["generate", "--prompt", "x", "--tokens-per-step", "9" * 24], "tokens_per_step must be below 2^31"),
         (["eval", "needles", "--n", "0"], "n must be at least 1, got 0"),
@@ -85,6 +89,17 @@ def test_generate_writes_the_answer_and_its_cost(capsys):
     printed = capsys.readouterr()
     assert printed.out.strip() == "4821973"
     assert re.search(r"8 tokens in \d+ forwards", printed.err)
+
+
+def test_the_demo_names_its_model(monkeypatch, capsys):
+    _needs_base()
+    told = []
+    monkeypatch.setattr("mage_ext.evaluation.demo.run_demo", lambda loaded, tokens, *_: told.append(tokens))
+    for name, line in (("smollm2-cut16-block", "16 layers of SmolLM2-135M adapted"), (builtin.NAME, "SmolLM2-135M ad")):
+        tokens = str(builtin.positions(name) - 192)
+        assert cli.main(["demo", "--adapter", name, "--tokens", tokens]) == 0
+        assert capsys.readouterr().out.startswith(line)
+    assert told == [16192, 8000]
 
 
 class _Terminal(io.StringIO):
