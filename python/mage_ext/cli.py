@@ -33,6 +33,7 @@ def _demo(args: argparse.Namespace) -> int:
     from mage_ext.models import builtin
 
     begun = time.perf_counter()
+    _check_adapter("demo", args.adapter)
     positions = builtin.positions(args.adapter)
     if not 512 <= args.tokens <= positions - 192:
         expected = f"in [512, {positions - 192}] (the model has {positions} positions)"
@@ -80,6 +81,9 @@ def _load(owner: str, args: argparse.Namespace) -> "LoadedModel":
     loaded = models.load(args.model, dtype, device)
     if device.type == "cuda" and loaded.model.embed_tokens.weight.dtype == torch.float32:
         raise ValueError(f"{owner}: dtype must be bfloat16 or float16 on cuda, got float32, which config.json names")
+    dense, layers = getattr(args, "dense_layers", 0), loaded.config.num_layers
+    if isinstance(dense, int) and dense > layers:
+        raise ValueError(f"{owner}: dense_layers must be at most the model's {layers} layers, got {dense}")
     return loaded
 
 
@@ -233,13 +237,22 @@ def _eval_recall(args: argparse.Namespace) -> int:
     if names and args.control != "none":
         raise ValueError(f"eval: control must be none with stages, got {args.control}")
     _check_stages(args.stages, args.adapter)
+    if max(args.k) >= min(args.tokens):
+        raise ValueError(f"eval: k must be below every length of the prompts, {min(args.tokens)}, got {max(args.k)}")
+
+    def measured(runner: "Runner") -> "Iterable[list]":
+        try:
+            yield from attention_study.suite(runner, args.n, look, *options)
+        except ValueError as error:  # of prompts that came out shorter
+            raise ValueError(str(error).replace("study: look.ks", "eval: k")) from None
+
     before: list[dict] = []
     for path, name in zip(args.stages, names, strict=True):
         runner, _ = _eval_start(argparse.Namespace(**{**vars(args), "adapter": path}))
-        rows = _write_parts(runner, lambda *_, **__: None, "", attention_study.suite(runner, args.n, look, *options))
+        rows = _write_parts(runner, lambda *_, **__: None, "", measured(runner))
         before += [{**row, "weights": name} for row in rows]
     runner, write = _eval_start(args)
-    rows = _write_parts(runner, write, "eval/recall", attention_study.suite(runner, args.n, look, *options), before)
+    rows = _write_parts(runner, write, "eval/recall", measured(runner), before)
     print("\n".join(attention_study.table(rows)))
     return 0
 
@@ -387,7 +400,8 @@ def _eval_settings(args: argparse.Namespace, dense_layers: "Sequence[int] | None
     try:
         return method_comparison.settings(args.k, args.g, args.dense_layers if dense_layers is None else dense_layers)
     except ValueError as error:
-        raise ValueError(str(error).replace("settings: ks", "eval: k").replace("settings: gs", "eval: g")) from None
+        told = str(error).replace("settings: ks", "eval: k").replace("settings: gs", "eval: g")
+        raise ValueError(told.replace("settings: ", "eval: ")) from None
 
 
 def _check_lists(args: argparse.Namespace) -> None:
@@ -407,12 +421,26 @@ def _check_prompts(args: argparse.Namespace, spare: int) -> None:
     """Refuses --tokens that leave no `spare` positions behind the prompt."""
     from mage_ext.models import builtin
 
+    _check_adapter("eval", args.adapter)
     positions = builtin.positions(args.adapter)
     for each in args.tokens:
         if not 512 <= each <= positions - spare:
             raise ValueError(
                 f"eval: tokens must be in [512, {positions - spare}] (the model has {positions} positions), got {each}"
             )
+
+
+def _check_adapter(owner: str, adapter: str | None) -> None:
+    """Refuses an --adapter that is none."""
+    from mage_ext.models import builtin
+
+    expected = f"{owner}: adapter must be an adapter file or a model in the box ({', '.join(builtin.names())})"
+    if adapter == "":
+        raise ValueError(f"{expected}, got ''")
+    try:
+        builtin.num_layers(adapter)
+    except ValueError as error:
+        raise ValueError(f"{expected}, got {adapter!r}: {error}") from None
 
 
 def _check_stages(stages: Sequence[str], adapter: str | None) -> None:
@@ -431,7 +459,8 @@ def _check_stages(stages: Sequence[str], adapter: str | None) -> None:
         try:
             load_adapter(file, base=builtin.BASE_NAME, cut=adapter_cut(final))
         except ValueError as error:
-            raise ValueError(f"{wanted}, got {path!r}: {error}") from None
+            box = ", ".join(builtin.names())
+            raise ValueError(f"{wanted}, got {path!r}: {error}; models in the box: {box}") from None
         place = os.path.realpath(file)
         if place in seen:
             raise ValueError(f"{wanted}, each of other weights than the model, got {path!r}, that of {seen[place]}")
@@ -468,6 +497,7 @@ def _eval_start(args: argparse.Namespace) -> "tuple[Runner, Callable[..., None]]
     if not 0 <= args.first_seed < 1 << 32:
         raise ValueError(f"eval: first_seed must be in [0, {1 << 32}), got {args.first_seed}")
     _check_out("eval", args.out)
+    _check_adapter("eval", args.adapter)
     _check_dense_layers(args, builtin.num_layers(args.adapter))
     texts = tasks.read_texts(args.text) if args.text else None
     if texts is not None and len(texts) > 9:

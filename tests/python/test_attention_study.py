@@ -494,6 +494,18 @@ def test_a_stage_under_two_names_is_refused(tmp_path, capsys):
     assert f"got '{names[1]}', that of {names[0]}" in capsys.readouterr().err
 
 
+def test_a_k_beyond_a_prompt_that_came_out_shorter_is_ks_own(monkeypatch, capsys):
+    def suite(*arguments):
+        raise ValueError("study: look.ks must be below every prefix")
+        yield
+
+    runner = SimpleNamespace(close=lambda: None)
+    monkeypatch.setattr(cli, "_eval_start", lambda args: (runner, lambda *_, **__: None))
+    monkeypatch.setattr(attention, "suite", suite)
+    assert cli.main(["eval", "recall"]) == 2
+    assert capsys.readouterr().err == "mage: error: eval: k must be below every prefix\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -505,6 +517,8 @@ def test_a_stage_under_two_names_is_refused(tmp_path, capsys):
         (["--stages", "a/x.safetensors", "b/x.safetensors"], "stages must be files of different names, got a/x"),
         (["--control", "two_way"], "tasks must be prose_forced with the control two_way, got prose four_keys"),
         (["--stages", "x.safetensors", "--control", "base"], "control must be none with stages, got base"),
+        (["--k", f"1{'0' * 22}"], "eval: k must be below every length of the prompts, 2048, got 1000"),
+        (["--stages", "none"], "models in the box: smollm2-135m-block, smollm2-cut16-block"),
         (["--stages", ""], "stages must be adapters of the layers of smollm2-135m-block, got ''"),
         (
             ["--stages", "smollm2-cut16-block"],

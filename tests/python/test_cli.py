@@ -32,6 +32,13 @@ from mage_ext.sampling import SamplerConfig
             ["demo", "--adapter", "smollm2-cut16-block", "--tokens", "16200"],
             "tokens must be in [512, 16192] (the model",
         ),
+        (
+            ["demo", "--adapter", "no"],
+            "demo: adapter must be an adapter file or a model in the box (smollm2-135m-block, ",
+        ),
+        (["eval", "needles", "--adapter", "d/no"], "smollm2-cut16-block), got 'd/no': load_adapter: path must name an"),
+        (["eval", "prose", "--adapter", ""], "eval: adapter must be an adapter file or a model in the box (smollm2-"),
+        (["eval", "methods", "--dense-layers", "-1"], "eval: dense_layers must be at least 0, got -1"),
         (["eval", "needles", "--out", "no/such/folder/x.json"], "out must be in a folder that exists"),
         (["generate", "--prompt", "x", "--tokens-per-step", "9" * 24], "tokens_per_step must be below 2^31"),
         (["eval", "needles", "--n", "0"], "n must be at least 1, got 0"),
@@ -100,6 +107,12 @@ def test_the_demo_names_its_model(monkeypatch, capsys):
         assert cli.main(["demo", "--adapter", name, "--tokens", tokens]) == 0
         assert capsys.readouterr().out.startswith(line)
     assert told == [16192, 8000]
+
+
+def test_dense_layers_beyond_the_model_are_told_as_given(capsys):
+    _needs_base()
+    assert cli.main(["generate", "--prompt", "x", "--model", "smollm2-cut16-block", "--dense-layers", "17"]) == 2
+    assert "generate: dense_layers must be at most the model's 16 layers, got 17" in capsys.readouterr().err
 
 
 class _Terminal(io.StringIO):

@@ -103,7 +103,8 @@ def _read(path: str | Path, tensors: bool) -> tuple[dict[str, str], dict[str, Te
     except (SafetensorError, OSError) as error:
         raise ValueError(f"load_adapter: path must name an adapter file, got {Path(path).name!r}: {error}") from None
     if metadata.get("format") != _FORMAT:
-        raise ValueError(f"load_adapter: format must be {_FORMAT!r}, got {metadata.get('format')!r}")
+        found = metadata.get("format")
+        raise ValueError(f"load_adapter: format of {Path(path).name!r} must be {_FORMAT!r}, got {found!r}")
     return metadata, stored
 
 
@@ -133,8 +134,11 @@ def load_adapter(path: str | Path, base: str | None = None, cut: Cut | None = No
     metadata, stored = _read(path, tensors=True)
     if base is not None and metadata.get("base") != base:
         raise ValueError(f"load_adapter: base must be {base!r}, got {metadata.get('base')!r}")
-    if (got := adapter_cut(path)) != cut:
-        raise ValueError(f"load_adapter: cut must be {cut or 'none'}, got {got or 'none'}")
+    if (own := adapter_cut(path)) != cut:
+        name = Path(path).name
+        raise ValueError(
+            f"load_adapter: cut must be {own} as {name!r} was made for{'' if own else ' the whole base'}, got {cut}"
+        )
     return {name: _restored(name, stored) for name in stored if not name.endswith(".scale")}
 
 
