@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from mage_ext import models
 from mage_ext.cache import OutOfPages, PagedCache, RaggedBatch
 from mage_ext.denoise import DenoiseConfig, generate, prefill
+from mage_ext.evaluation import answers, needles
 from mage_ext.models import builtin
 from mage_ext.models.huggingface import load, load_weights, read_config
 from mage_ext.models.tokenizer import Tokenizer, byte_level_bpe
@@ -606,6 +607,32 @@ def test_numbers_beyond_reason_are_refused():
     )
     _raises(r"SamplerConfig: tokens_per_step must be below 2\^31", lambda: SamplerConfig(tokens_per_step=10**30))
     _raises("DenoiseConfig: mode must be one of exact, mage", lambda: DenoiseConfig(mode=[1, 2]))
+
+
+def test_evaluation_and_models_in_the_box_name_the_argument():
+    for call, message, error in (
+        (lambda: needles.Runner(jobs=0), "Runner: jobs must be an integer of at least 1, got 0", ValueError),
+        (lambda: needles.Runner(batch=0), "Runner: batch must be an integer of at least 1, got 0", ValueError),
+        (lambda: needles.Runner(texts=[]), "Runner: texts must be at least one, or None, got none", ValueError),
+        (
+            lambda: needles.Runner(texts="abc"),
+            r"Runner: texts must be \(name, text\) pairs or None, got 'abc'",
+            TypeError,
+        ),
+        (lambda: answers.answers(None), "answers: files must be a list of ResultFile, got None", TypeError),
+        (lambda: answers.answers(["a.json"]), "answers: files must be a list of ResultFile, got 'a.json'", TypeError),
+        (lambda: builtin.positions(5), "adapter_path: adapter must be a path, got 5", TypeError),
+        (lambda: builtin.num_layers(5), "adapter_path: adapter must be a path, got 5", TypeError),
+        (lambda: builtin.load_builtin(adapter=5), "adapter_path: adapter must be a path, got 5", TypeError),
+        (lambda: builtin.load_builtin("float99"), "dtype must be one of float32, .*, got 'float99'", ValueError),
+        (lambda: builtin.load_builtin(device="tpu"), "load_builtin: device must be .*, got 'tpu'", ValueError),
+        (
+            lambda: builtin.model_card("nope"),
+            f"model_card: name must be one of {builtin.NAME}, .*, got 'no",
+            ValueError,
+        ),
+    ):
+        _raises(message, call, error)
 
 
 def test_load_names_a_device_or_dtype_that_there_is_not():

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from mage_ext._arguments import check_list, check_type
 from mage_ext.evaluation.figures import RELIABLE, ResultFile, Row, groups
 from mage_ext.evaluation.method_comparison import holm, mcnemar
 
@@ -57,10 +58,11 @@ def answers(files: Sequence[ResultFile]) -> list[Answer]:
     Args:
         files: of `figures.read`.
     Raises:
-        ValueError: rows that lack a key, naming it.
+        ValueError: rows that lack a key, naming it. TypeError: files are no list of ResultFile.
     """
     rows: dict[str, list[Row]] = {}
-    for file in files:
+    for file in check_list("answers", "files", files, "a list of ResultFile"):
+        check_type("answers", "files", file, ResultFile, "a list of ResultFile")
         rows.setdefault(file.name, []).extend(file.rows)
     found = []
     for name, (question, find) in _QUESTIONS.items():

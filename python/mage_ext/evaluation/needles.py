@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import torch
 
 from mage_ext import selection
+from mage_ext._arguments import check_list, got
 from mage_ext.denoise import DenoiseConfig, generate, prefill
 from mage_ext.evaluation import tasks
 from mage_ext.models.builtin import load_builtin
@@ -271,6 +272,8 @@ class Runner:
         jobs: processes; 1 runs in this one. texts: prose as (name, text) pairs, None for the project's own.
         adapter: as in `load_builtin`. batch: cases per batch. progress: takes a line per batch.
         device, dtype: of the model; as in `load_builtin`. first: the cases' first seed, >= 0.
+    Raises:
+        ValueError, TypeError: naming the argument; what `load_builtin` raises.
     """
 
     def __init__(
@@ -284,6 +287,13 @@ class Runner:
         dtype: torch.dtype | None = None,
         first: int = 0,
     ):
+        for name, value in (("jobs", jobs), ("batch", batch)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"Runner: {name} must be an integer of at least 1, got {got(value)}")
+        if texts is not None:
+            texts = check_list("Runner", "texts", texts, "(name, text) pairs or None")
+            if not texts:
+                raise ValueError("Runner: texts must be at least one, or None, got none")
         self.jobs, self.batch, self.progress, self.first = jobs, batch, progress, first
         threads = max(1, torch.get_num_threads() // jobs)
         arguments = (texts, adapter, threads, device, dtype)

@@ -14,10 +14,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mage_ext._arguments import check_device, check_path, got
 from mage_ext.models.adapter import adapter_cut, apply_adapter, load_adapter
 from mage_ext.models.config import Cut, ModelConfig
 from mage_ext.models.gguf import GGUFFile
-from mage_ext.models.huggingface import LoadedModel
+from mage_ext.models.huggingface import LoadedModel, resolve_dtype
 from mage_ext.models.tokenizer import Tokenizer, byte_level_bpe
 from mage_ext.models.transformer import Transformer
 
@@ -60,7 +61,10 @@ def names() -> tuple[str, ...]:
 
 
 def model_card(name: str) -> str:
-    """The card of a model of names(): MODEL_CARD.md without the sections of the other models."""
+    """The card of a model of names(): MODEL_CARD.md without the sections of the other models. Raises ValueError for
+    other names."""
+    if name not in names():
+        raise ValueError(f"model_card: name must be one of {', '.join(names())}, got {got(name)}")
     first, *sections = (WEIGHTS / "MODEL_CARD.md").read_text(encoding="utf-8").split("\n## ")
     others = set(names()) - {name}
     return "\n## ".join([first, *(text for text in sections if text.split("\n", 1)[0] not in others)])
@@ -68,7 +72,8 @@ def model_card(name: str) -> str:
 
 def adapter_path(adapter: str | Path | None) -> Path:
     """The file of an adapter: of a name of names(), of `mage train`, or (None) of the first model, NAME."""
-    adapter = adapter or NAME
+    adapter = NAME if adapter is None else adapter
+    check_path("adapter_path", adapter, "adapter")
     return (
         WEIGHTS / f"{adapter}.safetensors" if str(adapter) in names() and not Path(adapter).exists() else Path(adapter)
     )
@@ -115,27 +120,29 @@ def load_base(
 
 
 def load_builtin(
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     device: str | torch.device = "cpu",
     adapter: str | Path | None = None,
 ) -> LoadedModel:
     """A shipped model, ready for generate().
 
     Args:
-        dtype: of the weights; None: float32, on CUDA bfloat16. The adapter is folded in float32 before.
+        dtype: of the weights, or its name; None: float32, on CUDA bfloat16. The adapter is folded in float32 before.
         device: where they go.
         adapter: a name of names(), or an adapter file of `mage train`; None: NAME.
     Raises:
         FileNotFoundError: the base package is not installed.
-        ValueError: there is no such adapter, or it does not fit.
+        ValueError, TypeError: there is no such dtype, device or adapter, or it does not fit.
     """
+    device = check_device("load_builtin", device)
+    dtype = None if dtype is None else resolve_dtype(dtype)
     path = adapter_path(adapter)
     cut = adapter_cut(path)
     tensors = load_adapter(path, base=BASE_NAME, cut=cut)
     config, model, tokenizer = load_base(cut=cut)
     apply_adapter(model, tensors)
     if dtype is None:
-        dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     return LoadedModel(config, model.to(device=device, dtype=dtype), tokenizer)
 
 
