@@ -31,6 +31,7 @@ def _demo(args: argparse.Namespace) -> int:
     from mage_ext.evaluation.demo import run_demo
     from mage_ext.evaluation.tasks import read_texts
     from mage_ext.models import builtin
+    from mage_ext.models.adapter import adapter_cut
 
     begun = time.perf_counter()
     _check_adapter("demo", args.adapter)
@@ -41,7 +42,7 @@ def _demo(args: argparse.Namespace) -> int:
     texts = read_texts(args.text) if args.text else None
     device, dtype = _device_and_dtype("demo", args)
     loaded = builtin.load_builtin(dtype, device, args.adapter)
-    kept = f"{loaded.config.num_layers} layers of " if builtin.adapter_cut(builtin.adapter_path(args.adapter)) else ""
+    kept = f"{loaded.config.num_layers} layers of " if adapter_cut(builtin.adapter_path(args.adapter)) else ""
     print(f"{kept}SmolLM2-135M adapted to block diffusion, loaded in {time.perf_counter() - begun:.1f} s.")
     run_demo(loaded, args.tokens, args.seed, texts)
     where = f"{torch.get_num_threads()} threads" if device.type == "cpu" else _device_name(device)
