@@ -180,20 +180,7 @@ class CaseMaker:
     ) -> tuple[tasks.Case, list[int]]:
         """The case of a seed and its prompt's ids. An answer of several lines starts a block and fits in it.
         depth: see `tasks.make_case`."""
-        rng = random.Random(f"{seed}/{num_tokens}/{asked}/{distractors}")
-        case = tasks.make_case(
-            rng,
-            self._count,
-            num_tokens,
-            asked,
-            distractors,
-            self.sentences,
-            self.block,
-            align=asked > 1,
-            overhead=self._overhead,
-            depth=depth,
-        )
-        return case, self._ids(case)
+        return self._hidden(f"{seed}/{num_tokens}/{asked}/{distractors}", num_tokens, asked, distractors, depth=depth)
 
     def register(self, seed: int, num_tokens: int, asked: int = 1) -> tuple[tasks.Case, list[int]]:
         """A register whose prompt has as many lines as num_tokens tokens hold, and its ids.
@@ -221,24 +208,22 @@ class CaseMaker:
     ) -> tuple[tasks.Case, list[int]]:
         """A text that hides asked + distractors chains of variables, and its prompt's ids: seed s asks over
         1 + s mod 4 hops. An answer of several lines starts a block and fits in it."""
-        case = tasks.make_case(
-            random.Random(f"variables/{seed}/{num_tokens}/{asked}/{distractors}"),
-            self._count,
-            num_tokens,
-            asked,
-            distractors,
-            self.sentences,
-            self.block,
-            align=asked > 1,
-            overhead=self._overhead,
-            hops=1 + seed % tasks.MOST_HOPS,
-        )
-        return case, self._ids(case)
+        seeded = f"variables/{seed}/{num_tokens}/{asked}/{distractors}"
+        return self._hidden(seeded, num_tokens, asked, distractors, hops=1 + seed % tasks.MOST_HOPS)
 
     def word_list(self, seed: int, num_tokens: int) -> tuple[tasks.Case, list[int]]:
         """A list of words, a question for its three most frequent ones, and the prompt's ids."""
         rng = random.Random(f"words/{seed}/{num_tokens}")
         case = tasks.make_list_case(rng, self._count, num_tokens, self._overhead)
+        return case, self._ids(case)
+
+    def _hidden(
+        self, seed: str, num_tokens: int, asked: int, distractors: int, **more: Any
+    ) -> tuple[tasks.Case, list[int]]:
+        """A case of prose that hides what is asked, of a seed of its own; more: of `tasks.make_case`."""
+        place = {"block": self.block, "align": asked > 1, "overhead": self._overhead}
+        rng, prose = random.Random(seed), self.sentences
+        case = tasks.make_case(rng, self._count, num_tokens, asked, distractors, prose, **place, **more)
         return case, self._ids(case)
 
     def _ids(self, case: tasks.Case) -> list[int]:
