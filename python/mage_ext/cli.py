@@ -290,15 +290,17 @@ def _eval_report(args: argparse.Namespace) -> int:
 
     _check_out("eval", args.out)
     files, card = figures.read(args.files), None
-    if any(os.path.exists(args.out) and os.path.samefile(args.out, path) for path in args.files):
-        raise ValueError(f"eval: out must be none of files, got {args.out!r}")
+    other = figures.read_other_seed(args.other_seed, files) if args.other_seed else []
+    for name, paths in (("files", args.files), ("other_seed", args.other_seed)):
+        if any(os.path.exists(args.out) and os.path.samefile(args.out, path) for path in paths):
+            raise ValueError(f"eval: out must be none of {name}, got {args.out!r}")
     if args.card is not None:
         try:
             card = Path(args.card).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"eval: card must be a UTF-8 text file, got {args.card!r}: {error}") from None
-    pages.write_page(args.out, report.report(files, card))
-    print("\n".join(answers.lines(answers.answers(files))))
+    pages.write_page(args.out, report.report(files, card, other))
+    print("\n".join(answers.lines(answers.answers(files, other))))
     print(f"written: {args.out}, {os.path.getsize(args.out) / 1e6:.1f} MB")
     return 0
 
@@ -930,6 +932,13 @@ def make_parser() -> argparse.ArgumentParser:
     report = suites.add_parser("report", help="evaluation files as one HTML page: tables, figures, the model's card")
     report.add_argument("--out", required=True, metavar="FILE", help="page to write; it needs nothing but a browser")
     report.add_argument("--card", metavar="FILE", help="the model's card; default: that of a shipped model")
+    report.add_argument(
+        "--other-seed",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="evaluations of the same model trained with another seed: what differs between the two is a tie",
+    )
     report.set_defaults(run=_eval_report)
     drawn = suites.add_parser("figures", help="evaluation files, and generate.json of a bench, as PNG figures")
     drawn.add_argument("--out", required=True, metavar="DIR", help="folder for the figures")

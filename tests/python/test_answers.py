@@ -7,7 +7,7 @@ import pytest
 
 from mage_ext import cli
 from mage_ext.evaluation import needles
-from mage_ext.evaluation.answers import answers, difference, lines, normal_p
+from mage_ext.evaluation.answers import answers, difference, lines, normal_p, paired_difference
 from mage_ext.evaluation.figures import ResultFile
 from mage_ext.evaluation.method_comparison import mcnemar
 
@@ -203,6 +203,128 @@ def test_speed_wants_facts_at_the_same_units_and_share():
         "no difference from exact shown (1 cells)",
         "differs from exact (1 cells)",
     ]
+
+
+def _other(name, rows):
+    return ResultFile(Path("other.json"), name, {"name": name, "model": "m-seed1", "commit": "b"}, rows)
+
+
+def test_a_comparison_that_turns_with_the_other_seed_is_a_tie():
+    rows = [
+        _fact("exact", 97, exact=97, K=0, task="needle", tokens=16128),
+        _fact("exact", 99, exact=99, K=0),
+        _against_mage("quest", 30, 1),  # better here and there
+        _against_mage("quest", 31, 1, K=128),  # better here, worse there
+        _against_mage("quest", 32, 1, K=256),  # better here, level there
+        _against_mage("quest", 33, 1, K=512),  # not measured there
+        _against_mage("quest", 3, 2, K=1024),  # no difference here, so none that could turn
+        _against_mage("tidal", 0, 20),  # worse here; exact finds too little there
+        _against_mage("mage_max", 0, 12),  # better here, worse there
+    ]
+    others = [
+        _fact("exact", 96, exact=96, K=0, task="needle", tokens=16128),
+        _fact("exact", 90, exact=90, K=0, task="four_keys"),
+        _against_mage("quest", 12, 2),
+        _against_mage("quest", 4, 9, K=128),
+        _against_mage("quest", 5, 5, K=256),
+        _against_mage("quest", 1, 4, K=1024),
+        _against_mage("tidal", 20, 0, exact=79),
+        _against_mage("mage_max", 1, 0),
+    ]
+    files = [
+        ResultFile(Path("methods.json"), "eval/methods", {"name": "eval/methods", "model": "m", "commit": "a"}, rows)
+    ]
+    found = {each.name: each for each in answers(files, [_other("eval/methods", others)])}
+    methods = found["methods"]
+    assert (
+        "against quest, facts: better in 2, no difference shown in 1, worse in 0, tie in 2 of 5 cells" in methods.text
+    )
+    assert "against tidal, facts: better in 0, no difference shown in 0, worse in 1 of 1 cells" in methods.text
+    assert "4 of 6 cells were measured with the other training seed too, which makes ties of 2" in methods.text
+    assert methods.head == ("compared", "cell", "K / prefix", "gain", "p", "gain, other seed", "")
+    assert [(line[3], line[5], line[6]) for line in methods.rows] == [
+        ("+29.0 points", "+10.0 points", "better"),
+        ("+30.0 points", "-5.0 points", "tie"),
+        ("+31.0 points", "+0.0 points", "tie"),
+        ("+32.0 points", "", "better"),
+        ("+1.0 points", "-3.0 points", "no difference shown"),
+        ("-20.0 points", "", "worse"),
+    ]
+    assert found["variants"].rows[0][5:] == ["-1.0 points", "tie"]
+    seeds = found["seeds"]
+    assert list(found)[-1] == "seeds" and seeds.head == ("exact attention", "m, % [95 %] (n)", "m-seed1, % [95 %] (n)")
+    assert seeds.rows == [
+        ["needle, 16128 tokens, T = 8", "97.0 [91.5, 99.0] (100)", "96.0 [90.2, 98.4] (100)"],
+        ["lines, 2048 tokens, T = 8", "99.0 [94.6, 99.8] (100)", ""],
+        ["four_keys, 2048 tokens, T = 8", "", "90.0 [82.6, 94.5] (100)"],
+    ]
+    assert "needle, 16128 tokens, T = 8 97.0 [91.5, 99.0] (100) and 96.0 [90.2, 98.4] (100). Comparisons" in seeds.text
+    assert seeds.text.endswith("are ties: 3: 2 of methods, 1 of variants. Commits: a and b.")
+    alone = {each.name: each for each in answers(files)}
+    assert "seeds" not in alone and "tie" not in alone["methods"].text and len(alone["methods"].rows[0]) == 6
+
+
+def test_prose_recall_and_speed_with_the_other_seed():
+    prose = [_prose("quest", "over_mage", 0.10, 0.03), _prose("quest", "over_mage", 0.10, 0.03, t=0.25)]
+    turned = [_prose("quest", "over_mage", 0.01, 0.03), _prose("quest", "over_mage", -0.01, 0.03, t=0.25)]
+    own = [_recall(0.85, 0.87, 0.89), _recall(0.70, 0.75, 0.80, K=16)]
+    theirs = [_recall(0.83, 0.86, 0.88), _recall(0.5, 0.6, 0.7, K=512)]
+    facts, beside = [_fact("mage", 99, g=64)], [_fact("mage", 60, g=64)]
+    files = [_file("eval/prose", prose), _file("eval/recall", own), _file("eval/methods", facts)]
+    files.append(_file("generate", [_timed(1024, 32768, 1.5)]))
+    others = [_other("eval/prose", turned), _other("eval/recall", theirs), _other("eval/methods", beside)]
+    found = {each.name: each for each in answers(files, others)}
+    assert "quest, prose: better in 1, no difference shown in 0, worse in 0, tie in 1 of 2" in found["methods"].text
+    assert found["methods"].rows[1][3:] == ["+0.1000 nats", "6.4e-11", "-0.0100 nats", "tie"]
+    assert "With the other training seed, in 1 of the cells: 86.0 to 86.0 %, with the first 87.0 to 87.0 %" in (
+        found["recall"].text
+    )
+    assert found["recall"].head[-2] == "other seed's recall"
+    assert [line[-2] for line in found["recall"].rows] == ["86.0 [83.0, 88.0]", ""]
+    (line,) = found["speed"].rows
+    assert line[-1] == "differs from exact (2 cells)" and line[5].endswith(", other training seed")
+    assert "No cell of exact attention is of both" in found["seeds"].text
+    assert _ask("speed", *files).rows[0][-1] == "no difference from exact shown (1 cells)"
+
+
+def test_finetuning_is_paired_where_the_cases_are():
+    def cell(task, control_only, tuned_only, both, **more):
+        score = {"control": both + control_only, "tuned": both + tuned_only}
+        pair = {"control_only": control_only, "tuned_only": tuned_only, "p_control": mcnemar(control_only, tuned_only)}
+        checks = {"check_kl": 0.03, "check_sparse_answer": 0.02, "steps": 87} if more.get("K") == 128 else {}
+        return [
+            _fact("mage", 40, weights="shipped", task=task, **more),
+            _fact("mage", score["control"], weights="control", task=task, **more | checks),
+            _fact("mage", score["tuned"], weights="tuned", task=task, **more | checks | pair),
+        ]
+
+    rows = [
+        *cell("four_keys", 2, 30, 50, K=128),  # p = 2.5e-7
+        *cell("four_lines", 10, 12, 40, K=128),
+        *cell("lines", 7, 0, 80, K=64),  # 0.016: alone below 5 %, and 0.05 / 2 of three
+        *cell("lines", 0, 40, 10, K=256, exact=79),  # exact is too low
+        _fact("exact", 100, K=0, weights="tuned"),
+    ]
+    found = _ask("finetuning", _file("eval/finetune", rows))
+    assert found.text.startswith(
+        "Tuned against control, facts: better in 1, no difference shown in 1, worse in 1 of 3 cells, +7.7 points"
+    )
+    low, high = paired_difference(50, 30, 2, 18)
+    gap = f"+28.0 points [{100 * low:.1f}, {100 * high:.1f}]"
+    place = "four_keys, 2048 tokens, K = 128, g = 1, 0 dense"
+    assert f"{place}: found 80.0 %, control 52.0 %, before 40.0 %, {gap}, better." in found.text
+    assert found.text.count("KL to exact 0.0300 nats for 0.0300") == 1
+    assert found.text.endswith("0.0200 nats for 0.0200 (after 87 and 87 steps).")
+    assert found.rows[0] == [place, "100.0 / 100.0 / 100.0", "40.0 %", "52.0 %", "80.0 %", gap, "2.5e-07", "better"]
+    assert [row[-1] for row in found.rows] == ["better", "no difference shown", "worse", "exact below 80 %"]
+
+
+def test_paired_intervals_against_published_values():
+    # Newcombe (1998), paired data, method 10.
+    assert paired_difference(36, 12, 2, 0) == pytest.approx((0.0569, 0.3404), abs=1e-4)
+    assert paired_difference(0, 5, 5, 0)[0] < 0 < paired_difference(0, 5, 5, 0)[1]
+    low, high = paired_difference(20, 3, 1, 6)
+    assert paired_difference(20, 1, 3, 6) == (pytest.approx(-high), pytest.approx(-low))
 
 
 def test_intervals_and_p_against_published_values():

@@ -1,6 +1,7 @@
 """Figures and reports of evaluation files. Run: pytest tests/python/test_report.py"""
 
 import base64
+import html
 import json
 import math
 import random
@@ -413,6 +414,77 @@ def test_files_of_the_tree_become_a_report():
     for group in by_model.values():
         text = report.report(figures.read(group))
         assert all(f'<p class="dim">{path.name}</p>' in text for path in group)
+
+
+def test_the_other_training_seed_stands_in_page_and_terminal(write, tmp_path, capsys):
+    rows = _methods()
+    turned = [dict(row) for row in rows]
+    for row in turned:
+        if row["method"] == "quest" and row["tokens_per_step"] == 4:
+            row |= {"mage_only": 1, "method_only": 2, "score": 0.99}
+    first = str(write("eval/methods", rows, model="smollm2-cut16-block", first_seed=1000))
+    folder = tmp_path / "other"
+    folder.mkdir()
+    other = write("eval/methods", turned, model="smollm2-cut16-block-seed1", first_seed=1000).rename(folder / "o.json")
+    first = str(write("eval/methods", rows, model="smollm2-cut16-block", first_seed=1000))
+    out = tmp_path / "page.html"
+    arguments = ["eval", "report", "--files", first, "--out", str(out)]
+    assert cli.main(arguments) == 0
+    alone = out.read_text()
+    assert "Do two training seeds" not in capsys.readouterr().out + alone and "<b>=</b>" not in alone
+    assert cli.main([*arguments, "--other-seed", str(other)]) == 0
+    told, page = capsys.readouterr().out.splitlines(), out.read_text()
+    # What the terminal says stands in the page, word by word.
+    for line in told[:-1]:
+        question, answer = line.split("? ", 1)
+        assert f"<td>{html.escape(answer, quote=True)}</td>" in page
+        assert html.escape(f"{question}?", quote=True) in page
+    seeds = next(line for line in told if line.startswith("Do two training seeds of the model agree?"))
+    assert "needle, 2048 tokens, T = 8 100.0 [92.9, 100.0] (50) and 100.0 [92.9, 100.0] (50);" in seeds
+    assert "are ties: 2: 2 of methods. Commits: abc1234 and abc1234." in seeds
+    assert "better in 0, no difference shown in 0, worse in 0, tie in 2 of 2 cells" in page
+    fast = next(cells for caption, cells in _cells(page).items() if "tokens per step 4" in caption)
+    assert fast[1][3].endswith("=") and "=: not with the other training seed" in page
+    slow = next(cells for caption, cells in _cells(page).items() if "tokens per step 1" in caption)
+    assert slow[1][3].endswith("+")  # exact is below 80 % there, so the other seed has no say
+    assert "What ran: 2 files" in page and "o.json" in page
+
+
+def test_what_is_no_other_training_seed_is_refused(write, tmp_path, capsys):
+    def file(name, suite="eval/methods", model="smollm2-cut16-block-seed1", first_seed=1000, rows=None):
+        path = write(suite, SUITES[suite]() if rows is None else rows, model=model, first_seed=first_seed)
+        return str(path.rename(tmp_path / f"{name}.json"))
+
+    first = file("first", model="smollm2-cut16-block")
+    out = str(tmp_path / "out.html")
+    good = file("good")
+    for other, message in (
+        ([good, good], f"other_seed: must be different files, got {good!r} twice"),
+        (["none.json"], "other_seed: must name files that exist, got 'none.json'"),
+        (
+            [file("b", model="smollm2-135m-block")],
+            "of the model of files trained with another seed, named smollm2-cut16-block with -seedN behind it, got "
+            "smollm2-135m-block in ",
+        ),
+        ([file("same", model="smollm2-cut16-block")], "trained with another seed, got smollm2-cut16-block in "),
+        (
+            [file("zero", first_seed=0)],
+            "other_seed: must have the first_seed of files, 1000, got 0 of eval/methods in ",
+        ),
+        (
+            [file("prose", "eval/prose")],
+            "other_seed: must be of suites that files have (eval/methods), got eval/prose in ",
+        ),
+        (
+            [file("words", rows=[row | {"task": "lines"} for row in _methods()])],
+            "other_seed: must have cases that files have too, got none of eval/methods in ",
+        ),
+    ):
+        assert cli.main(["eval", "report", "--files", first, "--other-seed", *other, "--out", out]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+    assert cli.main(["eval", "report", "--files", first, "--other-seed", good, "--out", good]) == 2
+    assert f"eval: out must be none of other_seed, got {good!r}" in capsys.readouterr().err
 
 
 # ----------------------------------------------------------------------------------------------------------------------

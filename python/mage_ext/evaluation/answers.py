@@ -7,26 +7,31 @@
     dense         what dense layers add
     finetuning    what fine-tuning with sparse forwards adds over its control
     speed         which times have accuracy behind them at the same units and share of the prefix
+    seeds         what exact attention finds with two training seeds of a model, where both are given
 
 A cell is a task, length, number of forwards and setting at which exact attention finds at least 80 %, or a share masked
 of held-out prose. Tests are paired by case: McNemar's exact one for found facts, for prose a normal one from the
 bootstrap interval of the paired difference. All cells of an answer are one family, at 5 % (Holm 1979). What holds is
-"better" or "worse"; the rest is "no difference shown", which is not the same as equal.
+"better" or "worse"; the rest is "no difference shown", which is not the same as equal. With files of another training
+seed, a cell that is better or worse with the first one is a "tie" where the other's gain has not the same sign.
 
 Test: pytest tests/python/test_answers.py
 """
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from mage_ext._arguments import check_list, check_type
-from mage_ext.evaluation.figures import RELIABLE, ResultFile, Row, groups
+from mage_ext.evaluation.figures import RELIABLE, ResultFile, Row, case_of, groups, model_of
 from mage_ext.evaluation.method_comparison import holm, mcnemar
+from mage_ext.evaluation.needles import wilson
 
 PAPER_RECALL = (0.84, 0.90)  # arXiv 2602.14209, its own models
 _SIGNS = ("better", "no difference shown", "worse")
+TIE = "tie"  # of two training seeds
 _OTHERS = ("quest", "tidal", "sparsed")
 _SAME_SHARE = 1.25  # shares of the prefix within this factor count as the same
 
@@ -44,35 +49,49 @@ class Answer:
 
 @dataclass(frozen=True)
 class _Cell:
-    """A paired comparison of row with other: gain > 0 where row is better. p: two-sided."""
+    """A paired comparison of row with other: gain > 0 where row is better. p: two-sided. other_gain: with the other
+    training seed, where the case was measured with it."""
 
     row: Row
     gain: float
     p: float
     sign: str = ""
+    other_gain: float | None = None
 
 
-def answers(files: Sequence[ResultFile]) -> list[Answer]:
+_Rows = dict[str, list[Row]]  # by suite
+_Kinds = list[tuple[str, list[_Cell], list[_Cell]]]  # what is compared, its cells of facts, and of prose
+
+
+def answers(files: Sequence[ResultFile], other_seed: Sequence[ResultFile] = ()) -> list[Answer]:
     """One answer per question, in order; where the files have no rows for one it says so.
 
     Args:
-        files: of `figures.read`.
+        files: of `figures.read`. other_seed: of `figures.read_other_seed`; with any, the question of the two seeds is
+            answered too.
     Raises:
         ValueError: rows that lack a key, naming it. TypeError: files are no list of ResultFile.
     """
-    rows: dict[str, list[Row]] = {}
-    for file in check_list("answers", "files", files, "a list of ResultFile"):
-        check_type("answers", "files", file, ResultFile, "a list of ResultFile")
-        rows.setdefault(file.name, []).extend(file.rows)
+    rows, other = _by_suite("files", files), _by_suite("other_seed", other_seed)
     found = []
     for name, (question, find) in _QUESTIONS.items():
         try:
-            answer = find(rows)
+            answer = find(rows, other)
         except KeyError as error:
             raise ValueError(f"files: rows for the answer {name!r} must have the key {error}") from None
         text, head, table = answer if answer is not None else ("Not measured in these files.", (), [])
         found.append(Answer(name, question, text, tuple(head), table))
+    if other_seed:
+        found.append(_seeds(files, other_seed, found))
     return found
+
+
+def _by_suite(name: str, files: Sequence[ResultFile]) -> _Rows:
+    rows: _Rows = {}
+    for file in check_list("answers", name, files, "a list of ResultFile"):
+        check_type("answers", name, file, ResultFile, "a list of ResultFile")
+        rows.setdefault(file.name, []).extend(file.rows)
+    return rows
 
 
 def lines(found: Sequence[Answer]) -> list[str]:
@@ -114,21 +133,36 @@ def _prose(rows: Sequence[Row], column: str) -> list[_Cell]:
     return cells
 
 
+def is_tie(gain: float, other_gain: float | None) -> bool:
+    """Whether a gain has another direction with the other training seed, where None is one that was not measured."""
+    return other_gain is not None and gain * other_gain <= 0
+
+
 def _judged(cells: Sequence[_Cell]) -> list[_Cell]:
     """The same with signs, all of them one family."""
     held = holm([cell.p for cell in cells])
-    return [
-        _Cell(cell.row, cell.gain, cell.p, ("better" if cell.gain > 0 else "worse") if differs else _SIGNS[1])
-        for cell, differs in zip(cells, held, strict=True)
-    ]
+
+    def sign(cell: _Cell, differs: bool) -> str:
+        if not differs:
+            return _SIGNS[1]
+        return TIE if is_tie(cell.gain, cell.other_gain) else "better" if cell.gain > 0 else "worse"
+
+    return [dataclasses.replace(cell, sign=sign(cell, differs)) for cell, differs in zip(cells, held, strict=True)]
 
 
 def _reversed(cells: Sequence[_Cell]) -> list[_Cell]:
     return [_Cell(cell.row, -cell.gain, cell.p) for cell in cells]
 
 
+def _beside(cells: Sequence[_Cell], others: Sequence[_Cell]) -> list[_Cell]:
+    """The cells with the gains of the other training seed's."""
+    gains = {case_of(cell.row): cell.gain for cell in others}
+    return [dataclasses.replace(cell, other_gain=gains.get(case_of(cell.row))) for cell in cells]
+
+
 def _counts(cells: Sequence[_Cell]) -> str:
-    told = [f"{sign} in {sum(cell.sign == sign for cell in cells)}" for sign in _SIGNS]
+    signs = (*_SIGNS, TIE) if any(cell.sign == TIE for cell in cells) else _SIGNS
+    told = [f"{sign} in {sum(cell.sign == sign for cell in cells)}" for sign in signs]
     return f"{', '.join(told)} of {len(cells)}"
 
 
@@ -156,26 +190,37 @@ def _place(row: Row) -> str:
     return ", ".join(told)
 
 
-def _line(cell: _Cell, name: str) -> list[str]:
+def _gain(row: Row, gain: float | None) -> str:
+    if gain is None:
+        return ""
+    return f"{_signed(gain, 4)} nats" if row["task"] == "prose" else f"{_signed(100 * gain, 1)} points"
+
+
+def _line(cell: _Cell, name: str, with_other: bool) -> list[str]:
     row = cell.row
-    is_prose = row["task"] == "prose"
-    gain = f"{_signed(cell.gain, 4)} nats" if is_prose else f"{_signed(100 * cell.gain, 1)} points"
     share = row["K"] / (row.get("prefix_tokens") or row["tokens"])
-    return [name, _place(row), f"{100 * share:.1f} %", gain, f"{cell.p:.2g}", cell.sign]
+    told = [name, _place(row), f"{100 * share:.1f} %", _gain(row, cell.gain), f"{cell.p:.2g}"]
+    return [*told, *([_gain(row, cell.other_gain)] * with_other), cell.sign]
 
 
-_HEAD = ("compared", "cell", "K / prefix", "gain", "p", "")
+def _head(with_other: bool) -> tuple[str, ...]:
+    return "compared", "cell", "K / prefix", "gain", "p", *(["gain, other seed"] * with_other), ""
 
 
 def _compared(
-    kinds: Sequence[tuple[str, list[_Cell], list[_Cell]]],
+    find: Callable[[_Rows], _Kinds], rows: _Rows, other: _Rows
 ) -> tuple[str, tuple[str, ...], list[list[str]]] | None:
-    """An answer of paired cells by what is compared: (name, cells of facts, cells of prose). Facts and prose are a
-    family each."""
-    parts, table = [], []
+    """An answer of paired cells by what is compared, which `find` gives. Facts and prose are a family each. other: rows
+    of another training seed, or none."""
+    parts, table, ties, shared = [], [], 0, 0
+    kinds, beside = find(rows), {name: cells for name, *cells in find(other)}
     for is_prose in (False, True):
-        own = [(name, cells[is_prose]) for name, *cells in kinds]
+        own = [
+            (name, _beside(cells[is_prose], beside[name][is_prose] if name in beside else [])) for name, *cells in kinds
+        ]
         judged = _judged([cell for _, cells in own for cell in cells])
+        ties += sum(cell.sign == TIE for cell in judged)
+        shared += sum(cell.other_gain is not None for cell in judged)
         at = 0
         for name, cells in own:
             mine = judged[at : at + len(cells)]
@@ -184,8 +229,13 @@ def _compared(
                 continue
             what = "prose" if is_prose else "facts"
             parts.append(f"{name}, {what}: {_counts(mine)} cells, {_gains(mine, is_prose)}.")
-            table += [_line(cell, name) for cell in mine]
-    return (" ".join(parts), _HEAD, table) if parts else None
+            table += [_line(cell, name, bool(other)) for cell in mine]
+    if not parts:
+        return None
+    if other:
+        told = f"{shared} of {len(table)} cells were measured with the other training seed too"
+        parts.append(f"{told}, which makes ties of {ties} that were better or worse.")
+    return " ".join(parts), _head(bool(other)), table
 
 
 def _of(rows: Sequence[Row], *methods: str) -> list[Row]:
@@ -196,8 +246,12 @@ def _of(rows: Sequence[Row], *methods: str) -> list[Row]:
 # The questions
 
 
-def _recall(rows: dict[str, list[Row]]) -> Any:
-    own = [row for row in rows.get("eval/recall", []) if row["study"] == "recall" and row["method"] == "mage"]
+def _recall(rows: _Rows, other: _Rows) -> Any:
+    own, beside = (
+        [row for row in part.get("eval/recall", []) if row["study"] == "recall" and row["method"] == "mage"]
+        for part in (rows, other)
+    )
+    theirs = {case_of(row): row for row in beside}
     controls = {}
     for row in own:
         if row["control"] != "none" and not row.get("weights"):
@@ -220,28 +274,48 @@ def _recall(rows: dict[str, list[Row]]) -> Any:
         least = min(row["recall_by_forward"])
         key = row["task"], row["tokens"], row["K"], row["g"]
         told = [row["task"], str(row["tokens"]), f"{row['K']} ({100 * row['chance']:.1f} %)", str(row["g"])]
-        told += [f"{100 * row['score']:.1f} [{100 * row['ci_low']:.1f}, {100 * row['ci_high']:.1f}]", place]
+        told += [_interval(row), place]
         told += [f"{100 * least:.1f}", f"{100 * row['recall_worst_layer']:.1f}", f"{100 * row['kept']:.1f}"]
+        if other:
+            told.append(_interval(theirs[case_of(row)]) if case_of(row) in theirs else "")
         table.append([*told, "; ".join(controls.get(key, []))])
     scores = [100 * row["score"] for row in own]
     counted = ", ".join(f"{places.count(each)} {each}" for each in dict.fromkeys(places))
     text = f"Recall is {min(scores):.1f} to {max(scores):.1f} % over {len(own)} cells (task, length, K, g); against "
     text += f"{100 * low:.0f} to {100 * high:.0f} % their 95 % intervals are: {counted}. "
     text += f"Mass kept of what each forward's own list keeps: at least {100 * min(r['kept'] for r in own):.1f} %."
+    both = [(row["score"], theirs[case_of(row)]["score"]) for row in own if case_of(row) in theirs]
+    if both:
+        text += f" With the other training seed, in {len(both)} of the cells: {_range([each[1] for each in both])} %, "
+        text += f"with the first {_range([each[0] for each in both])} % there."
     for (weights,), inside in staged.items():
         shown = ", ".join(f"{row['task']} K = {row['K']} {100 * row['score']:.1f} %" for row in inside)
         text += f" Earlier weights {weights}: {shown}."
     head = ("task", "tokens", "K (chance)", "g", "recall, % [95 %]", f"{low:.2f}-{high:.2f}", "least forward")
-    return text, (*head, "worst layer", "kept / own", "controls"), table
+    head = (*head, "worst layer", "kept / own", *(["other seed's recall"] * bool(other)), "controls")
+    return text, head, table
 
 
-def _methods(rows: dict[str, list[Row]]) -> Any:
+def _interval(row: Row) -> str:
+    """A row's score with its interval, in percent."""
+    return f"{100 * row['score']:.1f} [{100 * row['ci_low']:.1f}, {100 * row['ci_high']:.1f}]"
+
+
+def _range(shares: Sequence[float]) -> str:
+    return f"{100 * min(shares):.1f} to {100 * max(shares):.1f}"
+
+
+def _of_methods(rows: _Rows) -> _Kinds:
     facts, prose = rows.get("eval/methods", []), rows.get("eval/prose", [])
     kinds = []
     for name in _OTHERS:
         cells = _reversed(_facts(_of(facts, name), "p_mage", "mage_only", "method_only"))
         kinds.append((f"MAGE against {name}", cells, _reversed(_prose(_of(prose, name), "over_mage"))))
-    found = _compared(kinds)
+    return kinds
+
+
+def _methods(rows: _Rows, other: _Rows) -> Any:
+    found = _compared(_of_methods, rows, other)
     if found is None:
         return None
     text, head, table = found
@@ -251,7 +325,7 @@ def _methods(rows: dict[str, list[Row]]) -> Any:
         text += f" Not better everywhere: worse at {', '.join(ks)}, in cells that the table names."
     else:
         text += " Worse nowhere."
-    return text + _best_units(facts), head, table
+    return text + _best_units(rows.get("eval/methods", [])), head, table
 
 
 def _best_units(facts: Sequence[Row]) -> str:
@@ -276,7 +350,7 @@ def _number(text: str) -> int:
     return int(text.rsplit(" ", 1)[1])
 
 
-def _variants(rows: dict[str, list[Row]]) -> Any:
+def _of_variants(rows: _Rows) -> _Kinds:
     facts, prose = rows.get("eval/methods", []), rows.get("eval/prose", [])
     kinds = []
     for name, told in (
@@ -292,15 +366,19 @@ def _variants(rows: dict[str, list[Row]]) -> Any:
         kinds.append(
             (f"units of {g} for 1, equal bytes", cells, _prose([row for row in own[1] if row["g"] == g], "over_g1"))
         )
-    found = _compared(kinds)
-    text, head, table = found if found is not None else ("", _HEAD, [])
+    return kinds
+
+
+def _variants(rows: _Rows, other: _Rows) -> Any:
+    found = _compared(_of_variants, rows, other)
+    text, head, table = found if found is not None else ("", _head(bool(other)), [])
     times = _unit_times(rows)
     if times:
         text += " Equal time: " + "; ".join(times) + "."
     return (text.strip(), head, table) if text else None
 
 
-def _unit_times(rows: dict[str, list[Row]]) -> list[str]:
+def _unit_times(rows: _Rows) -> list[str]:
     """What a sparse forward's attention of units of one token takes, as a share of larger units of the same K."""
     ratios: dict[int, list[float]] = {}
     fine: dict[tuple, float] = {}
@@ -319,35 +397,36 @@ def _unit_times(rows: dict[str, list[Row]]) -> list[str]:
     ]
 
 
-def _layers(rows: dict[str, list[Row]]) -> Any:
+def _of_layers(rows: _Rows) -> _Kinds:
     facts, prose = rows.get("eval/methods", []), rows.get("eval/prose", [])
     kinds = []
     for name, told in (("v1", "v1 (votes, budgets by layer)"), ("joint", "joint (heads share a layer's budget)")):
         cells = _facts(_of(facts, name), "p_mage", "mage_only", "method_only")
         kinds.append((told, cells, _prose(_of(prose, name), "over_mage")))
-    return _compared(kinds)
+    return kinds
 
 
-def _dense(rows: dict[str, list[Row]]) -> Any:
+def _layers(rows: _Rows, other: _Rows) -> Any:
+    return _compared(_of_layers, rows, other)
+
+
+def _of_dense(rows: _Rows) -> _Kinds:
     facts, prose = _of(rows.get("eval/methods", []), "mage"), _of(rows.get("eval/prose", []), "mage")
     kinds = []
     for count in sorted({row["dense_layers"] for row in (*facts, *prose) if row["dense_layers"] > 0}):
         cells = _facts([row for row in facts if row["dense_layers"] == count], "p_dense0", "dense0_only", "dense_only")
         other = _prose([row for row in prose if row["dense_layers"] == count], "over_dense0")
         kinds.append((f"{count} dense layer{'s' * (count > 1)} for none", cells, other))
-    return _compared(kinds)
+    return kinds
+
+
+def _dense(rows: _Rows, other: _Rows) -> Any:
+    return _compared(_of_dense, rows, other)
 
 
 def difference(score: float, n: int, other: float, other_n: int, z: float = 1.959964) -> tuple[float, float]:
     """95 % interval of the difference of two rates of different cases (Newcombe 1998, from Wilson's)."""
-
-    def ends(rate: float, trials: int) -> tuple[float, float]:
-        zz = z * z
-        centre = (rate + zz / (2 * trials)) / (1 + zz / trials)
-        half = z / (1 + zz / trials) * math.sqrt(rate * (1 - rate) / trials + zz / (4 * trials * trials))
-        return centre - half, centre + half
-
-    (low, high), (other_low, other_high) = ends(score, n), ends(other, other_n)
+    (low, high), (other_low, other_high) = wilson(score * n, n, z), wilson(other * other_n, other_n, z)
     gap = score - other
     return (
         gap - math.sqrt((score - low) ** 2 + (other_high - other) ** 2),
@@ -355,30 +434,79 @@ def difference(score: float, n: int, other: float, other_n: int, z: float = 1.95
     )
 
 
-def _finetuning(rows: dict[str, list[Row]]) -> Any:
+def paired_difference(both: int, one_only: int, other_only: int, neither: int) -> tuple[float, float]:
+    """95 % interval of the difference of two rates of the same cases (Newcombe 1998, method 10).
+
+    Args:
+        both, one_only, other_only, neither: cases that both rates count, the first alone, the second alone, and none.
+    """
+    n = both + one_only + other_only + neither
+    one, other = (both + one_only) / n, (both + other_only) / n
+    (low, high), (other_low, other_high) = wilson(both + one_only, n), wilson(both + other_only, n)
+    sides = (both + one_only) * (other_only + neither) * (both + other_only) * (one_only + neither)
+    cross = both * neither - one_only * other_only
+    phi = (max(cross - n / 2, 0) if cross > 0 else cross) / math.sqrt(sides) if sides else 0.0
+
+    def half(a: float, b: float) -> float:
+        return math.sqrt(max(a * a - 2 * phi * a * b + b * b, 0.0))
+
+    return one - other - half(one - low, other_high - other), one - other + half(high - one, other - other_low)
+
+
+def _finetuning(rows: _Rows, other: _Rows) -> Any:
     own = [row for row in rows.get("eval/finetune", []) if row.get("weights") in ("shipped", "control", "tuned")]
-    table, parts = [], []
-    for (task, tokens, k, g, dense), inside in groups(
-        [row for row in own if row["K"]], "task", "tokens", "K", "g", "dense_layers"
-    ).items():
-        by = {row["weights"]: row for row in inside}
-        if not {"control", "tuned"} <= set(by):
-            continue
+    pairs, cells = [], []
+    for by in (
+        {row["weights"]: row for row in inside}
+        for inside in groups([row for row in own if row["K"]], "task", "tokens", "K", "g", "dense_layers").values()
+    ):
+        if {"control", "tuned"} <= set(by):
+            pairs.append(by)
+            if by["control"]["exact"] >= RELIABLE:
+                cells += _facts([by["tuned"]], "p_control", "control_only", "tuned_only")
+    if not pairs:
+        return None
+    judged = {id(cell.row): cell for cell in _judged(cells)}
+    parts, table = [], []
+    if judged:
+        found = list(judged.values())
+        parts.append(f"Tuned against control, facts: {_counts(found)} cells, {_gains(found, False)}.")
+    for by in pairs:
         control, tuned = by["control"], by["tuned"]
-        low, high = difference(tuned["score"], tuned["n"], control["score"], control["n"])
-        place = f"{task}, {tokens} tokens, K = {k}, g = {g}, {dense} dense"
+        place = f"{tuned['task']}, {tuned['tokens']} tokens, K = {tuned['K']}, g = {tuned['g']}, "
+        place += f"{tuned['dense_layers']} dense"
+        if tuned.get("p_control") is not None:
+            counts = tuned["tuned_only"], tuned["control_only"]
+            both = round(tuned["score"] * tuned["n"]) - counts[0]
+            low, high = paired_difference(both, *counts, tuned["n"] - both - sum(counts))
+        else:
+            low, high = difference(tuned["score"], tuned["n"], control["score"], control["n"])
         gap = f"{_signed(100 * (tuned['score'] - control['score']), 1)} points [{100 * low:.1f}, {100 * high:.1f}]"
-        parts.append(f"{place}: found {100 * tuned['score']:.1f} %, control {100 * control['score']:.1f} %, {gap}.")
-        if tuned.get("check_kl") is not None and control.get("check_kl") is not None:
-            parts.append(
-                f"KL to exact {tuned['check_kl']:.4f} nats for {control['check_kl']:.4f}, answers under sparse "
-                f"attention {tuned['check_sparse_answer']:.4f} nats for {control['check_sparse_answer']:.4f}."
-            )
+        cell = judged.get(id(tuned))
+        p, sign = (f"{cell.p:.2g}", cell.sign) if cell is not None else ("", "")
+        scores = f"found {100 * tuned['score']:.1f} %, control {100 * control['score']:.1f} %"
         shipped = f"{100 * by['shipped']['score']:.1f} %" if "shipped" in by else ""
-        exact = f"{100 * tuned['exact']:.1f} %"
-        table.append([place, exact, shipped, f"{100 * control['score']:.1f} %", f"{100 * tuned['score']:.1f} %", gap])
-    head = ("cell", "exact", "before", "control", "tuned", "tuned - control [95 %, unpaired]")
-    return (" ".join(parts), head, table) if parts else None
+        scores += f", before {shipped}" * bool(shipped)
+        parts.append(f"{place}: {scores}, {gap}{f', {sign}' * bool(sign)}.")
+        exact = " / ".join(f"{100 * by[name]['exact']:.1f}" for name in ("shipped", "control", "tuned") if name in by)
+        told = [place, exact, shipped, f"{100 * control['score']:.1f} %", f"{100 * tuned['score']:.1f} %", gap, p]
+        table.append([*told, sign if p else "unpaired" if "p_control" not in tuned else "exact below 80 %"])
+    logs = [
+        f"KL to exact {tuned['check_kl']:.4f} nats for {control['check_kl']:.4f}, answers under sparse "
+        f"attention {tuned['check_sparse_answer']:.4f} nats for {control['check_sparse_answer']:.4f}"
+        f"{_steps(tuned, control)}."
+        for tuned, control in ((by["tuned"], by["control"]) for by in pairs)
+        if tuned.get("check_kl") is not None and control.get("check_kl") is not None
+    ]
+    parts += dict.fromkeys(logs)  # the same in every cell of the runs' own setting
+    head = ("cell", "exact, %", "before", "control", "tuned", "tuned - control [95 %]", "p", "")
+    return " ".join(parts), head, table
+
+
+def _steps(tuned: Row, control: Row) -> str:
+    if tuned.get("steps") is None or control.get("steps") is None:
+        return ""
+    return f" (after {tuned['steps']} and {control['steps']} steps)"
 
 
 def _exact_p(row: Row) -> float:
@@ -387,11 +515,16 @@ def _exact_p(row: Row) -> float:
     return mcnemar(round(row["exact"] * row["n"]) - both, round(row["score"] * row["n"]) - both)
 
 
-def _speed(rows: dict[str, list[Row]]) -> Any:
+def _speed(rows: _Rows, other: _Rows) -> Any:
     timed = [row for row in rows.get("generate", []) if row["case"]["method"] == "mage"]
     if not timed:
         return None
-    measured = _reliable(_of(rows.get("eval/methods", []), "mage"))
+    measured, beside = (_reliable(_of(part.get("eval/methods", []), "mage")) for part in (rows, other))
+    places = {
+        id(row): f"{_place(row)}{', other training seed' * (part is beside)}"
+        for part in (measured, beside)
+        for row in part
+    }
     table, backed = [], []
     cells = groups(
         [{**row, **row["case"], "share": row["case"]["K"] / row["case"]["context"]} for row in timed],
@@ -402,7 +535,7 @@ def _speed(rows: dict[str, list[Row]]) -> Any:
     for (share, g, dense), inside in sorted(cells.items()):
         behind = [
             row
-            for row in measured
+            for row in (*measured, *beside)
             if row["g"] == g and 1 / _SAME_SHARE <= row["K"] / row["prefix_tokens"] / share <= _SAME_SHARE
         ]
         ratios = [row["ratio"] for row in inside]
@@ -411,14 +544,21 @@ def _speed(rows: dict[str, list[Row]]) -> Any:
             table.append([*told, "", "", "", "none measured"])
             continue
         worst = min(behind, key=lambda row: row["score"] - row["exact"])
-        score = f"{100 * worst['score']:.1f} [{100 * worst['ci_low']:.1f}, {100 * worst['ci_high']:.1f}]"
         kept = all(_exact_p(row) > 0.05 for row in behind)
         if kept:
             backed.append(
                 f"{100 * share:.2f} % in units of {g}, {dense} dense ({min(ratios):.2f} to {max(ratios):.2f} x)"
             )
         verdict = "no difference from exact shown" if kept else "differs from exact"
-        table.append([*told, _place(worst), score, f"{100 * worst['exact']:.1f}", f"{verdict} ({len(behind)} cells)"])
+        table.append(
+            [
+                *told,
+                places[id(worst)],
+                _interval(worst),
+                f"{100 * worst['exact']:.1f}",
+                f"{verdict} ({len(behind)} cells)",
+            ]
+        )
     text = (
         f"Of {len(cells)} kinds of timed settings (K / context, g, dense layers) {len(backed)} have found facts behind "
     )
@@ -437,6 +577,38 @@ def _speed(rows: dict[str, list[Row]]) -> Any:
         "",
     )
     return text, head, table
+
+
+def _seeds(files: Sequence[ResultFile], other_seed: Sequence[ResultFile], found: Sequence[Answer]) -> Answer:
+    """What exact attention finds with either training seed, and how many comparisons of the answers are ties."""
+    question = "Do two training seeds of the model agree?"
+    names = [str(model_of(part)) for part in (files, other_seed)]
+    cells: dict[str, list[Row | None]] = {}
+    for number, part in enumerate((files, other_seed)):
+        for file in part:
+            for row in file.rows:
+                if file.name == "eval/methods" and not row["K"]:
+                    cells.setdefault(case_of(row), [None, None])[number] = row
+    table, told = [], []
+    for both in cells.values():
+        row = both[0] if both[0] is not None else both[1]
+        scores = ["" if each is None else f"{_interval(each)} ({each['n']})" for each in both]
+        place = f"{row['task']}, {row['tokens']} tokens, T = {row['T']}"
+        table.append([place, *scores])
+        if all(scores):
+            told.append(f"{place} {scores[0]} and {scores[1]}")
+    text = f"Exact attention finds with {names[0]} and {names[1]}, % [95 %] (n): {'; '.join(told)}. "
+    if not told:
+        text = f"No cell of exact attention is of both {names[0]} and {names[1]}. "
+    ties = [sum(line[-1] == TIE for line in answer.rows) for answer in found]
+    places = [f"{count} of {answer.name}" for count, answer in zip(ties, found, strict=True) if count]
+    text += "Comparisons that are better or worse with the first and have another direction with the other are ties: "
+    text += f"{sum(ties)}{': ' * bool(places)}{', '.join(places)}."
+    commits = [
+        sorted({str(file.head.get("commit")) for file in part if "model" in file.head}) for part in (files, other_seed)
+    ]
+    text += f" Commits: {', '.join(commits[0])} and {', '.join(commits[1])}."
+    return Answer("seeds", question, text, ("exact attention", *(f"{name}, % [95 %] (n)" for name in names)), table)
 
 
 _QUESTIONS = {

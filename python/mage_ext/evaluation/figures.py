@@ -20,6 +20,7 @@ import functools
 import io
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,13 +81,13 @@ class ResultFile:
 _KINDS = {
     "a text": "study task method control sampler weights",
     "a whole number": "K g T n tokens tokens_per_step dense_layers blocks masked facts distractors "
-    "mage_only method_only g1_only units_only dense0_only dense_only",
+    "mage_only method_only g1_only units_only dense0_only dense_only control_only tuned_only steps",
     "a number": "score exact ci_low ci_high found_of_exact kv_share forwards kept_mass prefix_tokens recall chance t p "
     "depth threshold exact_forwards forwards_ratio forwards_ratio_low forwards_ratio_high recall_worst_layer recall_p5 "
     "kept kept_worst_layer kept_p5 kept_prefix own_mass next_block other_text spearman_contexts p_mage p_g1 p_dense0 "
-    "delta delta_low delta_high kl kl_low kl_high agreement agreement_low agreement_high over_mage over_mage_low "
-    "over_mage_high over_g1 over_g1_low over_g1_high over_dense0 over_dense0_low over_dense0_high check_kl "
-    "check_sparse_answer diff_low diff_high prompt_tokens sparse_items K_share",
+    "p_control delta delta_low delta_high kl kl_low kl_high agreement agreement_low agreement_high over_mage "
+    "over_mage_low over_mage_high over_g1 over_g1_low over_g1_high over_dense0 over_dense0_low over_dense0_high "
+    "check_kl check_sparse_answer diff_low diff_high prompt_tokens sparse_items K_share",
     "a list of numbers": "x recall_by_forward kept_by_forward cosine_by_forward",
     "a list of lists of numbers": "by_forward_layer",
 }
@@ -171,11 +172,24 @@ def _check_together(files: Sequence[ResultFile]) -> None:
         seen: dict[str, str] = {}
         for file in own:
             for number, row in enumerate(file.rows, 1):
-                case = {key: row[key] for key in _CASE if row.get(key) is not None}
                 place = f"row {number} of {str(file.path)!r}"
-                first = seen.setdefault(json.dumps(case, sort_keys=True), place)
+                first = seen.setdefault(case_of(row), place)
                 if first != place:
-                    raise ValueError(f"files: must have a case once, got {first} and {place}, both of {case}")
+                    raise ValueError(f"files: must have a case once, got {first} and {place}, both of {_case(row)}")
+
+
+def _case(row: Row) -> Row:
+    return {key: row[key] for key in _CASE if row.get(key) is not None}
+
+
+def case_of(row: Row) -> str:
+    """Which case a row is of, the same text for the same case of any file of its suite."""
+    return json.dumps(_case(row), sort_keys=True)
+
+
+def model_of(files: Sequence[ResultFile]) -> str | None:
+    """The model that the files are of, None where none names one."""
+    return next((file.head["model"] for file in files if "model" in file.head), None)
 
 
 def read(paths: Sequence[str | Path]) -> list[ResultFile]:
@@ -219,6 +233,41 @@ def read(paths: Sequence[str | Path]) -> list[ResultFile]:
             _check_row(whole["name"], f"row {number} of {path.name}", row)
         found.append(ResultFile(path, whole["name"], head, rows))
     _check_together(found)
+    return found
+
+
+def read_other_seed(paths: Sequence[str | Path], files: Sequence[ResultFile]) -> list[ResultFile]:
+    """Evaluations of the model of files, trained with another seed, on the same test cases.
+
+    Args:
+        paths: as `read` takes them. files: of `read`. The names of the two models differ in "-seedN" behind one of
+            them, or behind both.
+    Raises:
+        ValueError: naming other_seed; of another model or the same one, a suite that files lack, other first seeds, or
+            no case that files have too. What `read` raises.
+    """
+    try:
+        found = read(paths)
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(str(error).replace("files: ", "other_seed: ", 1)) from None
+    model, other = model_of(files), model_of(found)
+    plain = [None if name is None else re.sub(r"-seed\d+$", "", name) for name in (model, other)]
+    if model is None or other == model or plain[0] != plain[1]:
+        expected = "of the model of files trained with another seed"
+        expected += f", named {plain[0]} with -seedN behind it" if other != model and model is not None else ""
+        raise ValueError(f"other_seed: must be {expected}, got {other} in {str(found[0].path)!r} and {model} in files")
+    for file in found:
+        own = [each for each in files if each.name == file.name]
+        place = f"{file.name} in {str(file.path)!r}"
+        if file.name not in _SUITES_OF_KINDS or not own:
+            suites = ", ".join(dict.fromkeys(each.name for each in files if each.name in _SUITES_OF_KINDS))
+            raise ValueError(f"other_seed: must be of suites that files have ({suites}), got {place}")
+        seeds = [each.head.get("first_seed") for each in (own[0], file)]
+        if seeds[0] != seeds[1]:
+            raise ValueError(f"other_seed: must have the first_seed of files, {seeds[0]}, got {seeds[1]} of {place}")
+        cases = {case_of(row) for each in own for row in each.rows}
+        if not any(case_of(row) in cases for row in file.rows):
+            raise ValueError(f"other_seed: must have cases that files have too, got none of {place}")
     return found
 
 

@@ -2,7 +2,8 @@
 
 A score stands beside exact attention's on the same cases, with its 95 % interval and K as a share of the prefix. Where
 exact is below 80 % a cell is grey, since a method can't be judged there. A mark says that a method differs from MAGE at
-the same setting by McNemar's exact test, at 5 % for all comparisons of its file together (Holm 1979).
+the same setting by McNemar's exact test, at 5 % for all comparisons of its file together (Holm 1979). Where another
+training seed is given, a difference that has not the same direction there is marked as a tie.
 
 Test: pytest tests/python/test_report.py
 """
@@ -12,8 +13,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from mage_ext.evaluation import figures, pages
-from mage_ext.evaluation.answers import Answer, answers
-from mage_ext.evaluation.figures import RELIABLE, ResultFile, Row, groups, of_method
+from mage_ext.evaluation.answers import Answer, answers, is_tie
+from mage_ext.evaluation.figures import RELIABLE, ResultFile, Row, case_of, groups, model_of, of_method
 from mage_ext.evaluation.method_comparison import holm
 from mage_ext.models import builtin
 
@@ -32,18 +33,18 @@ _TITLES = {
 _LONG = 12  # rows of a table that has none of its own are shown whole up to here
 
 
-def report(files: Sequence[ResultFile], card: str | None = None) -> str:
+def report(files: Sequence[ResultFile], card: str | None = None, other_seed: Sequence[ResultFile] = ()) -> str:
     """The report of a run as an HTML document.
 
     Args:
         files: of `figures.read`, at least one. card: text of the model's card; None: that of the model where it is
-            shipped, else none.
+            shipped, else none. other_seed: of `figures.read_other_seed`, for the answers and the marks.
     Raises:
         ValueError: no file, or rows that lack a key, naming it. ModuleNotFoundError: matplotlib is missing.
     """
     if not files:
         raise ValueError("report: files must be at least one, got none")
-    model = next((str(file.head["model"]) for file in files if "model" in file.head), None)
+    model = model_of(files)
     if card is None and model in builtin.names():
         card = builtin.model_card(model)
     ordered = sorted(files, key=lambda file: list(_TITLES).index(file.name) if file.name in _TITLES else len(_TITLES))
@@ -52,7 +53,9 @@ def report(files: Sequence[ResultFile], card: str | None = None) -> str:
         _contents(ordered, card),
     ]
     top = len(body)
-    body += [f"<details><summary>What ran: {len(files)} files</summary>{_runs(ordered)}</details>", _LEGEND]
+    ran = [*ordered, *other_seed]
+    legend = _LEGEND + (_TIE_LEGEND if other_seed else "")
+    body += [f"<details><summary>What ran: {len(ran)} files</summary>{_runs(ran)}</details>", legend]
     drawn = {name: [] for name in dict.fromkeys(file.name for file in ordered)}
     for drawing in figures.drawings(ordered):
         image = base64.b64encode(figures.png(drawing.draw())).decode("ascii")
@@ -65,8 +68,8 @@ def report(files: Sequence[ResultFile], card: str | None = None) -> str:
         body += pictures
         for file in ordered:
             if file.name == name:
-                body.append(_section(file))
-    body.insert(top, _answers(answers(ordered)))  # made last: a missing key is named with its file before
+                body.append(_section(file, [row for each in other_seed if each.name == name for row in each.rows]))
+    body.insert(top, _answers(answers(ordered, other_seed)))  # made last: a missing key is named with its file before
     if card is not None:
         lines = "\n".join(pages.escape(each) for each in card.splitlines())
         body.append(f'<h2 id="card">The model\'s card</h2>\n<pre class="card">{lines}</pre>')
@@ -129,10 +132,11 @@ def _answers(found: Sequence[Answer]) -> str:
     return "\n".join(['<h2 id="answers">Answers</h2>', _ANSWERS_LEGEND, short, *behind])
 
 
-def _section(file: ResultFile) -> str:
-    """The tables of a file."""
+def _section(file: ResultFile, other: Sequence[Row]) -> str:
+    """The tables of a file. other: rows of its suite with another training seed."""
+    make = _TABLES.get(file.name, _any_rows)
     try:
-        tables = _TABLES.get(file.name, _any_rows)(file.rows)
+        tables = make(file.rows, other) if make in _MARKED else make(file.rows)
     except KeyError as error:
         raise ValueError(f"files: rows of {file.path.name} must have the key {error} of {file.name}") from None
     return f'<p class="dim">{pages.escape(file.path.name)}</p>\n' + "\n".join(tables)
@@ -166,7 +170,7 @@ def score_cell(row: Row, mark: str = "") -> _Cell:
     """A cell: score with its interval, in percent; grey where exact is below RELIABLE.
 
     Args:
-        row: of an evaluation file, with score, exact, ci_low and ci_high. mark: "", "-" or "+".
+        row: of an evaluation file, with score, exact, ci_low and ci_high. mark: "" or of `marks`.
     """
     told = f"{row['method']} {_percent(row['score'])} %, exact {_percent(row['exact'])} % on the same {row['n']} cases"
     if row.get("kv_share") is not None:
@@ -175,20 +179,24 @@ def score_cell(row: Row, mark: str = "") -> _Cell:
         told += f", MAGE alone found {row['mage_only']}, this one alone {row['method_only']}"
     classes = "score grey" if row["exact"] < RELIABLE else "score"
     text = _interval(row, "score", "ci_low", "ci_high", _percent)
-    sign = {"": "", "-": ' <b class="below">\u2212</b>', "+": ' <b class="above">+</b>'}[mark]
+    sign = {"": "", "-": ' <b class="below">\u2212</b>', "+": ' <b class="above">+</b>', "=": " <b>=</b>"}[mark]
     return _Cell(f'<td class="{classes}" title="{pages.escape(told)}">{text}{sign}</td>')
 
 
-def marks(rows: Sequence[Row]) -> tuple[dict[int, str], int]:
-    """Which rows differ from MAGE's at the same setting: id of the row -> "-" or "+"; and the size of the family.
+def marks(rows: Sequence[Row], other: Sequence[Row] = ()) -> tuple[dict[int, str], int]:
+    """Which rows differ from MAGE's at the same setting: id of the row -> "-", "+" or "="; and the size of the family.
 
     Args:
-        rows: those with p_mage are tested, all of them together (Holm, 5 %).
+        rows: those with p_mage are tested, all of them together (Holm, 5 %). other: the same suite's with another
+            training seed; "=" is a difference that has not the same direction there, of the cells where exact
+            attention can be judged.
     """
+    gain = lambda row: row["method_only"] - row["mage_only"]  # noqa: E731
+    others = {case_of(row): gain(row) for row in other if row.get("p_mage") is not None and row["exact"] >= RELIABLE}
     tested = [row for row in rows if row.get("p_mage") is not None]
     held = holm([row["p_mage"] for row in tested])
     signs = {
-        id(row): "-" if row["mage_only"] > row["method_only"] else "+"
+        id(row): "=" if is_tie(gain(row), others.get(case_of(row))) else "-" if gain(row) < 0 else "+"
         for row, differs in zip(tested, held, strict=True)
         if differs
     }
@@ -230,9 +238,9 @@ def _exact_cell(row: Row, exact: Sequence[Row]) -> _Cell:
 # Tables of the suites
 
 
-def _score_tables(rows: Sequence[Row], *, by: Sequence[str], across: str = "K") -> list[str]:
+def _score_tables(rows: Sequence[Row], other: Sequence[Row], *, by: Sequence[str], across: str = "K") -> list[str]:
     """Tables of scores: one per combination of `by`, a line per value of `across`, a column per method."""
-    signs, family = marks(rows)
+    signs, family = marks(rows, other)
     tables = []
     for values, inside in groups([row for row in rows if row["K"]], *by).items():
         told = dict(zip(by, values, strict=True))
@@ -258,6 +266,7 @@ def _score_tables(rows: Sequence[Row], *, by: Sequence[str], across: str = "K") 
         caption += f"; n = {inside[0]['n']}; % of the cases [95 % interval]"
         if family:
             caption += f"; \u2212 and +: differs from MAGE, {family} comparisons together"
+            caption += "; =: not with the other training seed" * bool(other)
         head = ["K (of the prefix)" if across == "K" else across, "exact", *methods, *(["recall, %"] * has_recall)]
         tables.append(_table(head, lines, "scores", caption))
     return tables
@@ -277,17 +286,17 @@ def _needles(rows: Sequence[Row]) -> list[str]:
     return [_table(head, lines, "scores", f"n = {rows[0]['n']} cases a line" if rows else "")]
 
 
-def _methods(rows: Sequence[Row]) -> list[str]:
-    return _score_tables(rows, by=("task", "tokens", "tokens_per_step", "dense_layers", "g"))
+def _methods(rows: Sequence[Row], other: Sequence[Row]) -> list[str]:
+    return _score_tables(rows, other, by=("task", "tokens", "tokens_per_step", "dense_layers", "g"))
 
 
-def _heatmap(rows: Sequence[Row]) -> list[str]:
+def _heatmap(rows: Sequence[Row], other: Sequence[Row]) -> list[str]:
     by = ("tokens", "K", "g", "dense_layers")
-    return _score_tables(rows, by=by, across="depth")
+    return _score_tables(rows, other, by=by, across="depth")
 
 
-def _thresholds(rows: Sequence[Row]) -> list[str]:
-    tables = _score_tables(rows, by=("task", "tokens", "K", "g", "dense_layers"), across="threshold")
+def _thresholds(rows: Sequence[Row], other: Sequence[Row]) -> list[str]:
+    tables = _score_tables(rows, other, by=("task", "tokens", "K", "g", "dense_layers"), across="threshold")
     lines = []
     for row in rows:
         if row["K"]:
@@ -417,7 +426,7 @@ def _folded(table: str, num_lines: int) -> str:
     return table if num_lines <= _LONG else f"<details><summary>{num_lines} rows</summary>{table}</details>"
 
 
-_TABLES: dict[str, Callable[[Sequence[Row]], list[str]]] = {
+_TABLES: dict[str, Callable[..., list[str]]] = {
     "eval/needles": _needles,
     "eval/methods": _methods,
     "eval/heatmap": _heatmap,
@@ -429,12 +438,18 @@ _TABLES: dict[str, Callable[[Sequence[Row]], list[str]]] = {
     "generate": _generate,
 }
 
+_MARKED = (_methods, _heatmap, _thresholds)  # these take the rows of another training seed, too
+
 _LEGEND = f"""<p>Every score stands beside the one of exact attention on the same cases, with its 95 % interval
 (Wilson for rates, bootstrap over contexts elsewhere). K is what a sparse forward reads of the prefix per layer and KV
 head, with its share of the prefix. <span class="grey">Grey</span>: exact attention finds less than
 {100 * RELIABLE:.0f} %, so a method can't be judged there.
 <b class="below">&#8722;</b> below and <b class="above">+</b> above MAGE at the same setting: McNemar's exact test on
 the same cases, at 5 % for all comparisons of the file together (Holm).</p>"""
+
+_TIE_LEGEND = """<p>Another training seed of the model is given: <b>=</b> and "tie" are differences that hold with the
+first one and have not the same direction with the other, on the same cases. Where the other was not measured, or its
+exact attention finds too little, the first stands alone.</p>"""
 
 _ANSWERS_LEGEND = f"""<p>Cells where exact attention finds at least {100 * RELIABLE:.0f} %, and shares masked of prose.
 "Better" and "worse" hold in a paired test (McNemar's for facts; for prose a normal one from the bootstrap interval of
