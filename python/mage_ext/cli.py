@@ -258,6 +258,32 @@ def _eval_recall(args: argparse.Namespace) -> int:
     return 0
 
 
+def _eval_finetune(args: argparse.Namespace) -> int:
+    from mage_ext.evaluation import finetuning
+
+    wanted = _eval_settings(args)
+    _check_prompts(args, 192)
+    try:
+        runs = finetuning.read_runs(args.finetuned, args.control)
+    except ValueError as error:
+        raise ValueError(f"eval: {error}") from None
+    adapters = dict(zip(("tuned", "control"), (str(run.adapter) for run in runs), strict=True))
+    for name, path in (("finetuned", adapters["tuned"]), ("control", adapters["control"])):
+        _check_stages([path], args.adapter, name)
+    runner, write = _eval_start(args)
+
+    def start(weights: str) -> "Runner":
+        if weights not in adapters:
+            return runner
+        return _eval_start(argparse.Namespace(**{**vars(args), "adapter": adapters[weights]}))[0]
+
+    for rows in finetuning.suite(start, args.n, wanted, runs, args.tasks, args.tokens):
+        write("eval/finetune", rows)
+    write("eval/finetune", rows, complete=True)
+    print("\n".join(finetuning.table(rows)))
+    return 0
+
+
 def _eval_prose(args: argparse.Namespace) -> int:
     from mage_ext.evaluation import forced_blocks
 
@@ -446,16 +472,16 @@ def _check_adapter(owner: str, adapter: str | None) -> None:
         raise ValueError(f"{expected}, got {adapter!r}: {error}") from None
 
 
-def _check_stages(stages: Sequence[str], adapter: str | None) -> None:
-    """Refuses what is no earlier adapter of the same layers as --adapter's."""
+def _check_stages(paths: Sequence[str], adapter: str | None, name: str = "stages") -> None:
+    """Refuses what is no other adapter of the same layers as --adapter's."""
     from mage_ext.models import builtin
     from mage_ext.models.adapter import adapter_cut, load_adapter
 
     final = builtin.adapter_path(adapter)
     model = builtin.NAME if adapter is None else adapter
     seen = {os.path.realpath(final): model}
-    for path in stages:
-        wanted = f"eval: stages must be adapters of the layers of {model}"
+    for path in paths:
+        wanted = f"eval: {name} must be adapters of the layers of {model}"
         if not path:
             raise ValueError(f"{wanted}, got ''")
         file = builtin.adapter_path(path)
@@ -885,6 +911,17 @@ def make_parser() -> argparse.ArgumentParser:
     add("--stages", nargs="+", default=[], metavar="FILE", help="adapters of earlier weights, measured first")
     recall.set_defaults(run=_eval_recall)
 
+    pair = suites.add_parser("finetune", help="what fine-tuning adds over its control, on the same cases")
+    add = pair.add_argument
+    add("--finetuned", required=True, metavar="DIR", help="folder of `mage train finetune`, from --adapter on")
+    add("--control", required=True, metavar="DIR", help="the same of its control")
+    add("--tasks", nargs="+", default=["four_keys", "four_lines", "lines"], choices=tasks)
+    add("--k", nargs="+", type=int, default=[64, 128, 256], help="prefix tokens per layer and KV head")
+    add("--g", nargs="+", type=int, default=[32], help="tokens per unit; a K that is no multiple is left out")
+    add("--dense-layers", nargs="+", type=int, default=[2], metavar="N", help="the first N layers stay exact")
+    add("--tokens", nargs="+", type=int, default=[2048], help="lengths of the prompt (default 2048)")
+    pair.set_defaults(run=_eval_finetune)
+
     prose = suites.add_parser("prose", help="what each method costs in cross entropy on blocks of held-out prose")
     add = prose.add_argument
     add("--methods", nargs="+", default=names, choices=choices, metavar="METHOD", help=told)
@@ -916,7 +953,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--tokens", nargs="+", type=int, default=[2048], help="lengths of the prompt (default 2048)")
     add("--thresholds", nargs="+", type=float, default=[0.5, 0.9, 0.99, 0.999, 0.9999, 1.0], metavar="P")
     thresholds.set_defaults(run=_eval_thresholds)
-    for suite in (needle, compared, recall, prose, heatmap, thresholds):
+    for suite in (needle, compared, recall, pair, prose, heatmap, thresholds):
         add = suite.add_argument
         add("--text", nargs="+", metavar="FILE", help="prose; of more than 9 texts the held-out tenth is used")
         add("--n", type=int, default=200, help="cases per task, length and depth (default %(default)s)")
