@@ -208,15 +208,48 @@ def _write_parts(
 
 
 def _eval_methods(args: argparse.Namespace) -> int:
-    from mage_ext.evaluation import method_comparison
+    from mage_ext.evaluation import method_comparison, tuning
 
     wanted = _eval_settings(args)
     _check_prompts(args, 192)
     _check_steps(args.tokens_per_step)
-    runner, write = _eval_start(args)
     options = (args.tasks, args.methods, args.tokens, args.tokens_per_step)
-    rows = _write_parts(runner, write, "eval/methods", method_comparison.suite(runner, args.n, wanted, *options))
+    if args.tuned is None:
+        runner, write = _eval_start(args)
+        rows = _write_parts(runner, write, "eval/methods", method_comparison.suite(runner, args.n, wanted, *options))
+    else:
+        try:
+            tuned = tuning.read(args.tuned)
+            tuned.check_seeds(args.first_seed, max(args.n, 1))
+            method_comparison.check_choices("eval", "methods with tuned", args.methods, tuning.TUNABLE)
+        except ValueError as error:
+            raise ValueError(str(error).replace("tuned: path", "eval: tuned").replace("tuned: ", "eval: ")) from None
+        runner, write = _eval_start(args)
+        parts = tuning.tuned_suite(runner, args.n, wanted, tuned, *options)
+        rows = _write_parts(runner, write, tuning.TUNED_SUITE, parts)
     print("\n".join(method_comparison.table(rows)))
+    return 0
+
+
+def _eval_tune(args: argparse.Namespace) -> int:
+    from mage_ext.evaluation import tuning
+
+    wanted = _eval_settings(args)
+    _check_prompts(args, 192)
+    _check_steps([args.tokens_per_step])
+    if args.first_seed >= 0 and args.first_seed + args.n > tuning.DEVELOPMENT_SEEDS:
+        raise ValueError(
+            f"eval: first_seed must give cases of development, seeds below {tuning.DEVELOPMENT_SEEDS}, "
+            f"got {args.first_seed} with n = {args.n}"
+        )
+    runner, write = _eval_start(args)
+
+    def with_winners(name: str, rows: list, complete: bool = False) -> None:
+        write(name, rows, complete, tuning.head(rows) if complete else None)
+
+    options = (args.tasks, args.tokens, args.tokens_per_step)
+    rows = _write_parts(runner, with_winners, tuning.SUITE, tuning.suite(runner, args.n, wanted, *options))
+    print("\n".join(tuning.table(rows)))
     return 0
 
 
@@ -533,10 +566,10 @@ def _eval_start(args: argparse.Namespace) -> "tuple[Runner, Callable[..., None]]
         texts = tasks.held_out_texts(texts)[1]  # of a collection, those that training left out
     device, dtype = _device_and_dtype("eval", args)
 
-    def write(name: str, rows: list, complete: bool = False) -> None:
+    def write(name: str, rows: list, complete: bool = False, more: "dict | None" = None) -> None:
         if args.out:
             model = builtin.NAME if args.adapter is None else os.path.basename(args.adapter).split(".")[0]
-            told = (_device_name(device), commit(), rows, args.first_seed, complete)
+            told = (_device_name(device), commit(), rows, args.first_seed, complete, more)
             needles.write_rows(args.out, name, model, *told)
 
     tell = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
@@ -882,7 +915,18 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="decided in every forward (default 4); T = 32 / N",
     )
+    add("--tuned", metavar="FILE", help=f"of `mage eval tune`: its winners' settings; takes {' '.join(names)}")
     compared.set_defaults(run=_eval_methods)
+
+    tune = suites.add_parser("tune", help="as many trials for every method, on seeds of development; names the best")
+    add = tune.add_argument
+    add("--tasks", nargs="+", default=["lines", "four_lines"], choices=tasks)
+    add("--k", nargs="+", type=int, default=[64, 128], help="prefix tokens per layer and KV head (default 64 128)")
+    add("--g", nargs="+", type=int, default=[1, 32], help="tokens per unit (default 1 32)")
+    add("--dense-layers", nargs="+", type=int, default=[2], metavar="N", help="the first N layers stay exact")
+    add("--tokens", nargs="+", type=int, default=[2048], help="lengths of the prompt (default 2048)")
+    add("--tokens-per-step", type=int, default=4, metavar="N", help="decided in every forward (default 4)")
+    tune.set_defaults(run=_eval_tune)
 
     recall = suites.add_parser("recall", help="how far a block's first forward foretells the attention of the others")
     add = recall.add_argument
@@ -953,7 +997,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--tokens", nargs="+", type=int, default=[2048], help="lengths of the prompt (default 2048)")
     add("--thresholds", nargs="+", type=float, default=[0.5, 0.9, 0.99, 0.999, 0.9999, 1.0], metavar="P")
     thresholds.set_defaults(run=_eval_thresholds)
-    for suite in (needle, compared, recall, pair, prose, heatmap, thresholds):
+    for suite in (needle, compared, tune, recall, pair, prose, heatmap, thresholds):
         add = suite.add_argument
         add("--text", nargs="+", metavar="FILE", help="prose; of more than 9 texts the held-out tenth is used")
         add("--n", type=int, default=200, help="cases per task, length and depth (default %(default)s)")

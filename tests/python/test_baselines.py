@@ -159,6 +159,8 @@ class CheckedQuest(Quest):
                 bound = torch.maximum(rows * low[:, head], rows * high[:, head]).sum(-1)  # [R, whole]
                 products = (rows[:, :, None] * units[:, :, head]).sum(-1)  # [R, whole, g]
                 assert (products <= bound[..., None] + 1e-4).all()
+                if self.norm == "prefix":
+                    bound = (bound * q.shape[-1] ** -0.5).softmax(-1)
                 expected[head] = bound.amax(0) if config.score == "max" else bound.mean(0)
             torch.testing.assert_close(scores[request, :, :whole], expected, rtol=1e-5, atol=1e-4)
             _check_choice(seen["lists"], request, expected, prefix_len, config)
@@ -215,6 +217,8 @@ class CheckedTidal(Tidal):
         ("sdar_b16", 32, dict(k=48, g=16, sinks=4, recents=20, score="mean")),
         ("sdar", 16, dict(k=12, g=1, sinks=2, recents=4)),
         ("llama_shift", 128, dict(k=64, g=32)),
+        ("fast_dllm_v2", 64, dict(k=32, g=16, norm="prefix")),
+        ("llama_shift", 64, dict(k=12, g=1, norm="prefix", score="mean")),
     ],
 )
 def test_quest_is_what_it_is_defined_to_be(variant, page_size, options):
@@ -385,6 +389,32 @@ def test_all_methods_run_with_the_same_budget():
     assert cache.num_free == cache.num_pages
     with pytest.raises(ValueError, match=r'config.selection.rule must be "fixed", got \'joint\''):
         methods(model, cache, dataclasses.replace(base, selection=SelectionConfig(rule="joint")))
+
+
+def test_settings_change_their_method_alone():
+    model = _model(num_layers=6)
+    base = _config(selection=SelectionConfig(k=32, g=16))
+    plain = methods(model, _cache(model), base)
+    settings = {
+        "mage": {"score": "max", "norm": "prefix"},
+        "quest": {"score": "mean", "norm": "prefix"},
+        "tidal": {"anchors": (0, 0.25, 0.5, 0.75), "score": "max"},
+        "sparsed": {"skip_share": 0.5, "score_rows": "open"},
+    }
+    found = methods(model, _cache(model), base, settings=settings)
+    assert found["mage"].selection == dataclasses.replace(base.selection, score="max", norm="prefix")
+    quest = found["quest"].method
+    assert (quest.selection.score, quest.norm) == ("mean", "prefix")
+    assert (plain["quest"].method.selection.score, plain["quest"].method.norm) == ("max", "none")
+    # Five layers select: 1 .. 5. A quarter of them is one layer, a half two, three quarters three.
+    assert found["tidal"].method.anchors == (1, 2, 3, 4) and plain["tidal"].method.anchors == (1, 3)
+    assert found["tidal"].method.selection.score == "max"
+    assert found["sparsed"].selection == dataclasses.replace(base.selection, score_rows="open")
+    assert found["sparsed"].exact_steps == 2 and plain["sparsed"].exact_steps == 1  # of four sub-blocks
+    for name in ("exact", "recency", "random"):
+        assert found[name].selection == base.selection and found[name].method is None
+    assert baselines.anchor_layers((3, 4), (0, 0.25, 0.5, 0.75)) == (3, 4)
+    assert list(methods(model, _cache(model), base, names=["tidal", "exact"])) == ["exact", "tidal"]
 
 
 # --------------------------------------------------------------------------- one token per forward
@@ -563,6 +593,8 @@ def test_methods_say_what_is_wrong():
         Quest(_cache(model, page_size=16), k=32, g=32)
     with pytest.raises(ValueError, match="score must be one of mean, max, got 'sum'"):
         Quest(cache, k=32, g=16, score="sum")
+    with pytest.raises(ValueError, match="Quest: norm must be one of none, prefix, got 'context'"):
+        Quest(cache, k=32, g=16, norm="context")
     with pytest.raises(ValueError, match="cache must be that of the generation, got another"):
         generate(model, _prompts(model), _config(Quest(cache, k=32, g=16)), cache=other)
     for selecting in ((), (1, 0), (1, 1), (0.0,), (True,), (-1,)):
@@ -580,6 +612,13 @@ def test_methods_say_what_is_wrong():
         sparsed_config(_config(), forwards=0)
     with pytest.raises(TypeError, match="base must be a DenoiseConfig, got None"):
         sparsed_config(None, forwards=8)
+    base = _config(selection=SelectionConfig(k=32, g=16))
+    with pytest.raises(ValueError, match=r"methods: names must be of exact, mage, .*, got 'best'"):
+        methods(model, cache, base, names=["best"])
+    with pytest.raises(ValueError, match="methods: settings must be of mage, quest, tidal, sparsed, got 'random'"):
+        methods(model, cache, base, settings={"random": {"seed": 1}})
+    with pytest.raises(ValueError, match="methods: settings of quest must be of score, norm, got 'anchors'"):
+        methods(model, cache, base, settings={"quest": {"anchors": (0,)}})
 
 
 # --------------------------------------------------------------------------- CUDA

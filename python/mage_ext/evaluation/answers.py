@@ -2,6 +2,7 @@
 
     recall        does the first forward's list hold along the block, against the 84 to 90 % of the paper
     methods       is MAGE better than Quest, Tidal and SparseD at every K, and where not
+    tuned         the same with every method tuned by as many trials
     variants      which score, rows, norm and granularity win at equal bytes and at equal time
     layers        what budgets by layer (MAGE v1, "joint") add
     dense         what dense layers add
@@ -25,6 +26,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mage_ext._arguments import check_list, check_type
+from mage_ext.evaluation import tuning
 from mage_ext.evaluation.figures import RELIABLE, ResultFile, Row, case_of, groups, model_of
 from mage_ext.evaluation.method_comparison import holm, mcnemar
 from mage_ext.evaluation.needles import wilson
@@ -614,6 +616,7 @@ def _seeds(files: Sequence[ResultFile], other_seed: Sequence[ResultFile], found:
 _QUESTIONS = {
     "recall": ("Does the first forward's list hold along the block (the paper reports recall of 84 to 90 %)?", _recall),
     "methods": ("Is MAGE better than Quest, Tidal and SparseD at every K?", _methods),
+    "tuned": ("And with all of them tuned?", lambda rows, other: tuning.answer(rows, other, _methods)),
     "variants": ("Which score, rows, norm and granularity win at equal bytes and at equal time?", _variants),
     "layers": ("What do budgets by layer add?", _layers),
     "dense": ("What do dense layers add?", _dense),

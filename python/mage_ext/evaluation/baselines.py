@@ -10,7 +10,8 @@ Test: pytest tests/python/test_baselines.py
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,15 @@ from mage_ext.selection import SelectionConfig
 
 _MAX_FINITE_BITS = 0x7F7FFFFF  # of float32, as an integer
 
+METHODS = ("exact", "mage", "quest", "tidal", "sparsed", "recency", "random")
+# What can be set per method, beside the budget that all share: see `methods`.
+SETTINGS = {
+    "mage": ("score", "score_rows", "norm"),
+    "quest": ("score", "norm"),
+    "tidal": ("score", "anchors"),
+    "sparsed": ("skip_share", "score", "score_rows", "norm"),
+}
+
 
 class Quest:
     """Quest (Tang et al. 2024, arXiv 2406.10774): in every forward the units whose keys may score highest.
@@ -38,7 +48,10 @@ class Quest:
     query heads share one list. With score "max" a unit counts by the highest bound of all rows, so no row finds a key
     beyond the lists that scores more than every listed unit may: Quest's rule, applied to a block. "mean" is the mean
     of the bounds, which is the bound of the mean of min(q, 0) and max(q, 0) and so needs one product instead of one per
-    row; on CUDA that mean is rounded to the cache's dtype. All rows count, decided or not.
+    row; on CUDA that mean is rounded to the cache's dtype. Bounds of different rows are of different sizes: with norm
+    "prefix" a row's bounds become shares of the whole units of the prefix, softmax(bound * D ** -0.5), before the rows
+    are joined. Of a single row all of these rank alike: they differ only in how rows share a list, which Quest itself
+    does not say. All rows count, decided or not.
 
     A forward reads min and max of every whole unit of the prefix: 2 D numbers, as much as K and V of one token. The
     scores are torch's products on gathered bounds, which move these bytes three times and the products of all rows
@@ -51,14 +64,28 @@ class Quest:
         k: tokens per layer and KV head, multiple of g; the partial unit is charged to it.
         g: tokens per unit: 1, 16, 32 or 64.
         score: "max" or "mean" over the rows.
+        norm: "none", or "prefix": of shares.
         sinks, recents: tokens at the start and the end of the prefix that are always kept; charged to k.
 
     Raises:
         ValueError, TypeError: naming the argument.
     """
 
-    def __init__(self, cache: PagedCache, *, k: int, g: int, score: str = "max", sinks: int = 0, recents: int = 0):
+    def __init__(
+        self,
+        cache: PagedCache,
+        *,
+        k: int,
+        g: int,
+        score: str = "max",
+        norm: str = "none",
+        sinks: int = 0,
+        recents: int = 0,
+    ):
         check_type("Quest", "cache", cache, PagedCache, "a PagedCache")
+        if norm not in ("none", "prefix"):
+            raise ValueError(f"Quest: norm must be one of none, prefix, got {got(norm)}")
+        self.norm = norm
         self.selection = SelectionConfig(k=k, g=g, score=score, sinks=sinks, recents=recents)
         if cache.page_size % g:
             raise ValueError(f"Quest: g must divide the cache's pages of {cache.page_size} tokens, got {g}")
@@ -140,11 +167,11 @@ class Quest:
         return forward.attend_lists(q, k_cache, v_cache, forward.seq_lens, lists, self.selection.g)
 
     def scores(self, forward: PagedForward, layer: int, q: Tensor) -> Tensor:
-        """Upper bound of q . k in every unit, over the rows as `score` says: [A, Hkv, n], float32; undefined in units
-        that are not whole below the prefix.
+        """Upper bound of q . k in every unit, or its share, over the rows as `score` says: [A, Hkv, n], float32;
+        undefined in units that are not whole below the prefix.
 
         Args:
-            forward: block_table and max_seq_len are used. q: [A, Q, H, D].
+            forward: block_table and max_seq_len are used, for shares prefix_lens. q: [A, Q, H, D].
         """
         num_heads, head_dim = self.cache.num_kv_heads, self.cache.head_dim
         if "bound rows" not in forward.shared:
@@ -156,10 +183,22 @@ class Quest:
         torch.clamp(heads, max=0, out=signed[..., :head_dim])
         torch.clamp(heads, min=0, out=signed[..., head_dim:])
         signed = signed.flatten(2, 3).flatten(0, 1)  # [Hkv * A, R, 2 D]
-        if self.selection.score == "mean":
+        is_mean, has_shares = self.selection.score == "mean", self.norm == "prefix"
+        if is_mean and not has_shares:
             signed = signed.mean(1, keepdim=True, dtype=torch.float32).to(q.dtype)
         bound = _product(signed, bounds.mT)  # [Hkv * A, R or 1, n]
-        return bound.amax(1).unflatten(0, (num_heads, -1)).transpose(0, 1)
+        if has_shares:
+            bound = self._shares(forward, bound)
+        joined = bound.mean(1) if is_mean and has_shares else bound.amax(1)
+        return joined.unflatten(0, (num_heads, -1)).transpose(0, 1)
+
+    def _shares(self, forward: PagedForward, bound: Tensor) -> Tensor:
+        """softmax(bound * D ** -0.5) over the whole units of every request's prefix: [Hkv * A, R, n], as bound."""
+        unit = torch.arange(bound.shape[-1], device=bound.device)
+        is_other = unit >= (forward.prefix_lens // self.selection.g)[:, None]  # [A, n]
+        is_other = is_other.repeat(self.cache.num_kv_heads, 1)[:, None]
+        scaled = bound * self.cache.head_dim**-0.5
+        return scaled.masked_fill(is_other, torch.finfo(scaled.dtype).min).softmax(-1)
 
     def _rows_of(self, forward: PagedForward) -> Tensor:
         """Rows of the bounds [num_layers][rows * Hkv, 2 D] of every unit: [Hkv, A, n], int64."""
@@ -285,8 +324,21 @@ def sparsed_config(base: DenoiseConfig, *, skip_share: float = 0.2, forwards: in
     return _mage(base, exact_steps=max(exact_steps, 1))
 
 
+def anchor_layers(selecting: Sequence[int], shares: Sequence[float]) -> tuple[int, ...]:
+    """The layers at these shares of the selecting ones, such as 0 (the first) and 0.5 (that in the middle); without
+    doubles, which few layers have."""
+    return tuple(sorted({selecting[int(share * len(selecting))] for share in shares}))
+
+
 def methods(
-    model: Transformer, cache: PagedCache, config: DenoiseConfig, *, forwards: int | None = None, seed: int = 0
+    model: Transformer,
+    cache: PagedCache,
+    config: DenoiseConfig,
+    *,
+    forwards: int | None = None,
+    seed: int = 0,
+    names: Sequence[str] = METHODS,
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, DenoiseConfig]:
     """All methods at the K, g, sinks, recents, dense layers and sampler of one configuration.
 
@@ -299,6 +351,10 @@ def methods(
             max of its bounds.
         forwards: of a block, for sparsed. None: the most that the sampler can need for a whole open block.
         seed: of random.
+        names: of METHODS, those that are wanted: Quest's bounds take memory.
+        settings: by method, what differs from its default; of SETTINGS. "score", "score_rows" and "norm" are those of
+            the SelectionConfig, for quest those of Quest; "anchors" of tidal are shares of the selecting layers, as
+            `anchor_layers` has them; "skip_share" is that of `sparsed_config`.
     Returns:
         Configurations by name. The Quest in "quest" has no bounds yet of what the cache holds: see Quest.prepare.
     Raises:
@@ -313,6 +369,16 @@ def methods(
         sub_block_size = config.sub_block_size or model_config.sub_block_size or block_size
         forwards = config.sampler.max_forwards(sub_block_size) * (block_size // sub_block_size)
     check_type("methods", "seed", seed, int, "an integer")
+    for name in names:
+        if name not in METHODS:
+            raise ValueError(f"methods: names must be of {', '.join(METHODS)}, got {got(name)}")
+    settings = settings if settings is not None else {}
+    for name, own in settings.items():
+        if name not in SETTINGS:
+            raise ValueError(f"methods: settings must be of {', '.join(SETTINGS)}, got {got(name)}")
+        for key in own:
+            if key not in SETTINGS[name]:
+                raise ValueError(f"methods: settings of {name} must be of {', '.join(SETTINGS[name])}, got {got(key)}")
     mage = _mage(config)
     budget = dict(k=chosen.k, g=chosen.g, sinks=chosen.sinks, recents=chosen.recents)
     selecting = list(mage.selecting_layers(model_config.num_layers))
@@ -320,15 +386,31 @@ def methods(
     def of(method: Quest | Tidal) -> DenoiseConfig:
         return dataclasses.replace(mage, mode="method", method=method)
 
-    return {
-        "exact": dataclasses.replace(mage, mode="exact"),
-        "mage": mage,
-        "quest": of(Quest(cache, **budget)),
-        "tidal": of(Tidal(selecting, score=chosen.score, **budget)),
-        "sparsed": sparsed_config(config, forwards=forwards),
-        "recency": dataclasses.replace(mage, select_override=selection.recency_selection),
-        "random": dataclasses.replace(mage, select_override=functools.partial(selection.random_selection, seed=seed)),
+    def with_settings(name: str) -> DenoiseConfig:
+        changes = {key: value for key, value in settings.get(name, {}).items() if key != "skip_share"}
+        return dataclasses.replace(mage, selection=dataclasses.replace(chosen, **changes))
+
+    def tidal() -> Tidal:
+        own = {"score": chosen.score, **settings.get("tidal", {})}
+        if "anchors" in own:
+            own["anchors"] = anchor_layers(selecting, own["anchors"])
+        return Tidal(selecting, **own, **budget)
+
+    def sparsed() -> DenoiseConfig:
+        skip = {key: value for key, value in settings.get("sparsed", {}).items() if key == "skip_share"}
+        return sparsed_config(with_settings("sparsed"), forwards=forwards, **skip)
+
+    random = functools.partial(selection.random_selection, seed=seed)
+    makers = {
+        "exact": lambda: dataclasses.replace(mage, mode="exact"),
+        "mage": lambda: with_settings("mage"),
+        "quest": lambda: of(Quest(cache, **settings.get("quest", {}), **budget)),
+        "tidal": lambda: of(tidal()),
+        "sparsed": sparsed,
+        "recency": lambda: dataclasses.replace(mage, select_override=selection.recency_selection),
+        "random": lambda: dataclasses.replace(mage, select_override=random),
     }
+    return {name: make() for name, make in makers.items() if name in names}
 
 
 def _mage(config: DenoiseConfig, exact_steps: int = 1) -> DenoiseConfig:

@@ -79,7 +79,7 @@ class ResultFile:
 
 # What keys of rows hold. Suites without a kind here, such as those of kernels' benches, may hold anything.
 _KINDS = {
-    "a text": "study task method control sampler weights",
+    "a text": "study task method control sampler weights settings tuned_on",
     "a whole number": "K g T n tokens tokens_per_step dense_layers blocks masked facts distractors "
     "mage_only method_only g1_only units_only dense0_only dense_only control_only tuned_only steps",
     "a number": "score exact ci_low ci_high found_of_exact kv_share forwards kept_mass prefix_tokens recall chance t p "
@@ -96,7 +96,7 @@ _MAY_BE_NULL = "tokens_per_step weights kv_share kept_mass recall p_mage p_g1 p_
 _MAY_BE_NULL = frozenset((_MAY_BE_NULL + "check_kl next_block other_text spearman_contexts").split())
 _LEAST = {"n": 1, "dense_layers": -1}  # of whole numbers; 0 for the others
 _RATES = ("score", "exact", "ci_low", "ci_high")
-_SUITES_OF_RATES = ("needles", "methods", "heatmap", "thresholds", "finetune", "longbench", "ruler")
+_SUITES_OF_RATES = ("needles", "methods", "tuned", "heatmap", "thresholds", "finetune", "longbench", "ruler")
 _SUITES_OF_KINDS = tuple(f"eval/{name}" for name in (*_SUITES_OF_RATES, "prose", "recall"))
 _TIMED = ("generate", "sparse_block_attention")  # benches that figures and answers are made of
 # Which case a row is of: a case has one row in all files of a suite together.

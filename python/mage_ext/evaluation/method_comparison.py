@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,7 @@ from mage_ext.paged_forward import Emission, PagedForward
 from mage_ext.sampling import SamplerConfig
 from mage_ext.selection import BlockSelection, SelectionConfig
 
-METHODS = ("exact", "mage", "quest", "tidal", "sparsed", "recency", "random")
+METHODS = baselines.METHODS
 # What else is compared on demand; see `configs`.
 VARIANTS = ("oracle", "carry", "mage_max", "mage_open", "mage_prefix", "v1", "joint", "mass")
 ALL_METHODS = METHODS + VARIANTS
@@ -51,6 +51,8 @@ _FLOORS, _FLOOR_SINKS = ("recency", "random"), 4
 # Methods whose lists change with every forward, or whose scores are no shares: their lists keep no mass of their own.
 _NO_KEPT_MASS = ("quest", "tidal", "oracle", "mage_max")
 _MASS_SHARE = 0.95
+
+Settings = Mapping[str, Any]  # of a method: what differs from its default, see `baselines.methods`
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,12 @@ def settings(ks: Sequence[int], gs: Sequence[int], dense_layers: Sequence[int]) 
 
 
 def configs(
-    model: Transformer, cache: PagedCache, setting: Setting, base: DenoiseConfig, names: Sequence[str] = METHODS
+    model: Transformer,
+    cache: PagedCache,
+    setting: Setting,
+    base: DenoiseConfig,
+    names: Sequence[str] = METHODS,
+    settings: Mapping[str, Settings] | None = None,
 ) -> dict[str, DenoiseConfig]:
     """The configuration of each named method at one setting.
 
@@ -105,17 +112,17 @@ def configs(
     Args:
         model, cache: as `baselines.methods` takes them. setting: budget, units and dense layers.
         base: sampler and length; its mode, selection and dense layers are replaced. names: of ALL_METHODS.
+        settings: of METHODS by name, as `baselines.methods` takes them; the other methods are not touched by them.
     Raises:
         ValueError: an unknown name, a page that is no multiple of g, or a dense layer that the model lacks.
     """
     check_choices("configs", "names", names, ALL_METHODS)
     chosen = SelectionConfig(k=setting.K, g=setting.g)
     config = dataclasses.replace(base, selection=chosen, dense_layers=tuple(range(setting.dense_layers)))
-    found: dict[str, DenoiseConfig] = {}
-    if set(names) & set(METHODS):  # Quest's bounds take memory
-        found = baselines.methods(model, cache, config)
-        for name in _FLOORS:
-            found[name] = dataclasses.replace(found[name], selection=dataclasses.replace(chosen, sinks=_FLOOR_SINKS))
+    own = [name for name in names if name in METHODS]
+    found = baselines.methods(model, cache, config, names=own, settings=settings)
+    for name in set(_FLOORS) & set(found):
+        found[name] = dataclasses.replace(found[name], selection=dataclasses.replace(chosen, sinks=_FLOOR_SINKS))
     mage = dataclasses.replace(config, mode="mage")
     for name, changes in {
         "mage_max": {"score": "max"},
@@ -343,8 +350,17 @@ class Comparison:
         scores = {key: pick(score) for key, score in self.scores.items()}
         return Comparison(pick(self.exact), scores, {}, [self.prefixes[i] for i in cases], self.T)
 
-    def rows(self, task: str, tokens: int) -> list[dict[str, Any]]:
+    def common(self, task: str, tokens: int) -> dict[str, Any]:
+        """What all rows have alike."""
+        prefix = sum(self.prefixes) / max(len(self.prefixes), 1)
+        return {"T": self.T, "tokens": tokens, "distractors": TASKS[task][1], "prefix_tokens": prefix}
+
+    def rows(self, task: str, tokens: int, settings: Mapping[str, Settings] | None = None) -> list[dict[str, Any]]:
         """The rows of an evaluation file.
+
+        Args:
+            task, tokens: of the cases. settings: those that the methods ran with; every row then has "settings" in
+                words, exact's without.
 
         Beside those of `Score.row`: "T"; "prefix_tokens", the mean prefix before the first block; "mage_only" and
         "method_only", cases that MAGE alone or this method alone answered at the same setting, and "p_mage", McNemar's
@@ -353,12 +369,14 @@ class Comparison:
         and "p_dense0". "kept_mass" is None where a method's lists change with every forward or its scores are no
         shares; that of "mage_prefix" is of the prefix alone, that of "mage_open" of its rows.
         """
-        prefix = sum(self.prefixes) / max(len(self.prefixes), 1)
-        more = {"T": self.T, "tokens": tokens, "distractors": TASKS[task][1], "prefix_tokens": prefix}
+        more = self.common(task, tokens)
         rows = [self.exact.row(task, None, **more)]
         for (setting, name), score in self.scores.items():
             row = score.row(task, self.exact, **more)
-            if name in _NO_KEPT_MASS:
+            own = settings.get(name, {}) if settings is not None else {}
+            if settings is not None:
+                row["settings"] = settings_text(own)
+            if name in _NO_KEPT_MASS or own.get("score") == "max":
                 row["kept_mass"] = None
             mage = self.scores.get((setting, "mage"))
             if name == "mage":
@@ -374,6 +392,15 @@ class Comparison:
                 row |= _paired(sparse, score, "dense0_only", "dense_only", "p_dense0")
             rows.append(row)
         return rows
+
+
+def settings_text(settings: Settings) -> str:
+    """Settings of a method in words: "default", "score=max", "skip_share=0.3 score=max", "anchors=0,0.25"."""
+
+    def told(value: Any) -> str:
+        return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+    return " ".join(f"{key}={told(value)}" for key, value in settings.items()) or "default"
 
 
 def _paired(one: needles.Score, other: needles.Score, only_one: str, only_other: str, p: str) -> dict[str, Any]:
@@ -401,6 +428,48 @@ def holm(values: Sequence[float], level: float = 0.05) -> list[bool]:
     return held
 
 
+class SharedPrefill:
+    """A batch of cases behind one prefill, which every method continues from.
+
+    Args:
+        loaded, cases, wanted, sampler: as `compare` takes them.
+    Fields:
+        base: the configuration of exact attention. state: of `prefill`. cache: its pages. T: forwards of a whole block.
+    Raises:
+        ValueError: as `compare`.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        cases: Sequence[tuple[Any, list[int]]],
+        wanted: Sequence[Setting],
+        sampler: SamplerConfig,
+    ):
+        self._loaded, self._cases = loaded, cases
+        # A block or two per configuration: capturing graphs would cost more than replaying them saves.
+        self.base = dataclasses.replace(needles.exact_method(sampler).config, cuda_graphs=False)
+        self.state = prefill(loaded.model, [ids for _, ids in cases], self.base)
+        self.prefixes = list(self.state.prefix_lens)
+        self.cache = self.state.batch.cache
+        self.T = sampler.max_forwards(loaded.config.block_size)
+        longest = max(setting.K for setting in wanted)
+        if longest >= min(self.prefixes):
+            self.state.release()
+            raise ValueError(
+                f"compare: wanted must have K below every prefix, the shortest of which has {min(self.prefixes)} "
+                f"tokens, got {longest}"
+            )
+
+    def run(self, name: str, setting: Setting | None, config: DenoiseConfig) -> needles.Score:
+        """The outcome of one method."""
+        results = generate(self._loaded.model, self.state.fork(), config, tokenizer=self._loaded.tokenizer)
+        found = [case.found(result.text) for (case, _), result in zip(self._cases, results, strict=True)]
+        # Not config itself: it may hold Quest's tensors.
+        told = (setting.K, setting.g, setting.dense_layers) if setting is not None else ()
+        return needles.Score(needles.Method(name, self.base, *told), found, results)
+
+
 def compare(
     loaded: LoadedModel,
     cases: Sequence[tuple[Any, list[int]]],
@@ -409,55 +478,39 @@ def compare(
     sampler: SamplerConfig = STATIC,
     tell: Callable[[str], None] | None = None,
     with_recall: bool = True,
+    settings: Mapping[str, Settings] | None = None,
 ) -> Comparison:
     """Every method at every setting on a batch of cases; prefill is done once and forked.
 
     Args:
         loaded: model and tokenizer. cases: of `needles.CaseMaker`, all in one batch; their prefixes must be longer than
             every K, or the blocks would be exact. wanted: of `settings`. names: of ALL_METHODS; exact always runs, and
-            recall is measured with "mage", unless with_recall is off. tell: takes a line per setting.
+            recall is measured with "mage", unless with_recall is off. tell: takes a line per setting. settings: of
+            methods by name, as `configs` takes them.
     Raises:
         ValueError: naming the argument.
     """
-    # A block or two per configuration: capturing graphs would cost more than replaying them saves.
-    base = dataclasses.replace(needles.exact_method(sampler).config, cuda_graphs=False)
-    state = prefill(loaded.model, [ids for _, ids in cases], base)
-    longest = max(setting.K for setting in wanted)
-    if longest >= min(state.prefix_lens):
-        state.release()
-        raise ValueError(
-            f"compare: wanted must have K below every prefix, the shortest of which has {min(state.prefix_lens)} "
-            f"tokens, got {longest}"
-        )
-    cache = state.batch.cache
-
-    def run(name: str, setting: Setting | None, config: DenoiseConfig) -> needles.Score:
-        results = generate(loaded.model, state.fork(), config, tokenizer=loaded.tokenizer)
-        found = [case.found(result.text) for (case, _), result in zip(cases, results, strict=True)]
-        # Not config itself: it may hold Quest's tensors.
-        told = (setting.K, setting.g, setting.dense_layers) if setting is not None else ()
-        return needles.Score(needles.Method(name, base, *told), found, results)
-
+    shared = SharedPrefill(loaded, cases, wanted, sampler)
     recalls: dict[tuple[int, int], Recall] = {}
     if "mage" in names and with_recall:
-        prefix_lens = torch.tensor(state.prefix_lens, dtype=torch.int32, device=cache.device)
+        prefix_lens = torch.tensor(shared.prefixes, dtype=torch.int32, device=shared.cache.device)
         for g in dict.fromkeys(setting.g for setting in wanted):
-            masses = exact_masses(loaded.model, state, base, g)
+            masses = exact_masses(loaded.model, shared.state, shared.base, g)
             for k in dict.fromkeys(setting.K for setting in wanted if setting.g == g):
                 recalls[k, g] = recall(masses, prefix_lens, SelectionConfig(k=k, g=g))
             del masses
-    exact = run("exact", None, base)
+    exact = shared.run("exact", None, shared.base)
     scores = {}
+    others = [name for name in names if name != "exact"]
     for setting in wanted:
-        found = configs(loaded.model, cache, setting, base, [name for name in names if name != "exact"])
+        found = configs(loaded.model, shared.cache, setting, shared.base, others, settings)
         for name in list(found):
-            scores[setting, name] = run(name, setting, found.pop(name))
+            scores[setting, name] = shared.run(name, setting, found.pop(name))
         if tell is not None:
             counts = ", ".join(f"{name} {score.whole}" for (at, name), score in scores.items() if at == setting)
             tell(f"{setting}: of {len(cases)} exact {exact.whole}, {counts}")
-    prefixes = list(state.prefix_lens)
-    state.release()
-    return Comparison(exact, scores, recalls, prefixes, sampler.max_forwards(loaded.config.block_size))
+    shared.state.release()
+    return Comparison(exact, scores, recalls, shared.prefixes, shared.T)
 
 
 def suite(
@@ -468,13 +521,15 @@ def suite(
     methods_wanted: Sequence[str] = METHODS,
     tokens: Sequence[int] = (2048,),
     tokens_per_step: Sequence[int] = (4,),
+    settings: Mapping[str, Settings] | None = None,
 ) -> Iterator[list[dict[str, Any]]]:
     """All rows so far, after every batch of cases.
 
     Args:
         runner: of the model. n: cases per task, seeds 0 .. n - 1. wanted: of `settings`. tasks_wanted: of TASKS.
         methods_wanted: of ALL_METHODS, beside "exact", which the others are held against. tokens: lengths of a prompt,
-            about. tokens_per_step: numbers of tokens that are decided in every forward.
+            about. tokens_per_step: numbers of tokens that are decided in every forward. settings: of methods by name,
+            as `configs` takes them; the rows tell them and have no recall, which is that of the defaults.
     Raises:
         ValueError: naming the argument.
     """
@@ -484,14 +539,15 @@ def suite(
     for task, length, per_step in itertools.product(tasks_wanted, tokens, tokens_per_step):
         sampler = dataclasses.replace(STATIC, tokens_per_step=per_step)
         work = functools.partial(_work, task=task, wanted=wanted, names=methods_wanted, tokens=length, sampler=sampler)
+        work = functools.partial(work, settings=settings)
         if runner.jobs == 1:
             work = functools.partial(work, tell=runner.progress)
         for whole in joined(runner, work, n):
             if runner.progress is not None:
                 told = f"{task}, {length} tokens, T = {whole.T}"
                 runner.progress(f"{told}: {whole.exact.cases}/{n} cases, exact {whole.exact.whole}")
-            yield done + whole.rows(task, length)
-        done += whole.rows(task, length)
+            yield done + whole.rows(task, length, settings)
+        done += whole.rows(task, length, settings)
 
 
 def joined(runner: needles.Runner, work: Callable[[range], Comparison], n: int) -> Iterator[Comparison]:
@@ -513,11 +569,12 @@ def _work(
     names: Sequence[str],
     tokens: int,
     sampler: SamplerConfig,
+    settings: Mapping[str, Settings] | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> Comparison:
     loaded, maker = needles.worker()
     cases = [make_case(maker, task, seed, tokens) for seed in seeds]
-    return compare(loaded, cases, wanted, names, sampler, tell)
+    return compare(loaded, cases, wanted, names, sampler, tell, settings is None, settings)
 
 
 def table(rows: Sequence[dict[str, Any]]) -> list[str]:

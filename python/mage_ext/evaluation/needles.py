@@ -11,7 +11,7 @@ import json
 import math
 import multiprocessing
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -349,9 +349,10 @@ def write_rows(
     rows: Sequence[dict[str, Any]],
     first: int = 0,
     complete: bool = True,
+    more: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes an evaluation file: JSON, as bench/results/ keeps them, a line per row. first: the cases' first seed.
-    complete: False while a suite is still at work.
+    complete: False while a suite is still at work. more: what else the head has.
 
     Raises:
         ValueError: path is in a folder "h100" and device names no H100.
@@ -367,6 +368,7 @@ def write_rows(
         "n": n,
         "first_seed": first,
         "complete": complete,
+        **(more or {}),
     }
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

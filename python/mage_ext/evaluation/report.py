@@ -21,6 +21,7 @@ from mage_ext.models import builtin
 _TITLES = {
     "eval/needles": "Hidden facts: the gates of a shipped model",
     "eval/methods": "Methods at equal K",
+    "eval/tuned": "Methods at equal K, tuned by as many trials",
     "eval/heatmap": "Hidden facts by length and depth",
     "eval/thresholds": "Forwards and accuracy against the sampler's threshold",
     "eval/prose": "Held-out prose: cross entropy on given blocks",
@@ -429,6 +430,7 @@ def _folded(table: str, num_lines: int) -> str:
 _TABLES: dict[str, Callable[..., list[str]]] = {
     "eval/needles": _needles,
     "eval/methods": _methods,
+    "eval/tuned": _methods,
     "eval/heatmap": _heatmap,
     "eval/thresholds": _thresholds,
     "eval/prose": _prose,
