@@ -629,6 +629,7 @@ CUDA_METHODS = {
     "quest_g32_mean": lambda cache: Quest(cache, k=64, g=32, score="mean", sinks=4, recents=8),
     "quest_g64_max": lambda cache: Quest(cache, k=64, g=64),
     "quest_g1_max": lambda cache: Quest(cache, k=24, g=1),
+    "quest_g16_shares": lambda cache: Quest(cache, k=32, g=16, score="mean", norm="prefix"),
     "tidal_g32": lambda cache: Tidal((1, 2, 3), k=64, g=32),
     "tidal_g1": lambda cache: Tidal((1, 2, 3), k=24, g=1, score="max"),
 }
