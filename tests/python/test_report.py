@@ -344,6 +344,20 @@ def test_scores_of_benchmarks(write):
     assert cells[1][7].startswith("30.0 [") and cells[1][8:] == ["32.0", "-2.0 [-5.0, 1.0]"]
 
 
+def test_fine_tuning_stands_beside_its_control(write):
+    checks = {"check_kl": 0.03, "check_sparse_answer": 0.02}
+    rows = [_exact(45, weights="tuned"), _score("mage", 20, exact=45, weights="control", steps=100, **checks)]
+    more = {"control_only": 1, "tuned_only": 16, "p_control": 2.7e-4, "steps": 100, **checks}
+    rows += [_score("mage", 35, exact=45, weights="tuned", **more), _score("mage", 9, exact=39, weights="tuned", K=128)]
+    rows.append({"task": "measure", "method": "finetune", "weights": "random:1.5B", "K": 512, "seconds_per_step": 0.75})
+    tables = _cells(report.report(figures.read([write("eval/finetune", rows)])))
+    cells = next(cells for caption, cells in tables.items() if caption.startswith("needle, 2048 tokens; n = 50"))
+    assert cells[1] == ["64 (3.2 %)", "1, 2", "control", cells[1][3], "90.0", "", "", "", "100", "0.03", "0.02"]
+    assert cells[1][3].startswith("40.0 [") and cells[2][3].startswith("70.0 [")
+    assert cells[2][5:] == ["1", "16", "0.00027", "100", "0.03", "0.02"] and len(cells) == 4
+    assert tables[""][-1][-1] == "0.75"
+
+
 def test_report_has_what_ran_and_the_card(write):
     paths = [write(suite, make()) for suite, make in SUITES.items()]
     text = report.report(figures.read(paths))

@@ -404,6 +404,29 @@ def _recall(rows: Sequence[Row]) -> list[str]:
     return tables
 
 
+def _finetune(rows: Sequence[Row]) -> list[str]:
+    """A line per cell and weights; what else the rows hold, such as times of steps, as in suites without a table."""
+    scored = [row for row in rows if "score" in row]
+    tables = []
+    for (task, tokens), inside in groups(scored, "task", "tokens").items():
+        lines = []
+        for row in inside:
+            if not row["K"]:
+                continue
+            line = [_budget(row), f"{row['g']}, {row['dense_layers']}", row["weights"], score_cell(row)]
+            line += [
+                _percent(row["exact"]),
+                *(_plain(row.get(key)) for key in ("control_only", "tuned_only", "p_control")),
+            ]
+            lines.append([*line, *(_plain(row.get(key)) for key in ("steps", "check_kl", "check_sparse_answer"))])
+        head = ["K (of the prefix)", "g, dense layers", "weights", "found, % [95 % interval]", "exact, %"]
+        head += ["control alone", "tuned alone", "p", "steps", "KL to exact, nats", "answers, nats"]
+        caption = f"{task}, {tokens} tokens; n = {inside[0]['n']}; KL and answers under sparse attention: held-out rows"
+        tables.append(_table(head, lines, "scores", caption))
+    others = [row for row in rows if "score" not in row]
+    return [*tables, *(_any_rows(others) if others else [])]
+
+
 def _generate(rows: Sequence[Row]) -> list[str]:
     lines = []
     for row in rows:
@@ -435,6 +458,7 @@ _TABLES: dict[str, Callable[..., list[str]]] = {
     "eval/thresholds": _thresholds,
     "eval/prose": _prose,
     "eval/recall": _recall,
+    "eval/finetune": _finetune,
     "eval/longbench": _benchmark,
     "eval/ruler": _benchmark,
     "generate": _generate,
