@@ -52,7 +52,7 @@ sanitize:  ## the C++ tests under compute-sanitizer; needs a Hopper GPU
 	@command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer must be on PATH (CUDA toolkit)"; exit 1; }
 	@$(PREPARE) test
 	@cpp=$$(ls build/cpython-*/tests/cpp/mage_cpp_tests | head -n 1); \
-	for tool in memcheck racecheck; do \
+	for tool in memcheck racecheck synccheck initcheck; do \
 	  MAGE_REQUIRE_GPU=1 compute-sanitizer --tool $$tool --error-exitcode 1 $$cpp $(GTEST_ARGS) || exit 1; \
 	done
 

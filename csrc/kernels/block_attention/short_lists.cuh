@@ -12,7 +12,7 @@
 //           O += P V, tile after tile, nearly always one or two; one would wait for itself most of the time. They add
 //           up what they have, half of the rows each, write rows down, and bulk copies take these to the CTAs that own
 //           them, about 64 / splits rows each, in fours; all warps of an owner add up what all splits have, in their
-//           order.
+//           order. Where one split has all, each warp finishes the rows that it has written.
 // Memory    Q (64 rows), two stages of K and V (160 rows each: five boxes of the one warpgroup, five of the other),
 //           128-byte swizzle; incoming records of rows, [splits, rows of the owner]. In the ring, once it is read: what
 //           warpgroups give one another, and outgoing records. A record is O in 24 bits and 16 bytes: what exponents
@@ -22,8 +22,8 @@
 //           writes. empty_k/empty_v[stage], if a tile is to come there: one arrival per consumer warp of every CTA of
 //           the same split (of gathered tokens, of this CTA); the lane that has read the flags arrives at its own CTA.
 //           merged: the bytes of the records. Cluster barrier, twice, if the cluster is more than a CTA: barriers are
-//           initialised; all records have come. All threads of the CTA, once: the records are written. Named
-//           barriers: the consumers.
+//           initialised; all records have come. All threads of the CTA, once, if there are splits: the records are
+//           written. Named barriers: the consumers.
 // Ceiling   latencies: lists, page table, K, products, exchange; NOTES.md of sparse_block_attention has the times.
 namespace mage::cuda {
 
@@ -756,6 +756,12 @@ struct ShortListConsumer {
     }
 };
 
+// The rows that a warp of consumers writes down in `join`.
+constexpr int kJoinedRows = 8;
+__device__ __forceinline__ int32_t first_joined(int32_t warp, int32_t group) {
+    return (warp * 2 + group) * kJoinedRows;
+}
+
 // --- The sum of pieces: all warps ------------------------------------------------------------------------------------
 
 template <typename Config>
@@ -813,17 +819,24 @@ struct ShortListMerge {
         return pair;
     }
 
-    // out and lse of this CTA's slice. `wait` returns when all records are there.
+    // out and lse of this CTA's slice. `wait` returns when all records that this warp reads are there.
     template <typename WaitT>
     __device__ __forceinline__ void finish(const WaitT& wait) const {
-        int32_t row = threadIdx.x / kWarp * 2;
+        constexpr int32_t kWarps = kWarpgroup / kWarp;  // of a warpgroup
+        const int32_t warp = threadIdx.x / kWarp;
+        int32_t row = warp * 2, end = rows, step = Config::kThreads / kWarp * 2;
+        if (args.splits == 1) {
+            row = warp < kWarps ? rows : first_joined(warp % kWarps, warp / kWarps - 1);
+            end = min(row + kJoinedRows, rows);
+            step = 2;
+        }
         Pair pair = pair_at(row);
         wait();
         const int32_t pieces = shared.piece.pieces;
-        while (row < rows) {
+        while (row < end) {
             add_up(pair, pieces);
-            row += Config::kThreads / kWarp * 2;
-            if (row < rows) pair = pair_at(row);
+            row += step;
+            if (row < end) pair = pair_at(row);
         }
     }
 
@@ -951,8 +964,10 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     }
     __syncwarp();
     ShortListMerge<Config>(args, at, shared).finish([&] {
-        __syncthreads();  // the records of this CTA are written
-        device::mbarrier_wait(device::shared_address(&shared.merged), 0);
+        if (args.splits != 1) {
+            __syncthreads();  // the records of this CTA are written
+            device::mbarrier_wait(device::shared_address(&shared.merged), 0);
+        }
         // What others have of this CTA's rows has come: its own are where they belong once all can say so.
         __syncwarp();
         if (in_cluster(args)) device::cluster_arrive_relaxed();
