@@ -38,7 +38,8 @@ struct Schedule {
     bool fixed = false;
 };
 
-constexpr int32_t kMaxAligned = 32;  // requests: one per lane of the warp that looks
+constexpr int32_t kAlignedShare = 32;  // one part in so many of a worker's units more is less than what balance costs
+constexpr int32_t kMaxAligned = 32;    // requests: one per lane of the warp that looks
 
 MAGE_BOTH int32_t units_of(const Schedule& s, int32_t seq_len) {
     const int32_t rounded = seq_len + s.unit_tokens - 1;
@@ -78,8 +79,11 @@ MAGE_BOTH int32_t aligned_units(const Schedule& s, int32_t total_units, const Co
     if (s.fixed || s.num_requests > kMaxAligned || total_units == 0) return 0;
     int32_t least = ceil_div(total_units, s.max_workers);
     least = least < s.min_units ? s.min_units : least;
-    // A worker with two pieces pays for one more than a worker with one.
-    for (int32_t most = least; most <= least + s.piece_units; ++most) {
+    // A worker with two pieces pays for one more than a worker with one. And where heads of a request run side by side,
+    // the memory serves their tokens, which lie next to each other, together.
+    const int32_t share = least / kAlignedShare;
+    const int32_t slack = share > s.piece_units ? share : s.piece_units;
+    for (int32_t most = least; most <= least + slack; ++most) {
         if (workers_with(most) <= s.max_workers) return most;
     }
     return 0;

@@ -5,6 +5,7 @@
 #include <random>
 #include <set>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "core/attention_schedule.h"
@@ -144,7 +145,7 @@ void expect_sound(const core::Schedule& s, const std::vector<int32_t>& lens, int
     if (most > 0) {
         // Aligned: a worker has one piece, of hardly more units than an even share.
         const int32_t least = std::max(s.min_units, core::ceil_div(total, s.max_workers));
-        ASSERT_LE(most, least + s.piece_units);
+        ASSERT_LE(most, least + std::max(s.piece_units, least / core::kAlignedShare));
         ASSERT_LE(pieces.back().worker, s.max_workers - 1);
         for (size_t i = 0; i < pieces.size(); ++i) {
             ASSERT_EQ(pieces[i].worker, static_cast<int32_t>(i));
@@ -220,6 +221,19 @@ TEST(AttentionSchedule, EveryUnitHasOneWorkerInRandomBatches) {
                           random() % 3 == 0, static_cast<int32_t>(random() % 7));
         expect_sound(s, lens, longest);
         if (HasFatalFailure()) return;
+    }
+}
+
+// 16 requests of 32K and a block, 8 heads: 257 units where an even share of 132 workers is 250. Of 15 it is 234.
+TEST(AttentionSchedule, WholeSegmentsWhereTheyTakeLittleLonger) {
+    for (const auto& [requests, units] : {std::pair<size_t, int32_t>{16, 257}, {15, 0}}) {
+        const std::vector<int32_t> lens(requests, 32768 + 32);
+        const core::Schedule s = make_schedule(requests, 8, 128, 132, 1, false, 3);
+        EXPECT_EQ(aligned_units_of(s, lens), units) << requests;
+        expect_sound(s, lens, lens[0]);
+        int64_t in_pieces = 0;
+        for (const Piece& piece : walk(s, lens)) in_pieces += piece.slot >= 0;
+        EXPECT_EQ(in_pieces > 0, units == 0) << requests;
     }
 }
 
