@@ -24,7 +24,7 @@
 //           sum over the tokens, in registers.
 // Sync      full_k[stage]: the producer's expectation and the copies' bytes. empty_k[stage]: the warps of the warpgroup
 //           that has the tile; the producer waits for it, and the other warpgroup where it may have the stage next.
-//           full_q[buffer]: the loaders. empty_q[buffer]: all consumer warps. Named barriers: the loaders (all rows are
+//           full_q[buffer]: the loaders. empty_q[buffer]: all consumers. Named barriers: the loaders (all rows are
 //           there); the consumers (sums of all warps are there, and read).
 // Ceiling   max(bytes of K / HBM, 2 * rows padded to 64, 128, 192, 224 or 256 * D * tokens / tensor cores, rows *
 //           tokens / 16 exponentials per clock and multiprocessor); NOTES.md has the numbers.
@@ -774,7 +774,8 @@ struct Consumer {
             if (args.mode == MassMode::kTotals) store_totals(piece);
             if (last) break;
             tiles_before += tiles;
-            release(&shared.empty_q[buffer]);
+            // Every thread, for each has read numbers: once per piece it costs nothing, and racecheck follows it.
+            device::mbarrier_arrive(device::shared_address(&shared.empty_q[buffer]));
         }
     }
 };
@@ -796,7 +797,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             device::mbarrier_init(device::shared_address(&shared.full_q[i]), kLoaders);
-            device::mbarrier_init(device::shared_address(&shared.empty_q[i]), kConsumers / kWarp);
+            device::mbarrier_init(device::shared_address(&shared.empty_q[i]), kConsumers);
         }
         device::mbarrier_init_fence();
     }
