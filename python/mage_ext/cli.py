@@ -82,10 +82,15 @@ def _load(owner: str, args: argparse.Namespace) -> "LoadedModel":
     loaded = models.load(args.model, dtype, device)
     if device.type == "cuda" and loaded.model.embed_tokens.weight.dtype == torch.float32:
         raise ValueError(f"{owner}: dtype must be bfloat16 or float16 on cuda, got float32, which config.json names")
-    dense, layers = getattr(args, "dense_layers", 0), loaded.config.num_layers
+    _check_first_layers(owner, args, loaded.config.num_layers)
+    return loaded
+
+
+def _check_first_layers(owner: str, args: argparse.Namespace, layers: int) -> None:
+    """--dense-layers, where it is one number, against the model's layers."""
+    dense = getattr(args, "dense_layers", 0)
     if isinstance(dense, int) and dense > layers:
         raise ValueError(f"{owner}: dense_layers must be at most the model's {layers} layers, got {dense}")
-    return loaded
 
 
 def _config(args: argparse.Namespace) -> "DenoiseConfig":
@@ -105,7 +110,9 @@ def _config(args: argparse.Namespace) -> "DenoiseConfig":
         raise ValueError(f"generate: tokens_per_step must be in [1, 4096], got {args.tokens_per_step}")
     if not 0 <= args.dense_layers <= 1000:
         raise ValueError(f"generate: dense_layers must be in [0, 1000], got {args.dense_layers}")
-    selection = SelectionConfig(rule=args.rule, k=args.k, g=args.g, sinks=args.sinks, recents=args.recents)
+    selection = SelectionConfig(
+        rule=args.rule, k=args.k, g=args.g, score=args.score, sinks=args.sinks, recents=args.recents
+    )
     return DenoiseConfig(
         mode=args.mode,
         max_new_tokens=args.max_new_tokens,
@@ -645,12 +652,15 @@ def _speed_model(owner: str, args: argparse.Namespace) -> "Transformer":
     """The model of --model, optimized: "random:NAME" is one of a real geometry with random weights."""
     import torch
 
-    from mage_ext.models.geometry import random_model
+    from mage_ext.models.geometry import GEOMETRIES, random_model
 
     if args.model.startswith("random:"):
+        name = args.model.removeprefix("random:")
+        if name in GEOMETRIES:  # before gigabytes of weights are drawn
+            _check_first_layers(owner, args, GEOMETRIES[name].num_layers)
         device, dtype = _device_and_dtype(owner, args)
         dtype = torch.bfloat16 if dtype is None else dtype
-        model = random_model(args.model.removeprefix("random:"), device=device, dtype=dtype)
+        model = random_model(name, device=device, dtype=dtype)
     else:
         model = _load(owner, args).model
     return model.optimize(compile=args.compile)
@@ -833,6 +843,7 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="prefix tokens read per layer and KV head in sparse steps (default %(default)s)",
     )
     add("-g", "--g", type=int, default=32, help="tokens per selected unit: 1, 16, 32 or 64")
+    add("--score", default="mean", help="of a unit: the mean over the block's rows, or their max, for k of a few units")
     add("--sinks", type=int, default=0, help="tokens at the start that are always read; charged to k")
     add("--recents", type=int, default=0, help="the same at the end of the prefix")
     add("--dense-layers", type=int, default=2, metavar="N", help="the first N layers stay exact")

@@ -1,5 +1,6 @@
 """The mage command as a user types it. Run: pytest tests/python/test_cli.py"""
 
+import argparse
 import io
 import json
 import re
@@ -22,6 +23,7 @@ from mage_ext.sampling import SamplerConfig
         (["generate", "--prompt", "x", "-k", "100", "-g", "32"], "k must be a multiple of g = 32, got 100"),
         (["generate", "--prompt", "x", "-g", "7"], "g must be one of 1, 16, 32, 64, got 7"),
         (["generate", "--prompt", "x", "--rule", "all"], "rule must be one of fixed"),
+        (["generate", "--prompt", "x", "--score", "sum"], "score must be one of mean, max, got 'sum'"),
         (["generate", "--prompt", "x", "--max-new-tokens", "0"], "max_new_tokens must be an integer >= 1, got 0"),
         (["generate", "--prompt", "x", "--model", "no/such/folder"], "no/such/folder"),
         (["generate", "--prompt", "x", "--dense-layers", "-1"], r"dense_layers must be in [0, 1000], got -1"),
@@ -113,6 +115,14 @@ def test_dense_layers_beyond_the_model_are_told_as_given(capsys):
     _needs_base()
     assert cli.main(["generate", "--prompt", "x", "--model", "smollm2-cut16-block", "--dense-layers", "17"]) == 2
     assert "generate: dense_layers must be at most the model's 16 layers, got 17" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("owner", ("profile", "advise"))
+def test_dense_layers_beyond_a_random_model_are_told_before_it_is_made(owner, monkeypatch):
+    monkeypatch.setattr("mage_ext.models.geometry.random_model", lambda *_, **__: pytest.fail("weights were drawn"))
+    args = argparse.Namespace(model="random:7B", dense_layers=29, device="cpu", dtype=None, compile=False)
+    with pytest.raises(ValueError, match=f"{owner}: dense_layers must be at most the model's 28 layers, got 29"):
+        cli._speed_model(owner, args)
 
 
 class _Terminal(io.StringIO):
