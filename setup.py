@@ -4,7 +4,8 @@ This file is also the build backend named there: it is setuptools', except that 
 the environment that is installed into has none. Headers are all that is needed of it, and the stable ABI makes the
 result serve every torch >= 2.11, so the copy that is already there will do, also for an isolated build.
 
-Environment: MAX_JOBS limits parallel compilers; MAGE_CMAKE_ARGS is handed to CMake.
+Environment: CUDA=off builds no kernels, also where nvcc is; MAX_JOBS limits parallel compilers; MAGE_CMAKE_ARGS is handed to
+CMake.
 """
 
 import importlib.util
@@ -88,7 +89,7 @@ class CMakeBuild(build_ext):
         settings = {
             "CMAKE_GENERATOR": "Ninja" if ninja else "Unix Makefiles",
             "CMAKE_HOME_DIRECTORY": ROOT,
-            "CMAKE_CUDA_COMPILER": cuda_compiler(),
+            "CMAKE_CUDA_COMPILER": None if os.environ.get("CUDA") == "off" else cuda_compiler(),
             "MAGE_PYTHON": sys.executable,
             "MAGE_OUTPUT_DIR": folder / "mage_ext",
             "MAGE_TESTS": "OFF",

@@ -44,6 +44,7 @@ from mage_ext.evaluation.speed import (
     measure_blocks,
     products_floor_us,
     random_cache,
+    tokens_per_step,
 )
 from mage_ext.models.config import ModelConfig
 from mage_ext.models.geometry import GEOMETRIES, random_model
@@ -96,7 +97,7 @@ def config_of(mode: str, steps: int, block: int, k: int = 1024, g: int = 64, den
     return DenoiseConfig(
         mode=mode,
         dense_layers=tuple(range(dense)),
-        sampler=SamplerConfig("low_confidence_static", tokens_per_step=-(-block // steps)),
+        sampler=SamplerConfig("low_confidence_static", tokens_per_step=tokens_per_step(block, steps)),
         selection=SelectionConfig(k=k, g=g),
     )
 
@@ -368,6 +369,52 @@ class Bench:
         return best
 
 
+def numbers(option: str, text: str) -> list[int]:
+    try:
+        found = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{option} must be integers, several by commas, got {text!r}") from None
+    if len(set(found)) < len(found):
+        raise ValueError(f"{option} must be different numbers, got {text!r}")
+    return found
+
+
+def checked_places(args: argparse.Namespace) -> list[Place]:
+    """The rows of the table that --rows picks. Options that are lists become lists; ValueError names a bad one, for
+    nothing is lost before anything is timed."""
+    every = [Place(*each) for each in itertools.product(GEOMETRIES, BATCHES, CONTEXTS)]
+    patterns = args.rows.split(",")
+    for pattern in patterns:
+        if pattern.count(":") > 2 or not any(place.matches(pattern) for place in every):
+            raise ValueError(f"--rows must fit rows of the table, MODEL:BATCH:CONTEXT, got {pattern!r}")
+    places = [place for place in every if any(place.matches(pattern) for pattern in patterns)]
+    models = [GEOMETRIES[name] for name in dict.fromkeys(place.model for place in places)]
+    args.steps, args.dense_layers = numbers("--steps", args.steps), numbers("--dense-layers", args.dense_layers)
+    for model, steps in itertools.product(models, args.steps):
+        try:
+            tokens_per_step(model.block_size, steps)
+        except ValueError as error:
+            raise ValueError(f"--{error}") from None
+    most = min(model.num_layers for model in models) - 1
+    for dense in args.dense_layers:
+        if not 0 <= dense <= most:
+            raise ValueError(f"--dense-layers must be in [0, {most}], so that a layer is left to select, got {dense}")
+    try:
+        SelectionConfig(k=args.k, g=args.g)
+    except ValueError as error:
+        raise ValueError(f"--k and --g: {error}") from None
+    least = min(place.context for place in places)
+    if not 0 < args.k < least:
+        raise ValueError(f"--k must be in [1, {least - 1}], below the shortest context, got {args.k}")
+    args.methods = [name for name in args.methods.split(",") if name]
+    for name in args.methods:
+        if name not in METHODS:
+            raise ValueError(f"--methods must be of {', '.join(METHODS)}, got {name!r}")
+    if not args.minutes > 0:
+        raise ValueError(f"--minutes must be above 0, got {args.minutes}")
+    return places
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rows", default="", help="MODEL:BATCH:CONTEXT, parts may be left out, several by commas")
@@ -375,21 +422,19 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=1024)
     parser.add_argument("--g", type=int, default=64)
     parser.add_argument("--dense-layers", default="0,2", help="several by commas")
-    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--methods", default=",".join(METHODS), help="of these, several by commas; '' is none")
     parser.add_argument("--fa3", help="the library _vllm_fa3_C.abi3.so")
     parser.add_argument("--no-compile", action="store_true", help="do without torch.compile")
     parser.add_argument("--minutes", type=float, default=60, help="no place is begun after so many minutes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", help="result file, written on an H100 only")
     args = parser.parse_args()
+    try:
+        places = checked_places(args)
+    except ValueError as error:
+        parser.error(str(error))
     device = gpu_name(args, parser)
-    args.steps = [int(part) for part in args.steps.split(",")]
-    args.dense_layers = [int(part) for part in args.dense_layers.split(",")]
-    methods = args.methods.split(",")
-    places = [Place(*each) for each in itertools.product(GEOMETRIES, BATCHES, CONTEXTS)]
-    places = [place for place in places if any(place.matches(pattern) for pattern in args.rows.split(","))]
-    if not places:
-        parser.error(f"--rows must fit a row of the table, got {args.rows!r}")
+    methods = args.methods
     fa3 = None
     if "fa3" in methods:
         try:

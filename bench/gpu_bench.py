@@ -3,6 +3,7 @@
 import argparse
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from result_file import check_device, make_result, write_result
@@ -29,6 +30,8 @@ def chosen_shapes(args: argparse.Namespace, parser, shapes: list, matches: Calla
 
 def gpu_name(args: argparse.Namespace, parser) -> str:
     """The device that will be timed; ends with a message if there is none, or none whose results may be written."""
+    if args.out and Path(args.out).is_dir():
+        parser.error(f"--out must be a file, got the folder {args.out!r}")
     if not torch.cuda.is_available():
         parser.error("needs a GPU that torch can use")
     device = torch.cuda.get_device_name()

@@ -707,6 +707,10 @@ def _advise(args: argparse.Namespace) -> int:
         raise ValueError(f"advise: device must be cuda, got {device}")
     model = _speed_model("advise", args)
     size = model.config.block_size
+    try:
+        tokens_per_step = speed.tokens_per_step(size, args.steps)
+    except ValueError as error:
+        raise ValueError(f"advise: {error}") from None
     context = args.context // size * size
     contexts = sorted({max(context >> shift, 0) // size * size for shift in range(4)})
     contexts = [each for each in contexts if each > args.k]
@@ -716,7 +720,7 @@ def _advise(args: argparse.Namespace) -> int:
         )
     config = DenoiseConfig(
         mode="mage",
-        sampler=SamplerConfig("low_confidence_static", tokens_per_step=-(-size // args.steps)),
+        sampler=SamplerConfig("low_confidence_static", tokens_per_step=tokens_per_step),
         selection=selection,
         dense_layers=tuple(range(args.dense_layers)),
     )

@@ -91,6 +91,8 @@ class DenoiseConfig:
         layers = self.dense_layers
         if not isinstance(layers, tuple) or not all(isinstance(i, int) and not isinstance(i, bool) for i in layers):
             raise TypeError(f"DenoiseConfig: dense_layers must be a tuple of layer numbers, got {layers!r}")
+        if any(layer < 0 for layer in layers) or len(set(layers)) < len(layers):
+            raise ValueError(f"DenoiseConfig: dense_layers must be different numbers from 0 on, got {layers!r}")
         if (self.mode == "method") != (self.method is not None):
             raise ValueError(
                 f'DenoiseConfig: method must be given with mode "method" and only there, got mode {self.mode!r} and '

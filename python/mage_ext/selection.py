@@ -26,6 +26,7 @@ from mage_ext.counter_random import random_bits
 
 RULES = ("fixed", "layer", "mass", "joint")
 GRANULARITIES = (1, 16, 32, 64)
+MAX_CAPACITY = 1 << 22  # units of a list, of select_kv
 
 _FILE_FORMAT = "mage_ext.BlockSelection/1"
 _OWNER = "BlockSelection"
@@ -76,6 +77,8 @@ class SelectionConfig:
         _check_choice("norm", self.norm, ("context", "prefix"))
         for name in ("k", "k_min", "sinks", "recents"):
             _check_count(name, getattr(self, name), 0)
+            if getattr(self, name) > ops.MAX_TOKENS:
+                raise ValueError(f"SelectionConfig: {name} must be at most {ops.MAX_TOKENS}, got {getattr(self, name)}")
         for name in ("k", "k_min"):
             if getattr(self, name) % self.g:
                 raise ValueError(
@@ -83,6 +86,8 @@ class SelectionConfig:
                 )
         if self.capacity is not None:
             _check_count("capacity", self.capacity, 1)
+            if self.capacity > MAX_CAPACITY:
+                raise ValueError(f"SelectionConfig: capacity must be at most {MAX_CAPACITY} units, got {self.capacity}")
         is_real = isinstance(self.p, (int, float)) and not isinstance(self.p, bool) and not math.isnan(self.p)
         if not is_real or not 0 < self.p <= 1:
             raise ValueError(f"SelectionConfig: p must be a number in (0, 1], got {got(self.p)}")

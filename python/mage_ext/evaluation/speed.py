@@ -250,6 +250,19 @@ def block_floor_ms(
     return ((exact + sparse) * products + commit + (exact + 1) * whole + sparse * listed) / 1e3
 
 
+def tokens_per_step(size: int, steps: int) -> int:
+    """Positions that a static sampler decides in every forward, so that a block of `size` takes `steps` forwards.
+
+    Raises:
+        ValueError: no such number makes it so many: of 32 positions there are 32, 16, 11, 8, 7, 6, 5, 4, 3, 2 or 1.
+    """
+    possible = sorted({-(-size // each) for each in range(1, size + 1)}, reverse=True)
+    if isinstance(steps, bool) or steps not in possible:
+        told = ", ".join(map(str, possible))
+        raise ValueError(f"steps must be forwards that a block of {size} can take, one of {told}, got {steps!r}")
+    return -(-size // steps)
+
+
 def bytes_per_token(config: ModelConfig, element_size: int = 2) -> int:
     """Bytes of K and V that a token takes in all layers."""
     return 2 * config.num_layers * config.num_kv_heads * config.head_dim * element_size
