@@ -443,7 +443,8 @@ def main() -> None:
             print(f"FA3: {reason_of(error)}")
     rows, left_out, too_late = [], [], []
     begun = time.perf_counter()
-    names = list(dict.fromkeys(place.model for place in places))
+    # The largest model first: the fewest of its places fit, and what they leave of the time goes to the others.
+    names = list(dict.fromkeys(place.model for place in places))[::-1]
     models = list(range(1, len(names) + 1))  # still to come, with this one
     for name in names:
         bench = Bench(args, name, [place for place in places if place.model == name])
