@@ -4,8 +4,8 @@ This file is also the build backend named there: it is setuptools', except that 
 the environment that is installed into has none. Headers are all that is needed of it, and the stable ABI makes the
 result serve every torch >= 2.11, so the copy that is already there will do, also for an isolated build.
 
-Environment: CUDA=off builds no kernels, also where nvcc is; MAX_JOBS limits parallel compilers; MAGE_CMAKE_ARGS is handed to
-CMake.
+Environment: CUDA=off builds no kernels, also where nvcc is; MAX_JOBS limits parallel compilers; MAGE_CMAKE_ARGS is
+handed to CMake.
 """
 
 import importlib.util
