@@ -59,6 +59,8 @@ _CONFIGS = {
     "sampler_as_text": (dict(sampler="sequential"), "sampler must be a SamplerConfig, got 'sequential'"),
     "selection_as_dict": (dict(selection={"k": 32}), "selection must be a SelectionConfig"),
     "dense_layers": (dict(dense_layers=[0, 1]), r"dense_layers must be a tuple of layer numbers, got \[0, 1\]"),
+    "dense_below": (dict(dense_layers=(-1,)), r"dense_layers must be different numbers from 0 on, got \(-1,\)"),
+    "dense_twice": (dict(dense_layers=(0, 0)), r"dense_layers must be different numbers from 0 on, got \(0, 0\)"),
     "prefill_chunk": (dict(prefill_chunk=-32), "prefill_chunk must be an integer >= 1, got -32"),
     "sub_block_size": (dict(sub_block_size=0), "sub_block_size must be an integer >= 1, got 0"),
     "select_override": (dict(select_override="recency"), "select_override must be callable, got 'recency'"),
