@@ -105,8 +105,11 @@ int64_t block_attention_mass_workspace(const BlockAttentionMassParams& params) {
     BlockAttentionRowsParams rows;
     rows.attention = params.attention;
     const BlockAttentionParams& p = params.attention;
+    core::AttentionPlan plan = core::plan_attention(p, core::kMaxSms);
+    const int64_t streams = p.num_requests * p.num_kv_heads;
     const int64_t units = (p.max_seq_len + params.granularity - 1) / params.granularity;
-    return block_attention_rows_workspace(rows) + 4 * p.num_requests * p.num_queries * p.num_heads * units;
+    plan.pack_units(streams, units);
+    return block_attention_rows_workspace(rows) + 4 * (plan.base_floats(streams) + plan.unit_floats(streams, units));
 }
 
 }  // namespace mage::cuda

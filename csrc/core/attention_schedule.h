@@ -132,12 +132,15 @@ struct RowShape {
 
 // 0: 64 rows, 1: 128, 2: 192, 3: 256 in a pair of CTAs.
 constexpr int kRowShapes = 4;
+constexpr int kPackedShapes = 3;  // that have kernels which pack unit sums
 RowShape row_shape(int index);
 
 // The shape with the least padding for R rows; among equals the largest. Up to 256 rows take one tile.
 int choose_row_shape(int64_t rows);
 
 constexpr int64_t kMaxSms = 132;  // that a launch uses; the workspace is sized for them
+
+constexpr int64_t kPackFrom = 16 << 20;
 
 // Of block_attention and its kin. max_seq_len bounds the lengths, so that the slots are known on the host.
 struct AttentionPlan {
@@ -148,12 +151,28 @@ struct AttentionPlan {
     int64_t slots = 0;  // partial results
     Schedule schedule;
 
+    bool packs_units = false;
+
+    // Unit sums of masses are packed where they would take kPackFrom bytes and more: fewer take no longer in float32.
+    // All rows of a unit are in one piece then, and pieces are few. Rows that a pair of CTAs has are bound by the
+    // tensor cores, and gain nothing.
+    void pack_units(int64_t streams, int64_t units, int64_t pack_from = kPackFrom) {
+        packs_units =
+            row_tiles == 1 && shape_index < kPackedShapes && !schedule.fixed && 4 * streams * units * rows >= pack_from;
+    }
+
     // Workspace, in floats: O in 24 bits and three numbers of every row of every slot, the pieces of every segment; for
-    // masses two numbers of every row of the call.
+    // rows of masses two numbers of every row of the call; for masses the sums of every row and unit and, if these are
+    // packed, two numbers of every row of every slot and segment.
     int64_t partial_floats(int64_t head_dim) const { return slots * shape.rows * head_dim * 3 / 4; }
     int64_t partial_row_floats() const { return slots * shape.rows * 3; }
     int64_t piece_floats(int64_t streams) const { return (streams * row_tiles * 2 + 3) / 4 * 4; }
     int64_t stat_floats(int64_t streams) const { return (streams * rows * 2 + 3) / 4 * 4; }
+    int64_t base_floats(int64_t streams) const { return packs_units ? (slots + streams) * shape.rows * 2 : 0; }
+    int64_t unit_floats(int64_t streams, int64_t units) const {
+        return streams * units * unit_rows() / (packs_units ? 2 : 1);
+    }
+    int64_t unit_rows() const { return packs_units ? (rows + 7) / 8 * 8 : rows; }
 };
 
 AttentionPlan plan_attention(const BlockAttentionParams& params, int64_t sms);

@@ -35,6 +35,15 @@ __device__ __forceinline__ void store_if(bool stores, float* to, float x, uint64
         : "memory");
 }
 
+// The same of the lower 16 bits.
+__device__ __forceinline__ void store_16_bits_if(bool stores, void* to, uint32_t x, uint64_t policy) {
+    asm volatile(
+        "{\n.reg .pred stores;\n.reg .b16 low;\nsetp.ne.b32 stores, %0, 0;\ncvt.u16.u32 low, %2;\n"
+        "@stores st.global.L2::cache_hint.b16 [%1], low, %3;\n}" ::"r"(static_cast<int>(stores)),
+        "l"(to), "r"(x), "l"(policy)
+        : "memory");
+}
+
 // The sum of a quad's values, in each of its lanes.
 __device__ __forceinline__ float quad_sum(float x) {
     x += __shfl_xor_sync(~0u, x, 1);

@@ -1,5 +1,6 @@
 #pragma once
 
+#include "core/attention_schedule.h"
 #include "core/check.h"
 #include "mage/block_attention_mass.h"
 #include "mage/stream.h"
@@ -15,6 +16,7 @@ struct UnitOutputs {
     const int32_t* prefix_lens = nullptr;  // null: norm context
     float* mass = nullptr;                 // [B, Hkv, n]; null: natural logs of the rows' shares, in `units`
     float* units = nullptr;                // [B, Hkv, n, R]; null: in the workspace
+    int64_t pack_from = core::kPackFrom;   // bytes of unit sums that are packed
 };
 
 // What is read where it is not the whole cache; mage/sparse_block_attention.h.

@@ -14,10 +14,11 @@
 //   mass         [B, Hkv, n] float32     out   contiguous, n = ceil(max_seq_len / g); 0 past the last token
 //
 // The rows are the R = G * Q rows of a KV head. Exact for any number of splits: unit sums are kept per row and finished
-// with the final lse. A request whose rows are all masked, or that is empty, has mass 0. A kept row that sees no token
-// (kv_lens 0), or, under norm prefix, whose total below P is smaller than 2^-126 of its whole, adds nothing but is
-// counted in the mean. Masses of score mean sum to 1 over [0, S), or over [0, P). A masked row may hold anything, NaN
-// included.
+// with the final lse. They are kept in float32, but on CUDA, where they would take 16 MiB and more, R <= 192 and
+// split_tokens 0, in 16 bits, with an error of up to 2^-10 of each. A request whose rows are all masked, or that is
+// empty, has mass 0. A kept row that sees no token (kv_lens 0), or, under norm prefix, whose total below P is smaller
+// than 2^-126 of its whole, adds nothing but is counted in the mean. Masses of score mean sum to 1 over [0, S), or over
+// [0, P). A masked row may hold anything, NaN included.
 //
 // g is 16, 32 or 64, and on the CPU also 1, which costs a second pass over K (token_mass).
 namespace mage {
@@ -37,7 +38,8 @@ struct BlockAttentionMassParams {
 
 // Bytes of workspace, enough for every backend: the larger of what each needs for block_attention and for this,
 //   CPU   4 * B * Hkv * Rp * (n + ceil(max_seq_len / 64) + 2), Rp = R up to a multiple of 16
-//   CUDA  4 * B * Hkv * R * n, and 8 * B * Hkv * R up to a multiple of 16
+//   CUDA  8 * B * Hkv * R up to a multiple of 16, and 4 * B * Hkv * R * n or, where sums are kept in 16 bits,
+//         2 * B * Hkv * n * (R up to a multiple of 8) + 8 * T * (264 + B * Hkv), T = R up to 64, 128 or 192
 // For g = 1 the CPU needs the larger one of block_attention's and token_mass's.
 int64_t block_attention_mass_workspace(int64_t num_requests, int64_t num_queries, int64_t num_heads,
                                        int64_t num_kv_heads, int64_t head_dim, int64_t max_seq_len, int64_t granularity,

@@ -361,6 +361,21 @@ TEST(AttentionPlan, WorkspaceInNumbers) {
     rows.attention = mass.attention;
     EXPECT_EQ(cuda::block_attention_rows_workspace(rows), partials + 8 * 4 * 224);
     EXPECT_EQ(cuda::block_attention_mass_workspace(mass), partials + 8 * 4 * 224 + 4 * 4 * 224 * 256);
+    // 8B, 16 of 32K, R = 128: unit sums of 33.5 MB are packed: 2 bytes for every row and unit, 8 for every row of a
+    // slot and a segment. Those of one request, of fixed splits, and of a pair of CTAs, are not.
+    const int64_t slot = 128 * (3 * 128 + 12);
+    mass.attention = dimensions(16, 32, 32, 8, 128, 32768, 0);
+    EXPECT_EQ(cuda::block_attention_mass_workspace(mass),
+              264 * slot + 128 * 8 + 8 * 128 * 128 + 8 * 128 * (264 + 128) + 2 * int64_t{128} * 512 * 128);
+    mass.attention = dimensions(1, 32, 32, 8, 128, 32768, 0);
+    EXPECT_EQ(cuda::block_attention_mass_workspace(mass),
+              264 * slot + 8 * 8 + 8 * 8 * 128 + 4 * int64_t{8} * 512 * 128);
+    mass.attention = dimensions(16, 32, 32, 8, 128, 32768, 16384);
+    EXPECT_EQ(cuda::block_attention_mass_workspace(mass),
+              256 * slot + 128 * 8 + 8 * 128 * 128 + 4 * int64_t{128} * 512 * 128);
+    mass.attention = dimensions(16, 32, 28, 4, 128, 32768, 0);
+    EXPECT_EQ(cuda::block_attention_mass_workspace(mass),
+              132 * int64_t{256} * (3 * 128 + 12) + 64 * 8 + 8 * 64 * 224 + 4 * int64_t{64} * 512 * 224);
     // 1.5B: R = 192 in tiles of 64 tokens: 3 * 2 * 4 tiles for as many workers.
     EXPECT_EQ(cuda::block_attention_workspace(dimensions(3, 32, 12, 2, 128, 200, 0)),
               2 * 24 * 192 * (3 * 128 + 12) + 3 * 2 * 8);

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "attention_gpu.h"
+#include "kernels/attention_launch.h"
 #include "mage/block_attention_mass.h"
 
 namespace mage::test {
@@ -28,6 +29,16 @@ std::vector<CudaMassCase> cuda_mass_cases() {
                          i / 2 % 2 == 0 ? MassNorm::kContext : MassNorm::kPrefix, i % 5 > 2});
         ++i;
     }
+    // More segments than workers, so that these take several, whole ones and parts.
+    std::vector<int32_t> lens;
+    for (int32_t i = 0; i < 40; ++i) lens.push_back(i % 9 == 4 ? 0 : 37 * i % 400 + 1);
+    for (const int64_t g : granularities) {
+        cases.push_back({{"ManyRequestsG" + std::to_string(g), lens, 8, 16, 4, 64, 64, DType::kBFloat16},
+                         g,
+                         MassScore::kMean,
+                         MassNorm::kPrefix,
+                         false});
+    }
     // All of them for every row shape.
     for (const RowCount& r : kRowCounts) {
         for (const int64_t g : granularities) {
@@ -47,8 +58,10 @@ std::vector<CudaMassCase> cuda_mass_cases() {
     return cases;
 }
 
-// The tensors of a case: attention's and those of the emission, mass NaN.
+// The tensors of a case: attention's and those of the emission, mass NaN. `packs`: unit sums are kept in 16 bits where
+// that can be, though they are few.
 struct MassOnDevice {
+    bool packs;
     AttentionBuffers buffers;
     std::vector<int32_t> prefix_lens;
     std::vector<char> mask;
@@ -60,12 +73,13 @@ struct MassOnDevice {
     DeviceArray<float> device_mass;
     std::vector<float> mass;
 
-    explicit MassOnDevice(const CudaMassCase& m)
-        : buffers(m.attention),
+    explicit MassOnDevice(const CudaMassCase& m, bool packs_units = false)
+        : packs(packs_units),
+          buffers(m.attention),
           prefix_lens(prefix_of(buffers)),
           mask(mask_of(m)),
           params(params_of(m, buffers)),
-          attention(buffers, cuda::block_attention_mass_workspace(params)),
+          attention(buffers, cuda::block_attention_mass_workspace(params) + base_bytes(params)),
           device_prefix(prefix_lens),
           device_mask(mask),
           mass_size(buffers.params.num_requests * buffers.params.num_kv_heads *
@@ -100,6 +114,29 @@ struct MassOnDevice {
         return params;
     }
 
+    // What packed sums take beside their own place, which is smaller than that of others.
+    static int64_t base_bytes(const BlockAttentionMassParams& params) {
+        const int64_t streams = params.attention.num_requests * params.attention.num_kv_heads;
+        core::AttentionPlan plan = core::plan_attention(params.attention, core::kMaxSms);
+        plan.pack_units(streams, 1, 0);
+        return 4 * plan.base_floats(streams) + 16 * streams * params.attention.max_seq_len;
+    }
+
+    void launch(CudaStream stream) const {
+        if (!packs) {
+            cuda::block_attention_mass(params, stream);
+            return;
+        }
+        cuda::UnitOutputs outputs;
+        outputs.granularity = params.granularity;
+        outputs.score = params.score;
+        outputs.row_mask = params.row_mask;
+        outputs.prefix_lens = params.prefix_lens;
+        outputs.mass = params.mass;
+        outputs.pack_from = 0;
+        cuda::launch_block_attention("block_attention_mass", params.attention, outputs, nullptr, stream);
+    }
+
     void poison() {
         attention.poison();
         MAGE_CUDA_CHECK("test", cudaMemset(device_mass.data(), 0xff, mass_size * sizeof(float)));
@@ -113,18 +150,19 @@ struct MassOnDevice {
 
     void run() {
         poison();
-        cuda::block_attention_mass(params, nullptr);
+        launch(nullptr);
         fetch();
     }
 };
 
-void expect_naive_mass(const MassOnDevice& m) {
+// `relative`: what unit sums in 16 bits and float32 arithmetic may be off by.
+void expect_naive_mass(const MassOnDevice& m, double relative = 1e-3) {
     const std::vector<double> exact =
         m.buffers.naive_mass(m.params.granularity, m.params.score, m.params.norm, m.mask, m.prefix_lens);
     ASSERT_EQ(m.mass.size(), exact.size());
     const size_t units = exact.size() / m.buffers.shares.size();
     for (size_t i = 0; i < exact.size(); ++i) {
-        ASSERT_NEAR(m.mass[i], exact[i], 1e-3 * std::max(exact[i], 1e-6))
+        ASSERT_NEAR(m.mass[i], exact[i], relative * std::max(exact[i], 1e-6))
             << "stream " << i / units << " unit " << i % units;
         if (exact[i] == 0.0) {
             ASSERT_EQ(m.mass[i], 0.0f) << "stream " << i / units << " unit " << i % units;
@@ -137,8 +175,11 @@ class BlockAttentionMassCuda : public testing::TestWithParam<CudaMassCase> {};
 TEST_P(BlockAttentionMassCuda, EqualsTheNaiveLoop) {
     MAGE_NEEDS_GPU();
     MassOnDevice m(GetParam());
-    m.run();
-    expect_naive_mass(m);
+    for (const bool packs : {true, false}) {
+        m.packs = packs;
+        m.run();
+        expect_naive_mass(m);
+    }
     MAGE_EXPECT_CUDA_ATTENTION(m.buffers);
     // Emission does not change attention.
     const std::vector<char> out = m.buffers.out;
@@ -168,12 +209,50 @@ TEST(BlockAttentionMassCudaRuns, AreBitwiseEqual) {
             CudaMassCase c = small_case(r.queries, r.heads, {700, 1, 0, 300});
             c.attention.split_tokens = split_tokens;
             MassOnDevice m(c);
-            m.run();
-            expect_naive_mass(m);
-            const std::vector<float> mass = m.mass;
-            for (int i = 1; i < 20; ++i) {
+            for (const bool packs : {true, false}) {
+                m.packs = packs;
                 m.run();
-                ASSERT_EQ(m.mass, mass) << r.name << " run " << i;
+                expect_naive_mass(m);
+                const std::vector<float> mass = m.mass;
+                for (int i = 1; i < 20; ++i) {
+                    m.run();
+                    ASSERT_EQ(m.mass, mass) << r.name << " run " << i;
+                }
+            }
+        }
+    }
+}
+
+// Scores so large that what a row adds up to grows by more than 16 bits can hold from one tile to another.
+TEST(BlockAttentionMassCudaRange, GrowsWithinAPiece) {
+    MAGE_NEEDS_GPU();
+    for (const RowCount& r : kRowCounts) {
+        for (const int64_t g : {16, 64}) {
+            for (const MassScore score : {MassScore::kMean, MassScore::kMax}) {
+                for (const MassNorm norm : {MassNorm::kContext, MassNorm::kPrefix}) {
+                    CudaMassCase c = {
+                        {"Range", {1500, 900}, r.queries, r.heads, 1, 64, 64, DType::kBFloat16}, g, score, norm, false};
+                    c.attention.softmax_scale = 4.0;
+                    MassOnDevice m(c);
+                    int64_t far = 0;  // rows whose first 128 tokens are less than 2^-64 of the first half
+                    for (size_t b = 0; b < m.buffers.shares.size(); ++b) {
+                        const int64_t rows = m.buffers.rows(), half = c.attention.seq_lens[b] / 2;
+                        for (int64_t row = 0; row < rows; ++row) {
+                            double first = 0.0, all = 0.0;
+                            for (int64_t t = 0; t < half; ++t) {
+                                (t < 128 ? first : all) += m.buffers.shares[b][t * rows + row];
+                            }
+                            far += first < 0x1p-64 * all ? 1 : 0;
+                        }
+                    }
+                    ASSERT_GT(far, 0);
+                    for (const bool packs : {true, false}) {
+                        m.packs = packs;
+                        m.run();
+                        // 2^-10 for 16 bits; scores of up to 2^9 in log2 are known to 2^-16.
+                        expect_naive_mass(m, (packs ? 0x1p-10 : 0.0) + 0x1p-14);
+                    }
+                }
             }
         }
     }
@@ -186,8 +265,11 @@ TEST(BlockAttentionMassCudaPrefix, IsClamped) {
         MassOnDevice m(small_case(r.queries, r.heads, {150, 150, 150, 150, 150}));
         m.prefix_lens = {-1, 0, INT_MAX, 151, INT_MIN};
         m.device_prefix.set(m.prefix_lens);
-        m.run();
-        expect_naive_mass(m);
+        for (const bool packs : {true, false}) {
+            m.packs = packs;
+            m.run();
+            expect_naive_mass(m);
+        }
     }
 }
 
@@ -198,16 +280,18 @@ TEST(BlockAttentionMassCudaMask, HidesNan) {
         for (const MassScore score : {MassScore::kMean, MassScore::kMax}) {
             CudaMassCase c = small_case(r.queries, r.heads, {700, 90});
             c.score = score;
-            MassOnDevice m(c);
-            m.run();
-            const std::vector<float> mass = m.mass;
-            const size_t query = m.buffers.q.size() / m.mask.size();
-            for (size_t i = 0; i < m.mask.size(); ++i) {
-                if (!m.mask[i]) std::fill_n(m.buffers.q.begin() + static_cast<int64_t>(i * query), query, '\xff');
+            for (const bool packs : {true, false}) {
+                MassOnDevice m(c, packs);
+                m.run();
+                const std::vector<float> mass = m.mass;
+                const size_t query = m.buffers.q.size() / m.mask.size();
+                for (size_t i = 0; i < m.mask.size(); ++i) {
+                    if (!m.mask[i]) std::fill_n(m.buffers.q.begin() + static_cast<int64_t>(i * query), query, '\xff');
+                }
+                m.attention.q.set(m.buffers.q);
+                m.run();
+                EXPECT_EQ(m.mass, mass) << r.name;
             }
-            m.attention.q.set(m.buffers.q);
-            m.run();
-            EXPECT_EQ(m.mass, mass) << r.name;
         }
     }
 }
@@ -215,37 +299,39 @@ TEST(BlockAttentionMassCudaMask, HidesNan) {
 TEST(BlockAttentionMassCudaGraph, ReplaysWithNewLengths) {
     MAGE_NEEDS_GPU();
     const auto graph_case = [](std::vector<int32_t> lens, uint32_t seed) {
-        CudaMassCase c = small_case(32, 7, std::move(lens));
+        CudaMassCase c = small_case(32, 6, std::move(lens));
         c.attention.max_seq_len = 600;
         c.attention.seed = seed;
         return c;
     };
-    MassOnDevice captured(graph_case({77, 0, 130}, 1));
-    Streams streams;
-    streams.capture([&](cudaStream_t stream) { cuda::block_attention_mass(captured.params, stream); });
-    const std::vector<std::vector<int32_t>> batches = {{600, 1, 0}, {0, 0, 0}, {64, 599, 600}};
-    for (size_t i = 0; i < batches.size(); ++i) {
-        MassOnDevice other(graph_case(batches[i], static_cast<uint32_t>(i) + 2));
-        captured.attention.set(other.buffers);
-        captured.device_prefix.set(other.prefix_lens);
-        captured.poison();
-        streams.replay();
-        captured.fetch();
-        other.buffers.out = captured.buffers.out;
-        other.buffers.lse = captured.buffers.lse;
-        other.mass = captured.mass;
-        expect_naive_mass(other);
-        MAGE_EXPECT_CUDA_ATTENTION(other.buffers);
+    for (const bool packs : {true, false}) {
+        MassOnDevice captured(graph_case({77, 0, 130}, 1), packs);
+        Streams streams;
+        streams.capture([&](cudaStream_t stream) { captured.launch(stream); });
+        const std::vector<std::vector<int32_t>> batches = {{600, 1, 0}, {0, 0, 0}, {64, 599, 600}};
+        for (size_t i = 0; i < batches.size(); ++i) {
+            MassOnDevice other(graph_case(batches[i], static_cast<uint32_t>(i) + 2));
+            captured.attention.set(other.buffers);
+            captured.device_prefix.set(other.prefix_lens);
+            captured.poison();
+            streams.replay();
+            captured.fetch();
+            other.buffers.out = captured.buffers.out;
+            other.buffers.lse = captured.buffers.lse;
+            other.mass = captured.mass;
+            expect_naive_mass(other);
+            MAGE_EXPECT_CUDA_ATTENTION(other.buffers);
+        }
     }
 }
 
 TEST(BlockAttentionMassCudaStreams, RunAtOnce) {
     MAGE_NEEDS_GPU();
-    MassOnDevice first(small_case(32, 7, {700, 90})), second(small_case(32, 6, {65, 0, 400}));
+    MassOnDevice first(small_case(32, 4, {700, 90}), true), second(small_case(32, 6, {65, 0, 400}), true);
     const Streams streams;
     for (int i = 0; i < 10; ++i) {
-        cuda::block_attention_mass(first.params, streams.first);
-        cuda::block_attention_mass(second.params, streams.second);
+        first.launch(streams.first);
+        second.launch(streams.second);
     }
     for (MassOnDevice* m : {&first, &second}) {
         m->fetch();
@@ -278,9 +364,10 @@ TEST(BlockAttentionMassCudaErrors, NameTheArgument) {
     bad.attention.workspace_bytes = int64_t{1} << 40;
     expect_error(bad, "q must have at most ");
     bad = m.params;
-    bad.attention.workspace_bytes -= 1;
-    expect_error(bad, "workspace must have at least " + std::to_string(m.params.attention.workspace_bytes) +
-                          " bytes, got " + std::to_string(m.params.attention.workspace_bytes - 1));
+    const int64_t needed = cuda::block_attention_mass_workspace(m.params);
+    bad.attention.workspace_bytes = needed - 1;
+    expect_error(
+        bad, "workspace must have at least " + std::to_string(needed) + " bytes, got " + std::to_string(needed - 1));
     bad = m.params;
     bad.prefix_lens = nullptr;
     expect_error(bad, "prefix_lens must be given with norm prefix");

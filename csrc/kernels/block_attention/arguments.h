@@ -13,6 +13,12 @@ struct PoolBytes {
     int64_t stride_page, stride_token, stride_head;
 };
 
+// What a row's packed unit sums of a piece are of, and the token at which they begin: unit_sums.cuh.
+struct alignas(8) UnitBase {
+    float level;
+    int32_t begin;
+};
+
 struct AttentionArgs {
     core::Schedule schedule;
     int32_t guess_workers;  // of a segment, if all requests are as long as they may be; 0: the guess is not worth it
@@ -54,15 +60,21 @@ struct AttentionArgs {
                            // inverted
     core::Pieces* pieces;  // [B * Hkv * row tiles]; not written for empty requests
     float* row_stats;      // [B * Hkv, R, 2]: log2 of the sums, all and below P, of segments that are not in pieces
-    float* units;          // [B * Hkv, n, R]: log2 of unit sums; null: no masses
+    // Sums over units; null: none. Log2 in float32, [B * Hkv, n, R], or packed (unit_sums.cuh), 16 bits each,
+    // [B * Hkv, n, unit_rows]: R up to 8s.
+    void* units;
+    int32_t unit_rows;
     int32_t unit_shift;    // g = 1 << unit_shift
     int32_t num_units;     // n
+    UnitBase* unit_bases;  // [slots + B * Hkv, tile rows]: of every row of a piece; packed sums alone
+    int32_t slots;         // bases of pieces; those of whole segments follow
 
     // The merge alone.
     int32_t tile_rows, head_dim;
     bool is_half;          // fp16, not bf16
     int32_t merge_shift;   // 1 << merge_shift warps share a row: 1, 2, 4 or 8
     int32_t merge_blocks;  // of a stream; those behind them finish masses
+    int32_t finish_parts;  // blocks that finish what a worker of the attention kernel has packed
     float* mass;           // [B, Hkv, n]; null: units become natural logs of shares, in place
     const bool* row_mask;  // [B, Q] or null
     int32_t score_max;     // the largest share instead of the mean

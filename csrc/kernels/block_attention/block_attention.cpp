@@ -28,13 +28,13 @@ constexpr int64_t kBlocksAtOnce = 2 * 132;  // of the merge
 constexpr int kMaxCluster = 16;             // CTAs
 constexpr int32_t kShortBoxShift = 4;       // of boxes of short lists
 
-const AttentionVariant& variant_of(DType dtype, int64_t head_dim, int row_shape, bool lists) {
+const AttentionVariant& variant_of(DType dtype, int64_t head_dim, int row_shape, Serves serves) {
     if (dtype == DType::kBFloat16) {
-        return head_dim == 64 ? attention_variant_bf16_d64(row_shape, lists)
-                              : attention_variant_bf16_d128(row_shape, lists);
+        return head_dim == 64 ? attention_variant_bf16_d64(row_shape, serves)
+                              : attention_variant_bf16_d128(row_shape, serves);
     }
-    return head_dim == 64 ? attention_variant_fp16_d64(row_shape, lists)
-                          : attention_variant_fp16_d128(row_shape, lists);
+    return head_dim == 64 ? attention_variant_fp16_d64(row_shape, serves)
+                          : attention_variant_fp16_d128(row_shape, serves);
 }
 
 void check_supported(const char* op, const BlockAttentionParams& p, const UnitOutputs& outputs) {
@@ -78,7 +78,7 @@ ListPlan plan_lists(const char* op, const BlockAttentionParams& p, const core::A
     if (plan.schedule.fixed) return best;
     const int64_t tokens = list_tokens + kExpectedTail;
     const int64_t streams = p.num_requests * p.num_kv_heads;
-    const AttentionVariant& general = variant_of(p.dtype, p.head_dim, plan.shape_index, true);
+    const AttentionVariant& general = variant_of(p.dtype, p.head_dim, plan.shape_index, Serves::kLists);
     const auto time_of = [&](int64_t tiles) { return kStart + kTile[plan.shape_index] * static_cast<double>(tiles); };
     const int64_t segments = streams * plan.row_tiles, tiles = (tokens + general.keys - 1) / general.keys;
     const int64_t workers = plan.schedule.max_workers;
@@ -90,7 +90,7 @@ ListPlan plan_lists(const char* op, const BlockAttentionParams& p, const core::A
     };
     if (segments <= clusters_at_once(op, general, general.ctas))
         consider(time_of(tiles), {plan.shape_index, general.ctas, 1, plan.row_tiles});
-    const AttentionVariant& few = variant_of(p.dtype, p.head_dim, 0, true);
+    const AttentionVariant& few = variant_of(p.dtype, p.head_dim, 0, Serves::kLists);
     const int64_t groups = (plan.rows + few.rows - 1) / few.rows;
     for (int ctas = 1; ctas <= 4 && ctas < 2 * groups; ctas *= 2) {
         const int64_t row_tiles = (groups + ctas - 1) / ctas;
@@ -120,16 +120,17 @@ std::vector<KernelEntry> block_attention_kernels() {
     std::vector<KernelEntry> entries;
     for (const auto variants : {attention_variant_bf16_d128, attention_variant_bf16_d64, attention_variant_fp16_d128,
                                 attention_variant_fp16_d64}) {
-        for (const bool lists : {false, true}) {
-            for (int shape = 0; shape < core::kRowShapes; ++shape) {
-                const AttentionVariant& variant = variants(shape, lists);
+        for (const Serves serves : {Serves::kRange, Serves::kPacked, Serves::kLists}) {
+            const int shapes = serves == Serves::kPacked ? core::kPackedShapes : core::kRowShapes;
+            for (int shape = 0; shape < shapes; ++shape) {
+                const AttentionVariant& variant = variants(shape, serves);
                 entries.push_back({variant.name, reinterpret_cast<const void*>(variant.attention), variant.threads,
                                    variant.shared_bytes});
             }
         }
     }
-    for (const bool mass : {false, true}) {
-        const MergeVariant& merge = merge_variant(mass);
+    for (const Finish finish : {Finish::kNothing, Finish::kUnits, Finish::kPacked}) {
+        const MergeVariant& merge = merge_variant(finish);
         entries.push_back({merge.name, reinterpret_cast<const void*>(merge.merge), merge.threads, 0});
     }
     return entries;
@@ -157,8 +158,12 @@ void launch_block_attention(const char* op, const BlockAttentionParams& p, const
                group);
     const ListPlan list_plan = lists == nullptr ? ListPlan() : plan_lists(op, p, plan, list_tokens);
     const bool is_short = list_plan.splits > 0 && list_plan.shape_index == 0;
-    const AttentionVariant& variant =
-        variant_of(p.dtype, p.head_dim, is_short ? 0 : plan.shape_index, lists != nullptr);
+    const int64_t streams = p.num_requests * p.num_kv_heads;
+    const int64_t num_units =
+        outputs.granularity == 0 ? 0 : (p.max_seq_len + outputs.granularity - 1) / outputs.granularity;
+    if (outputs.mass != nullptr) plan.pack_units(streams, num_units, outputs.pack_from);
+    const Serves serves = lists != nullptr ? Serves::kLists : plan.packs_units ? Serves::kPacked : Serves::kRange;
+    const AttentionVariant& variant = variant_of(p.dtype, p.head_dim, is_short ? 0 : plan.shape_index, serves);
     MAGE_CHECK(is_short || variant.rows * std::max(variant.ctas, 1) == plan.shape.rows, op,
                ": internal: the kernel of ", variant.rows, " rows must serve the shape of ", plan.shape.rows);
     core::set_tile(&plan.schedule, variant.keys);
@@ -168,10 +173,7 @@ void launch_block_attention(const char* op, const BlockAttentionParams& p, const
     core::allow_shared_memory(op, reinterpret_cast<const void*>(variant.attention), variant.shared_bytes);
     core::allow_large_clusters(op, reinterpret_cast<const void*>(variant.attention));
 
-    const int64_t streams = p.num_requests * p.num_kv_heads;
     const int64_t segments = int64_t{plan.schedule.num_requests} * plan.schedule.segments_per_request;
-    const int64_t num_units =
-        outputs.granularity == 0 ? 0 : (p.max_seq_len + outputs.granularity - 1) / outputs.granularity;
     AttentionArgs args = {};
     args.schedule = plan.schedule;
     args.splits = list_plan.splits;
@@ -232,14 +234,24 @@ void launch_block_attention(const char* op, const BlockAttentionParams& p, const
     args.pieces = reinterpret_cast<core::Pieces*>(args.partial_rows + plan.partial_row_floats());
     args.row_stats = args.partial_rows + plan.partial_row_floats() + plan.piece_floats(streams);
     if (outputs.granularity != 0) {
-        args.units = outputs.units != nullptr ? outputs.units : args.row_stats + plan.stat_floats(streams);
+        float* own = args.row_stats + plan.stat_floats(streams);
+        if (plan.packs_units) {
+            args.slots = static_cast<int32_t>(plan.slots);
+            args.unit_bases = reinterpret_cast<UnitBase*>(own);
+            own += plan.base_floats(streams);
+        }
+        args.units = outputs.units != nullptr ? outputs.units : own;
+        args.unit_rows = static_cast<int32_t>(plan.unit_rows());
         args.unit_shift = core::log2_of(outputs.granularity);
         args.num_units = static_cast<int32_t>(num_units);
         args.mass = outputs.mass;
         args.row_mask = outputs.row_mask;
         args.score_max = outputs.score == MassScore::kMax ? 1 : 0;
     }
-    const MergeVariant& merge = merge_variant(outputs.granularity != 0);
+    const Finish finish = outputs.granularity == 0 ? Finish::kNothing
+                          : plan.packs_units       ? Finish::kPacked
+                                                   : Finish::kUnits;
+    const MergeVariant& merge = merge_variant(finish);
     // Warps that share a row: the same with masses and without, so that out and lse are too. Fixed splits are merged in
     // the same order whatever else is in the batch, so by a fixed number of warps.
     const int64_t pieces = plan.schedule.max_workers / (streams * plan.row_tiles);
@@ -254,11 +266,17 @@ void launch_block_attention(const char* op, const BlockAttentionParams& p, const
         while (args.merge_shift > 0 && merge_blocks() * streams > kBlocksAtOnce * 3 / 4) --args.merge_shift;
     }
     // All blocks should run at once; those that finish masses have what the merge leaves, half of them if need be.
-    const bool finishes = outputs.granularity != 0;
+    const bool finishes = finish != Finish::kNothing;
     const int64_t merge_most = args.merge_shift == 0 && finishes ? kBlocksAtOnce / 2 : kBlocksAtOnce;
     args.merge_blocks = static_cast<int32_t>(std::min(merge_blocks(), std::max(merge_most / streams, int64_t{1})));
     int64_t finish_blocks = 0;
-    if (finishes) {
+    if (finish == Finish::kPacked) {
+        // As many to a worker as run at once. Of many streams most are whole, so that blocks that merge leave at once.
+        const int64_t workers = std::min<int64_t>(plan.schedule.max_workers, most_units);
+        const int64_t left = streams > kManyStreams ? kBlocksAtOnce : kBlocksAtOnce - args.merge_blocks * streams;
+        args.finish_parts = static_cast<int32_t>(std::max(left / workers, int64_t{1}));
+        finish_blocks = (workers * args.finish_parts + streams - 1) / streams;
+    } else if (finishes) {
         finish_blocks = std::max(kBlocksAtOnce / streams - args.merge_blocks, int64_t{1});
         // In a batch of many streams one may have most of the units: its blocks must not be few.
         if (streams > kManyStreams) {

@@ -2,10 +2,12 @@
 
 #include "kernels/block_attention/partial_row.cuh"
 #include "kernels/block_attention/pieces.cuh"
+#include "kernels/block_attention/unit_sums.cuh"
 
 // Purpose   out[r] = sum_t softmax(scale q[r] . k[t]) v[t] over the tokens of a paged KV stream, all of them or those
-//           of a list and a tail, and on request the logarithm of every row's sum over every unit of g tokens;
-//           mage/block_attention.h, block_attention_mass.h, sparse_block_attention.h.
+//           of a list and a tail, and on request every row's sum over every unit of g tokens, its logarithm or, in
+//           kernels of their own, 16 bits (unit_sums.cuh); mage/block_attention.h, block_attention_mass.h,
+//           sparse_block_attention.h.
 // Schedule  persistent workers (core/attention_schedule.h): a CTA, or a pair of CTAs that share the rows of a tile and
 //           multicast K and V to one another. Of the first warpgroup, warp 0 feeds a ring of K and V tiles by TMA, and
 //           warp 1 writes the pieces of segments down for the merge; single tokens are gathered by all four warps.
@@ -200,6 +202,8 @@ struct Consumer {
     static constexpr int kKeys = Config::kKeys;
     static constexpr int kBlocks = kKeys / 16;  // of 16 keys: a step of P V, and the finest unit
     static constexpr int kUnits = kKeys / 64;   // of 64 keys
+    static constexpr bool kPacked = Config::kPacked;
+    using Unit = std::conditional_t<kPacked, uint16_t, float>;  // a row's sum over a unit
 
     const AttentionArgs& args;
     AttentionShared<Config>& shared;
@@ -214,8 +218,9 @@ struct Consumer {
     float units[2][kUnits];                     // and per row and unit of 64 keys
     bool emits;                                 // this thread's row of the quad's four values is one of R, see emit
     bool emits_units;                           // and units have 64 keys, see emit_step
-    float* unit_at;                             // where the one of this tile's first units goes
+    Unit* unit_at;                              // where the one of this tile's first units goes
     int32_t unit_step;                          // from tile to tile, where units have 64 keys; else 0
+    float unit_level;  // of the emitted row, packed sums alone: its level times 2^kOne, in log2
 
     // The shared memory as descriptors see it, in 16 bytes; the tiles lie one behind the other.
     const uint32_t shared_tile;
@@ -236,10 +241,17 @@ struct Consumer {
           piece(sh.piece[threadIdx.x / kWarp]),
           shared_tile(device::tile_address(device::shared_address(&sh))) {}
 
-    __device__ __forceinline__ int32_t row_in_cta() const {
-        return thread % Config::kConsumers / kWarp * 16 + lane / 4;
+    // This thread among the consumers. Where sums are packed it is found anew: what follows from it would be spilled.
+    __device__ __forceinline__ int32_t own_thread() const {
+        return kPacked ? device::thread_index() - kWarpgroup : thread % Config::kConsumers;
     }
-    __device__ __forceinline__ int32_t row_of(int i) const { return first_row + 8 * i; }
+    __device__ __forceinline__ int32_t row_in_cta() const {
+        return own_thread() / kWarp * 16 + own_thread() % kWarp / 4;
+    }
+    __device__ __forceinline__ int32_t row_of(int i) const { return (kPacked ? find_row() : first_row) + 8 * i; }
+    __device__ __forceinline__ int32_t find_row() const {
+        return piece.row_tile * tile_rows<Config>() + rank * Config::kCtaRows + row_in_cta();
+    }
 
     // Q rows of this warpgroup, swizzled, asynchronous; rows past R are zeros. A thread keeps its chunk of 16 bytes and
     // goes on by a multiple of 8 rows, so that the swizzle stays the same.
@@ -288,7 +300,7 @@ struct Consumer {
     __device__ __forceinline__ void start_piece() {
         token_end = piece.token_end;
         prefix = piece.prefix;
-        first_row = piece.row_tile * tile_rows<Config>() + rank * Config::kCtaRows + row_in_cta();
+        first_row = find_row();
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             limit[i] = piece.token_end;
@@ -307,13 +319,32 @@ struct Consumer {
             sum[i] = prefix_sum[i] = 0.0f;
         }
         const int64_t stream = int64_t{piece.request} * args.num_kv_heads + piece.kv_head;
-        const int32_t emitted = first_row + (lane & 1) * 8;
-        emits = emitted < args.rows;
+        const int32_t emitted = row_of(lane & 1);
+        emits = emitted < unit_rows();
         const int32_t unit = (piece.token_begin >> args.unit_shift) + (lane >> 1 & 1);
-        unit_at = args.units + (stream * args.num_units + unit) * args.rows + emitted;
-        const bool of_64 = !Config::kLists && args.units != nullptr && args.unit_shift == 6;
-        emits_units = emits && of_64 && (kUnits == 2 || (lane & 2) == 0);
-        unit_step = of_64 ? kUnits * args.rows : 0;
+        unit_at = static_cast<Unit*>(args.units) + (stream * args.num_units + unit) * unit_rows() + emitted;
+        emits_units = find_emits_units();
+        unit_step = find_unit_step();
+        if constexpr (kPacked) {
+            unit_level = -INFINITY;
+            if (emits && (lane & 2) == 0) *unit_base() = {-INFINITY, 0};
+        }
+    }
+
+    __device__ __forceinline__ bool of_64() const {
+        return !Config::kLists && args.units != nullptr && args.unit_shift == 6;
+    }
+    __device__ __forceinline__ bool find_emits_units() const {
+        return emits && of_64() && (kUnits == 2 || (lane & 2) == 0);
+    }
+    __device__ __forceinline__ int32_t find_unit_step() const { return of_64() ? kUnits * unit_rows() : 0; }
+    __device__ __forceinline__ int32_t unit_rows() const { return kPacked ? args.unit_rows : args.rows; }
+
+    // Of the emitted row.
+    __device__ __forceinline__ UnitBase* unit_base() const {
+        const int32_t stream = piece.request * args.num_kv_heads + piece.kv_head;
+        const int32_t at = piece.slot < 0 ? args.slots + stream : piece.slot;
+        return args.unit_bases + int64_t{at} * tile_rows<Config>() + row_of(lane & 1);
     }
 
     // S = Q K^T of a stage, asynchronous.
@@ -370,7 +401,7 @@ struct Consumer {
     }
 
     __device__ __forceinline__ void clear_rows(uint32_t stage, int32_t first, int32_t rows) {
-        for (int32_t i = thread % Config::kConsumers; i < rows * Config::kSpans * 8; i += Config::kConsumers) {
+        for (int32_t i = own_thread(); i < rows * Config::kSpans * 8; i += Config::kConsumers) {
             const int32_t span = i / (rows * 8);
             const int32_t at = i - span * rows * 8;
             device::store_shared(
@@ -437,9 +468,19 @@ struct Consumer {
         }
     }
 
-    // Adds four values over the quad (two rows x two units) so that each lane ends with one, and stores its logarithm:
-    // lane bit 0 is the row, bit 1 the unit. It is to stay in L2, which K and V pass through. `offset` and `left` count
-    // units from the tile's first.
+    // The sum of a unit of the emitted row, if there is one. It is to stay in L2, which K and V pass through.
+    __device__ __forceinline__ void store_sum(bool stores, Unit* to, float sum) const {
+        const float own = (lane & 1) != 0 ? reference[1] : reference[0];
+        if constexpr (kPacked) {
+            const uint32_t packed = PackedSum::pack(sum * device::exp2_fast(own - unit_level));
+            device::store_16_bits_if(stores, to, packed, device::kEvictLast);
+        } else {
+            device::store_if(stores, to, device::log2_fast(sum) + own, device::kEvictLast);
+        }
+    }
+
+    // Adds four values over the quad (two rows x two units) so that each lane ends with one, and stores it: lane bit 0
+    // is the row, bit 1 the unit. `offset` and `left` count units from the tile's first.
     __device__ __forceinline__ void emit(int32_t offset, int32_t left, float row0, float row1, float next0,
                                          float next1) const {
         const bool second = (lane & 2) != 0, lower = (lane & 1) != 0;
@@ -450,10 +491,9 @@ struct Consumer {
     }
 
     __device__ __forceinline__ void store_unit(int32_t offset, int32_t left, float total, float other) const {
-        const bool second = (lane & 2) != 0, lower = (lane & 1) != 0;
+        const bool second = (lane & 2) != 0;
         total += __shfl_xor_sync(~0u, other, 1);
-        device::store_if(emits && offset + (second ? 1 : 0) < left, unit_at + int64_t{offset} * args.rows,
-                         device::log2_fast(total) + (lower ? reference[1] : reference[0]), device::kEvictLast);
+        store_sum(emits && offset + (second ? 1 : 0) < left, unit_at + int64_t{offset} * unit_rows(), total);
     }
 
     // What emit does for units of 64 keys of a tile that ends inside of the piece. Nothing branches, with masses or
@@ -476,9 +516,8 @@ struct Consumer {
             total += __shfl_xor_sync(~0u, lower ? units[0][0] : units[1][0], 1);
             total += __shfl_xor_sync(~0u, total, 2);
         }
-        device::store_if(emits_units, unit_at, device::log2_fast(total) + (lower ? reference[1] : reference[0]),
-                         device::kEvictLast);
-        unit_at += unit_step;
+        store_sum(kPacked ? find_emits_units() : emits_units, unit_at, total);
+        unit_at += kPacked ? find_unit_step() : unit_step;
     }
 
     // Of the tile whose sums are at hand. kWhole: emit_whole has emitted units of 64 keys.
@@ -506,7 +545,18 @@ struct Consumer {
             for (int i = 0; i < kBlocks; i += 2)
                 emit(i, left, blocks[0][i], blocks[1][i], blocks[0][i + 1], blocks[1][i + 1]);
         }
-        unit_at += int64_t{kKeys >> args.unit_shift} * args.rows;
+        unit_at += int64_t{kKeys >> args.unit_shift} * unit_rows();
+    }
+
+    // The first sum of a row's tile, of which these are the thread's parts, is its level; so is one far above it.
+    __device__ __forceinline__ void fit_level(int32_t token, const float (&added)[2]) {
+        const float upper_row = device::quad_sum(added[0]), lower_row = device::quad_sum(added[1]);
+        const bool lower = (lane & 1) != 0;
+        const float level =
+            (lower ? reference[1] : reference[0]) + device::log2_fast(lower ? lower_row : upper_row) + PackedSum::kOne;
+        if (!emits || !(level > unit_level + PackedSum::kGrowth)) return;
+        unit_level = level;
+        if ((lane & 2) == 0) *unit_base() = {level, token};
     }
 
     // Turns S into P, in 16 bits, and adds up its sums; keeps the block sums for emit_units. Exponents are taken
@@ -527,7 +577,8 @@ struct Consumer {
                 __vimax3_s32(highest_bits[i / 2 % 4], __float_as_int(s[i]), __float_as_int(s[i + 1]));
         }
         const int32_t highest = max(__vimax3_s32(highest_bits[0], highest_bits[1], highest_bits[2]), highest_bits[3]);
-        if (__any_sync(~0u, highest > __float_as_int(kSlack) || unseen[0] || unseen[1])) rebase(kSlack);
+        const bool moves = __any_sync(~0u, highest > __float_as_int(kSlack) || unseen[0] || unseen[1]);
+        if (moves) rebase(kSlack);
 #pragma unroll
         for (int i = 0; i < kBlocks; ++i) {
 #pragma unroll
@@ -547,6 +598,7 @@ struct Consumer {
             added[0] = tile_sum(0);
             added[1] = tile_sum(1);
         }
+        if (kPacked && (moves || token + kKeys > prefix)) fit_level(token, added);
         prefix_sum[0] += added[0];
         prefix_sum[1] += added[1];
     }
@@ -619,8 +671,7 @@ struct Consumer {
     // writes 16 bytes at once. Matrices of 8 x 8: two blocks of eight columns, each of the rows and those 8 below.
     __device__ __forceinline__ void store_out(const float (&inverse)[2]) {
         const uint32_t group = kGroupBarrier + warpgroup;
-        const uint32_t rows_of_warp =
-            device::shared_address(shared.q) + thread % Config::kConsumers / kWarp * (16 * kRowBytes);
+        const uint32_t rows_of_warp = device::shared_address(shared.q) + own_thread() / kWarp * (16 * kRowBytes);
         const auto at = [&](int32_t row, int32_t chunk) {
             return rows_of_warp + chunk / 8 * (Config::kCtaRows * kRowBytes) + row * kRowBytes +
                    ((chunk % 8) ^ (row % 8)) * 16;
@@ -722,7 +773,7 @@ struct Consumer {
                 start_scores(k_ring.stage);
                 if (kTurns) device::named_barrier_arrive(kTurnBarrier + next_turn, kTurnThreads);
                 any_broken = is_broken(k_ring.stage);
-                if (unit_step != 0) {
+                if (kPacked ? of_64() : unit_step != 0) {
                     emit_whole();
                 } else {
                     emit_units<true>(token);

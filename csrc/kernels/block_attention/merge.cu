@@ -1,13 +1,17 @@
 #include "kernels/block_attention/partial_row.cuh"
 #include "kernels/block_attention/pieces.cuh"
+#include "kernels/block_attention/unit_sums.cuh"
 #include "kernels/block_attention/variants.h"
 
-// Purpose   out and lse of the segments that the attention kernel left in pieces, zeros of empty ones; masses from unit
-//           sums, whose last factor is the final lse: share[r, j] = 2^(unit[j, r] - log2 sum[r]).
+// Purpose   out and lse of the segments that the attention kernel left in pieces, zeros of empty ones; masses, or rows
+//           of log-shares, from unit sums, whose last factor is the final lse: share[r, j] = 2^(unit[j, r] - log2
+//           sum[r]).
 // Schedule  grid (blocks, Hkv, B). The first merge_blocks blocks of a stream deal out its rows: merge_warps warps to a
 //           row, each over its own pieces, kInFlight of them read at once; the first warp adds the others' results in
-//           their order. The other blocks find the final sums of all rows, kParts threads to a row, and a warp of
-//           theirs adds over the rows of one unit after the other.
+//           their order. The other blocks find the final sums of all rows, kParts threads to a row. Of packed sums,
+//           they finish what one worker of the attention kernel has left, whatever streams that is of, so that they
+//           have as much to do as one another: a warp has some units in a row, a lane eight rows of them. Of others, a
+//           warp of theirs adds over the rows of one unit of the stream after the other.
 // Memory    partial O as partial_row.cuh says; results of the warps of a row, and the final sums, in
 //           shared memory.
 // Ceiling   reads all partial results and all unit sums once, from L2 where they fit.
@@ -181,14 +185,15 @@ __device__ __forceinline__ void merge_rows(const AttentionArgs& args, int64_t st
 }
 
 // log2 of what every row's shares are divided by; -inf: the row does not count. Returns how many rows count.
-__device__ __forceinline__ int32_t find_final_sums(const AttentionArgs& args, int64_t stream, float* sums) {
+__device__ __forceinline__ int32_t find_final_sums(const AttentionArgs& args, int32_t request, int64_t stream,
+                                                   float* sums) {
     const int32_t part = threadIdx.x % kParts;
     int32_t kept = 0;
     for (int32_t base = 0; base < args.rows; base += kMergeThreads / kParts) {
         const int32_t index = base + threadIdx.x / kParts;
         bool counts = index < args.rows;
         if (counts && args.row_mask != nullptr)
-            counts = args.row_mask[blockIdx.z * args.num_queries + query_of(args, index)];
+            counts = args.row_mask[request * args.num_queries + query_of(args, index)];
         float2 found = make_float2(-INFINITY, -INFINITY);
         if (index < args.rows) {
             const Row row(args, stream, index, false);
@@ -258,12 +263,12 @@ __device__ __forceinline__ void finish_units(const AttentionArgs& args, int64_t 
     const int32_t used = (length + (1 << args.unit_shift) - 1) >> args.unit_shift;  // units that hold a token
     const int32_t step = (gridDim.x - args.merge_blocks) * kMergeWarps;
     int32_t unit = (blockIdx.x - args.merge_blocks) * kMergeWarps + warp;
-    float* at = args.units + (stream * args.num_units + unit) * args.rows;
+    float* at = static_cast<float*>(args.units) + (stream * args.num_units + unit) * args.rows;
     UnitSums own;
     own.load(args, at, lane, args.mass != nullptr && unit < used);
     // A block without used units needs none.
     const bool has_units = unit - warp < used;
-    const int32_t kept = has_units ? find_final_sums(args, stream, sums) : 0;
+    const int32_t kept = has_units ? find_final_sums(args, blockIdx.z, stream, sums) : 0;
     float final_sums[kRows];  // of the lane's rows, or as many of them as are added at once
     const auto load_final_sums = [&](int32_t base) {
 #pragma unroll
@@ -300,34 +305,223 @@ __device__ __forceinline__ void finish_units(const AttentionArgs& args, int64_t 
     }
 }
 
-template <bool kMass>
+// What a block knows of the worker whose masses it finishes.
+struct FinishShared {
+    Share share;
+    bool any;  // one piece more
+    Piece piece[1];
+    Walk walk[1];
+    float sums[kMaxPackedRows];  // log2 of the final ones, then the factors of packed sums
+    alignas(16) UnitBase bases[kMaxPackedRows];
+    uint4 words[4][kMergeThreads];  // PackedUnits
+};
+
+// The packed sums of a few units that a warp has at once, in shared memory. 1 << shift lanes have a unit; a lane has
+// eight rows, which it alone copies and reads.
+struct PackedUnits {
+    static constexpr int kAtOnce = 4;  // copies of a lane; the reduction is made for as many
+    static constexpr int kRows = 8;    // of a copy
+
+    __device__ __forceinline__ static int32_t units(int32_t shift) { return kAtOnce * kWarp >> shift; }
+
+    // Of the i-th copy, from the first of all on.
+    __device__ __forceinline__ static int32_t unit_of(int32_t i, int32_t shift) {
+        return ((i * kWarp) + static_cast<int32_t>(threadIdx.x % kWarp)) >> shift;
+    }
+
+    __device__ __forceinline__ static void start(const AttentionArgs& args, FinishShared& shared, const uint16_t* own,
+                                                 int32_t unit, int32_t end, int32_t shift) {
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+            const int32_t at = unit + unit_of(i, shift);
+            device::copy_16_bytes(device::shared_address(&shared.words[i][threadIdx.x]),
+                                  own + (at < end ? int64_t{at} * args.unit_rows : 0), at < end ? 16 : 0);
+        }
+    }
+
+    // Over the lane's rows of its unit of the i-th copy.
+    template <bool kMax>
+    __device__ __forceinline__ static float add(const FinishShared& shared, int i, const float (&factors)[kRows]) {
+        const uint4 words = shared.words[i][threadIdx.x];
+        const uint32_t own[kRows / 2] = {words.x, words.y, words.z, words.w};
+        float all = 0.0f;
+#pragma unroll
+        for (int e = 0; e < kRows; ++e) {
+            const float sum = e % 2 == 0 ? PackedSum::low(own[e / 2]) : PackedSum::high(own[e / 2]);
+            all = kMax ? fmaxf(all, sum * factors[e]) : fmaf(sum, factors[e], all);
+        }
+        return all;
+    }
+};
+
+// Adds, or takes the largest, of kAtOnce values over the 1 << shift lanes that have a unit, so that a lane ends with
+// the value that its two upper bits among these lanes name.
+template <bool kMax>
+__device__ __forceinline__ float reduce_units(const float (&values)[PackedUnits::kAtOnce], int32_t shift) {
+    const int32_t lane = threadIdx.x % kWarp;
+    const int32_t half = 1 << shift >> 1, quarter = half >> 1;
+    const auto join = [](float x, float y) { return kMax ? fmaxf(x, y) : x + y; };
+    const bool upper = (lane & half) != 0, second = (lane & quarter) != 0;
+    const float first = join(upper ? values[2] : values[0], __shfl_xor_sync(~0u, upper ? values[0] : values[2], half));
+    const float next = join(upper ? values[3] : values[1], __shfl_xor_sync(~0u, upper ? values[1] : values[3], half));
+    float all = join(second ? next : first, __shfl_xor_sync(~0u, second ? first : next, quarter));
+    for (int32_t step = quarter >> 1; step > 0; step >>= 1) all = join(all, __shfl_xor_sync(~0u, all, step));
+    return all;
+}
+
+// The masses of the warp's units, [unit, end_of_warp), whose first words are on their way; a lane reads those before
+// its own end, none if it has no row. `late`: of some rows the first units do not count.
+template <bool kMax>
+__device__ __forceinline__ void finish_run(const AttentionArgs& args, FinishShared& shared, int64_t stream,
+                                           const uint16_t* own, int32_t unit, int32_t end, int32_t end_of_warp,
+                                           int32_t shift, bool late, float factor) {
+    constexpr int kRows = PackedUnits::kRows;
+    const int32_t lane = threadIdx.x % kWarp;
+    const int32_t row = (lane & (1 << shift) - 1) * kRows;
+    float factors[kRows];
+#pragma unroll
+    for (int e = 0; e < kRows; ++e) factors[e] = shared.sums[row + e];
+    for (; unit < end_of_warp; unit += PackedUnits::units(shift)) {
+        device::copies_wait();
+        float values[PackedUnits::kAtOnce];
+#pragma unroll
+        for (int i = 0; i < PackedUnits::kAtOnce; ++i) {
+            if (late) {
+                float counted[kRows];
+#pragma unroll
+                for (int e = 0; e < kRows; ++e) {
+                    const bool counts =
+                        unit + PackedUnits::unit_of(i, shift) >= shared.bases[row + e].begin >> args.unit_shift;
+                    counted[e] = counts ? factors[e] : 0.0f;
+                }
+                values[i] = PackedUnits::add<kMax>(shared, i, counted);
+            } else {
+                values[i] = PackedUnits::add<kMax>(shared, i, factors);
+            }
+        }
+        PackedUnits::start(args, shared, own, unit + PackedUnits::units(shift), end, shift);
+        const float mass = reduce_units<kMax>(values, shift);
+        const int32_t quarter = 1 << shift >> 2, load = (lane & (1 << shift) - 1) / quarter;
+        const int32_t at = unit + PackedUnits::unit_of(load, shift);
+        if ((lane & quarter - 1) == 0 && at < end_of_warp) args.mass[stream * args.num_units + at] = mass * factor;
+    }
+}
+
+// Masses of the units that a worker of the attention kernel has packed, piece by piece; finish_parts blocks share them.
+// The first words are asked for before the final sums are found.
+__device__ __forceinline__ void finish_packed(const AttentionArgs& args, int32_t part, FinishShared& shared) {
+    const int32_t lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+    const int32_t lines = (args.rows + PackedUnits::kRows - 1) / PackedUnits::kRows;  // of eight rows
+    const int32_t shift = max(2, kWarp - __clz(lines - 1));
+    const int32_t line = lane & (1 << shift) - 1;
+    while (shared.any) {
+        const Piece& piece = shared.piece[0];
+        const int64_t stream = int64_t{piece.request} * args.num_kv_heads + piece.kv_head;
+        const int32_t first = piece.token_begin >> args.unit_shift;
+        const int32_t last = (piece.token_end - 1 >> args.unit_shift) + 1;
+        // Whole loads to a warp.
+        const int32_t loads = (last - first << shift) + kWarp - 1 >> 5;
+        const int32_t run = core::ceil_div(loads, kMergeWarps * args.finish_parts) * (kWarp >> shift);
+        const int32_t unit = first + (part * kMergeWarps + warp) * run;
+        const int32_t end = line < lines ? min(unit + run, last) : 0, end_of_warp = min(unit + run, last);
+        const uint16_t* own = static_cast<const uint16_t*>(args.units) + stream * args.num_units * args.unit_rows +
+                              line * PackedUnits::kRows;
+        PackedUnits::start(args, shared, own, unit, end, shift);
+        const int32_t row = threadIdx.x;
+        if (2 * row < args.rows) {
+            const int64_t at = piece.slot < 0 ? args.slots + stream : int64_t{piece.slot};
+            device::copy_16_bytes(device::shared_address(&shared.bases[2 * row]),
+                                  args.unit_bases + at * args.tile_rows + 2 * row, 16);
+        }
+        const int32_t kept = find_final_sums(args, piece.request, stream, shared.sums);
+        device::copies_wait();
+        __syncthreads();
+        bool late = false;
+        if (row < kMaxPackedRows) {
+            const float sum = row < args.rows ? shared.sums[row] : -INFINITY;
+            const UnitBase base = shared.bases[row];
+            shared.sums[row] = sum == -INFINITY ? 0.0f : device::exp2_fast(base.level - sum);
+            late = sum != -INFINITY && base.begin > piece.token_begin;
+        }
+        late = __syncthreads_or(late) != 0;
+        const float factor = kept > 0 && args.score_max == 0 ? 1.0f / static_cast<float>(kept) : 1.0f;
+        if (args.score_max != 0) {
+            finish_run<true>(args, shared, stream, own, unit, end, end_of_warp, shift, late, factor);
+        } else {
+            finish_run<false>(args, shared, stream, own, unit, end, end_of_warp, shift, late, factor);
+        }
+        device::copies_wait();
+        __syncthreads();
+        if (warp == 0) {
+            Walk walk = shared.walk[0];
+            Piece next;
+            const bool any = next_piece<false>(args, shared.share, &walk, &next);
+            __syncwarp();
+            if (lane == 0) {
+                shared.any = any;
+                shared.walk[0] = walk;
+                if (any) shared.piece[0] = next;
+            }
+        }
+        __syncthreads();
+    }
+}
+
+// Past the last token there is no mass.
+__device__ __forceinline__ void clear_unused(const AttentionArgs& args, int64_t stream, int32_t length) {
+    const int32_t used = (length + (1 << args.unit_shift) - 1) >> args.unit_shift;
+    for (int32_t i = used + blockIdx.x * kMergeThreads + threadIdx.x; i < args.num_units;
+         i += args.merge_blocks * kMergeThreads)
+        args.mass[stream * args.num_units + i] = 0.0f;
+}
+
+template <Finish kFinish>
 __global__ void __launch_bounds__(kMergeThreads, 2)
     mage_block_attention_merge_kernel(const __grid_constant__ AttentionArgs args) {
     const int64_t stream = int64_t{blockIdx.z} * args.num_kv_heads + blockIdx.y;
-    // Lengths were there before the attention launch released this one: they are on their way during the wait.
+    const bool merges = kFinish == Finish::kNothing || static_cast<int32_t>(blockIdx.x) < args.merge_blocks;
+    // Lengths were there before the attention launch released this one: what follows from them alone is found before
+    // the wait.
     const int32_t seq_len = __ldcg(args.seq_lens + blockIdx.z);
+    if constexpr (kFinish == Finish::kPacked) {
+        if (!merges) {
+            __shared__ FinishShared finish;
+            const int32_t blocks = gridDim.x - args.merge_blocks;
+            const int32_t index = (blockIdx.z * gridDim.y + blockIdx.y) * blocks + (blockIdx.x - args.merge_blocks);
+            if (threadIdx.x < kWarp) find_start<1, false>(args, index / args.finish_parts, finish);
+            __syncthreads();
+            device::dependency_wait();
+            device::dependency_release();
+            finish_packed(args, index % args.finish_parts, finish);
+            return;
+        }
+    }
     device::dependency_wait();
     device::dependency_release();
-    const int32_t length = args.indices == nullptr ? min(max(seq_len, 0), args.max_seq_len)
-                                                   : stream_length<true>(args, blockIdx.z, blockIdx.y);
-    if (!kMass || static_cast<int32_t>(blockIdx.x) < args.merge_blocks) {
+    if (merges) {
+        const int32_t length = args.indices == nullptr ? min(max(seq_len, 0), args.max_seq_len)
+                                                       : stream_length<true>(args, blockIdx.z, blockIdx.y);
         __shared__ float records[kMergeWarps * kRecord];
+        if constexpr (kFinish == Finish::kPacked) clear_unused(args, stream, length);
         merge_rows(args, stream, length == 0, records);
-    } else if constexpr (kMass) {
+    } else if constexpr (kFinish == Finish::kUnits) {
         __shared__ float sums[kMaxUnitRows];
-        finish_units(args, stream, length, sums);
+        finish_units(args, stream, min(max(seq_len, 0), args.max_seq_len), sums);
     }
 }
 
 }  // namespace
 
-const MergeVariant& merge_variant(bool mass) {
-    static const MergeVariant variants[2] = {
-        {"mage_block_attention_merge_kernel", &mage_block_attention_merge_kernel<false>, kMergeThreads, kMergeWarps},
-        {"mage_block_attention_merge_kernel_mass", &mage_block_attention_merge_kernel<true>, kMergeThreads,
+const MergeVariant& merge_variant(Finish finish) {
+    static const MergeVariant variants[kFinishes] = {
+        {"mage_block_attention_merge_kernel", &mage_block_attention_merge_kernel<Finish::kNothing>, kMergeThreads,
+         kMergeWarps},
+        {"mage_block_attention_merge_kernel_mass", &mage_block_attention_merge_kernel<Finish::kUnits>, kMergeThreads,
+         kMergeWarps},
+        {"mage_block_attention_merge_kernel_packed", &mage_block_attention_merge_kernel<Finish::kPacked>, kMergeThreads,
          kMergeWarps},
     };
-    return variants[mass ? 1 : 0];
+    return variants[static_cast<int>(finish)];
 }
 
 }  // namespace mage::cuda

@@ -28,10 +28,12 @@ constexpr int kAtomBytes = 8 * kRowBytes;
 // Named barriers; of kGroupBarrier and kTurnBarrier one for each warpgroup.
 constexpr int kTailBarrier = 1, kGroupBarrier = 2, kStartBarrier = 5, kTurnBarrier = 6, kPieceBarrier = 9;
 
-template <typename T_, int kDim_, int kWarpgroups_, int kKeys_, int kStages_, int kCtas_, bool kLists_>
+template <typename T_, int kDim_, int kWarpgroups_, int kKeys_, int kStages_, int kCtas_, bool kLists_,
+          bool kPacked_ = false>
 struct AttentionConfig {
     using T = T_;
     static constexpr bool kLists = kLists_;
+    static constexpr bool kPacked = kPacked_;  // unit sums in 16 bits
     static constexpr int kDim = kDim_;
     static constexpr int kWarpgroups = kWarpgroups_;  // of consumers
     static constexpr int kKeys = kKeys_;              // tokens of a tile
@@ -105,7 +107,7 @@ __device__ __forceinline__ int32_t worker_rank() {
 }
 
 __device__ __forceinline__ int32_t clamped_length(const AttentionArgs& args, int32_t request) {
-    return min(max(args.seq_lens[request], 0), args.max_seq_len);
+    return min(max(__ldcg(args.seq_lens + request), 0), args.max_seq_len);
 }
 
 // What the device knows of a stream of a call with lists, as it is there.
