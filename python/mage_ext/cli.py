@@ -964,8 +964,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--control",
         default="none",
         choices=["none", "base", "shuffled", "two_way"],
-        help="base: without the adapter; shuffled: the entries of every matrix permuted; two_way: every token attends "
-        "every other (prose_forced)",
+        help="base: without the adapter, of the layers that it keeps; shuffled: the entries of every matrix permuted; "
+        "two_way: every token attends every other (prose_forced)",
     )
     add("--stages", nargs="+", default=[], metavar="FILE", help="adapters of earlier weights, measured first")
     recall.set_defaults(run=_eval_recall)

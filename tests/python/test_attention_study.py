@@ -16,8 +16,10 @@ from mage_ext.evaluation import needles
 from mage_ext.evaluation.attention_study import Look
 from mage_ext.evaluation.forced_blocks import ForcedBlocks, rows_of
 from mage_ext.models import builtin
+from mage_ext.models.adapter import adapter_tensors, add_adapter, save_adapter
+from mage_ext.models.config import Cut
 from mage_ext.models.huggingface import LoadedModel
-from mage_ext.models.transformer import rotary_frequencies
+from mage_ext.models.transformer import Transformer, rotary_frequencies
 from mage_ext.sampling import SamplerConfig
 from mage_ext.selection import BlockSelection, SelectionConfig
 from mage_ext.testing.plain_loop import PlainWindow, block_causal_mask
@@ -382,6 +384,58 @@ def test_shuffled_weights_have_the_same_entries():
         changed += not torch.equal(one, two)
         assert torch.equal(one, two) == (one.dim() == 1), name
     assert changed and torch.equal(attention.shuffled(model).norm.weight, other.norm.weight)
+
+
+@pytest.mark.parametrize("cut", [None, Cut((0, 2), 5e5, 1024)], ids=["whole", "cut"])
+def test_the_control_before_adaptation_keeps_the_adapters_layers(monkeypatch, tmp_path, cut):
+    encode = lambda text, add_special_tokens: [ord(c) % 90 + 1 for c in text]  # noqa: E731
+    tokenizer = SimpleNamespace(encode=encode, chat=lambda messages: encode(messages[0]["content"], False))
+    whole = tiny_model(tiny_config("llama_shift", num_layers=3), seed=1)
+    cuts = []
+
+    def load_base(path=None, block_size=32, cut=None):
+        cuts.append(cut)
+        kept = range(3) if cut is None else cut.layers
+        model = Transformer(whole.config if cut is None else cut.of(whole.config))
+        names = {f"layers.{layer}.": f"layers.{i}." for i, layer in enumerate(kept)}
+        state = {}
+        for name, value in whole.state_dict().items():
+            top = ".".join(name.split(".", 2)[:2]) + "."
+            if not name.startswith("layers.") or top in names:
+                state[name.replace(top, names.get(top, top))] = value.clone()
+        model.load_state_dict(state)
+        return model.config, model.eval().requires_grad_(False), tokenizer
+
+    monkeypatch.setattr(builtin, "load_base", load_base)
+    monkeypatch.setattr(attention, "load_base", load_base)
+    monkeypatch.setattr(needles, "_worker", {})
+    monkeypatch.setattr(attention, "_control", {})
+    _, model, _ = load_base(cut=cut)
+    wrapped = add_adapter(model, 2)
+    for each in wrapped.values():
+        torch.nn.init.normal_(each.b)
+    path = tmp_path / "tiny.safetensors"
+    save_adapter(path, adapter_tensors(wrapped, torch.ones(model.config.hidden_size)), builtin.BASE_NAME, cut=cut)
+    threads = torch.get_num_threads()
+    runner = needles.Runner(adapter=str(path))
+    assert torch.get_num_threads() == threads
+    look, layers = Look((16,), (1,), ("mage",)), 3 if cut is None else 2
+    scores = {}
+    for control in ("none", "base"):
+        rows = list(attention.suite(runner, 1, look, ["prose_forced"], [128], 1, control=control))[-1]
+        row = next(row for row in rows if row["study"] == "recall")
+        assert row["control"] == control and len(row["recall_by_layer"]) == layers
+        scores[control] = row["recall_by_layer"]
+    assert scores["none"] != scores["base"] and cuts[-1] == cut
+    base, adapted = attention._control["base"], needles.worker()[0]
+    assert base.config == adapted.config
+    for name, value in load_base(cut=cut)[1].state_dict().items():
+        assert torch.equal(base.model.state_dict()[name], value)
+    assert not torch.equal(base.model.layers[0].mlp.up_proj.weight, adapted.model.layers[0].mlp.up_proj.weight)
+    monkeypatch.setattr(attention, "_control", {})
+    needles._worker["cut"] = Cut((0,), 5e5, 1024)
+    with pytest.raises(ValueError, match="suite: the base before adaptation must be ModelConfig"):
+        list(attention.suite(runner, 1, look, ["prose_forced"], [128], 1, control="base"))
 
 
 def test_a_suite_joins_its_batches(monkeypatch):

@@ -9,8 +9,9 @@ them is done with the attention of every row looked at. Rows of `mage eval recal
                          every model (one that has learned nothing would write one token over and over); or a task of
                          method_comparison
     weights              of earlier weights alone (--stages): the name of their file
-    control              "none"; "base": the weights before the adapter; "shuffled": entries of each matrix permuted;
-                         "two_way": every token attends every other, so that the prefix sees the block (prose_forced)
+    control              "none"; "base": the weights before the adapter, of the layers that it keeps; "shuffled":
+                         entries of each matrix permuted; "two_way": every token attends every other, so that the
+                         prefix sees the block (prose_forced)
     n, blocks            contexts, and the blocks of them that count
     T, prefix_tokens     forwards of a whole open block; mean prefix
     x                    share of the block's open positions that is decided, one per forward that the lists are of: the
@@ -953,7 +954,13 @@ def _controlled(loaded: LoadedModel, control: str) -> LoadedModel:
         return loaded
     if control not in _control:
         weight = loaded.model.embed_tokens.weight
-        model = load_base()[1].to(weight.device, weight.dtype) if control == "base" else shuffled(loaded.model)
+        if control == "base":
+            config, model, _ = load_base(cut=needles.worker_cut())
+            if config != loaded.config:
+                raise ValueError(f"suite: the base before adaptation must be {loaded.config}, got {config}")
+            model = model.to(weight.device, weight.dtype)
+        else:
+            model = shuffled(loaded.model)
         _control[control] = dataclasses.replace(loaded, model=model)
     return _control[control]
 

@@ -23,7 +23,9 @@ from mage_ext import selection
 from mage_ext._arguments import check_list, got
 from mage_ext.denoise import DenoiseConfig, generate, prefill
 from mage_ext.evaluation import tasks
-from mage_ext.models.builtin import load_builtin
+from mage_ext.models.adapter import adapter_cut
+from mage_ext.models.builtin import adapter_path, load_builtin
+from mage_ext.models.config import Cut
 from mage_ext.models.huggingface import LoadedModel
 from mage_ext.results import Result
 from mage_ext.sampling import SamplerConfig
@@ -326,12 +328,17 @@ def _start_worker(
 ) -> None:
     torch.set_num_threads(threads)
     loaded = load_builtin(dtype, device, adapter)
-    _worker.update(loaded=loaded, maker=CaseMaker(loaded, texts))
+    _worker.update(loaded=loaded, maker=CaseMaker(loaded, texts), cut=adapter_cut(adapter_path(adapter)))
 
 
 def worker() -> tuple[LoadedModel, CaseMaker]:
     """The model of this process and its cases, inside of a Runner's work."""
     return _worker["loaded"], _worker["maker"]
+
+
+def worker_cut() -> Cut | None:
+    """What the model of this process keeps of its base, None for all of it; inside of a Runner's work."""
+    return _worker["cut"]
 
 
 def _work(seeds: range, *, methods: Sequence[Method], num_tokens: int, asked: int, distractors: int) -> list[Score]:
