@@ -334,9 +334,17 @@ def test_the_answer_tells_settings_and_what_they_changed():
     text, head, table = tuning.answer(rows, {"eval/methods": untuned}, compared)
     assert seen == [({"eval/methods": tuned}, {})] and (head, table) == (("head",), [["line"]])
     assert text == (
-        "Best of 4 trials each on tiny, seeds 0 to 199: mage score=max; quest norm=prefix. Compared. Found on average, "
-        "%, tuned for untuned where both were measured: mage 95.0 for 90.0, K/V read 25.0 for 25.0 (1 cells); "
-        "quest 80.0 for 50.0, K/V read 30.0 for 25.0 (1 cells)."
+        "Best of 4 trials each on tiny, seeds 0 to 199: mage score=max; quest norm=prefix. Compared. Found on average "
+        "in 1 cells, where all of these were measured tuned and untuned, %, tuned for untuned: mage 95.0 for 90.0, K/V "
+        "read 25.0 for 25.0; quest 80.0 for 50.0, K/V read 30.0 for 25.0."
+    )
+    # A cell that one method was not run in untuned counts for none of them.
+    more = [_result("mage", 0.2, K=128)], [_result("mage", 0.4, K=128, settings="score=max", **told)]
+    wider = {"eval/methods": untuned + more[0], tuning.TUNED_SUITE: tuned + more[1]}
+    assert tuning.answer(wider, {}, compared)[0] == text
+    apart = {"eval/methods": [more[0][0], untuned[1]], tuning.TUNED_SUITE: tuned + more[1]}
+    assert tuning.answer(apart, {}, compared)[0].endswith(
+        "Compared. No cell has all of quest, mage tuned and untuned, so there are no averages to compare."
     )
     tuning.answer(rows, rows, compared)
     assert seen[-1] == ({"eval/methods": tuned}, {"eval/methods": tuned})

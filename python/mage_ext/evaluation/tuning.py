@@ -359,18 +359,23 @@ def answer(rows: Mapping[str, list[Row]], other: Mapping[str, list[Row]], compar
     places = " and ".join(dict.fromkeys(row["tuned_on"] for row in own))
     parts = [f"Best of {len(TRIALS['mage'])} trials each on {places}: {'; '.join(told)}.", text]
     before = {_place(row): row for row in rows.get("eval/methods", []) if row["K"]}
-    shared = []
-    for name in TRIALS:
-        pairs = [(row, before[_place(row)]) for row in own if row["method"] == name and _place(row) in before]
-        if pairs:
-            scores = [100 * sum(pair[at]["score"] for pair in pairs) / len(pairs) for at in (0, 1)]
-            reads = [100 * sum(pair[at]["kv_share"] for pair in pairs) / len(pairs) for at in (0, 1)]
-            shared.append(
-                f"{name} {scores[0]:.1f} for {scores[1]:.1f}, K/V read {reads[0]:.1f} for {reads[1]:.1f} "
-                f"({len(pairs)} cells)"
-            )
+    pairs: dict[str, dict[tuple, tuple[Row, Row]]] = {}  # by method, then cell: tuned, untuned
+    for row in own:
+        if row["method"] in TRIALS and _place(row) in before:
+            pairs.setdefault(row["method"], {})[_place(row)[1:]] = row, before[_place(row)]
+    # Averages of methods can be compared over the same cells only.
+    shared = set.intersection(*map(set, pairs.values())) if pairs else set()
     if shared:
-        parts.append(f"Found on average, %, tuned for untuned where both were measured: {'; '.join(shared)}.")
+        averages = []
+        for name in (name for name in TRIALS if name in pairs):
+            both = [pair for cell, pair in pairs[name].items() if cell in shared]
+            scores = [100 * sum(pair[at]["score"] for pair in both) / len(both) for at in (0, 1)]
+            reads = [100 * sum(pair[at]["kv_share"] for pair in both) / len(both) for at in (0, 1)]
+            averages.append(f"{name} {scores[0]:.1f} for {scores[1]:.1f}, K/V read {reads[0]:.1f} for {reads[1]:.1f}")
+        where = f"in {len(shared)} cells, where all of these were measured tuned and untuned"
+        parts.append(f"Found on average {where}, %, tuned for untuned: {'; '.join(averages)}.")
+    elif pairs:
+        parts.append(f"No cell has all of {', '.join(pairs)} tuned and untuned, so there are no averages to compare.")
     return " ".join(parts), top, lines
 
 
