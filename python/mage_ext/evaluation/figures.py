@@ -360,7 +360,7 @@ def panels(
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
-        raise ModuleNotFoundError('figures: need matplotlib: pip install "mage_ext[plot]"') from None
+        raise ModuleNotFoundError("figures: need matplotlib: pip install matplotlib") from None
     figure = Figure(figsize=(max(width * num_columns, 4.2), height * num_rows))
     return figure, [list(row) for row in figure.subplots(num_rows, num_columns, squeeze=False, **options)]
 
