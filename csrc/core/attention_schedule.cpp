@@ -109,7 +109,7 @@ int64_t block_attention_mass_workspace(const BlockAttentionMassParams& params) {
     const int64_t streams = p.num_requests * p.num_kv_heads;
     const int64_t units = (p.max_seq_len + params.granularity - 1) / params.granularity;
     plan.pack_units(streams, units);
-    return block_attention_rows_workspace(rows) + 4 * (plan.base_floats(streams) + plan.unit_floats(streams, units));
+    return block_attention_rows_workspace(rows) + 4 * (plan.level_floats(streams) + plan.unit_floats(streams, units));
 }
 
 }  // namespace mage::cuda

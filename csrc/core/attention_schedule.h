@@ -9,16 +9,13 @@
 //
 // A segment is one row tile of one (request, KV head): its stream is cut into units of one tile of keys.
 //   aligned   every segment has workers of its own, as many as it has times a number of units, the last fraction
-//   included,
-//             and they share its units evenly: a worker has one piece. That number is the least with which the workers
-//             suffice.
+//             included, and they share its units evenly: a worker has one piece. That number is the least with which
+//             the workers suffice.
 //   balanced  where that is much more than an even share of all units: every worker takes as many units in a row, or
-//   one
-//             more, whatever they belong to, so that it holds whole segments and at most two pieces: the end of one,
-//             the start of another.
+//             one more, whatever they belong to, so that it holds whole segments and at most two pieces: the end of
+//             one, the start of another.
 //   fixed     a unit is a split, and a piece is always one unit, whoever takes it: results then depend on nothing but
-//   the
-//             request itself.
+//             the request itself.
 #if defined(__CUDACC__)
 #define MAGE_BOTH __host__ __device__ __forceinline__
 #else
@@ -163,12 +160,12 @@ struct AttentionPlan {
 
     // Workspace, in floats: O in 24 bits and three numbers of every row of every slot, the pieces of every segment; for
     // rows of masses two numbers of every row of the call; for masses the sums of every row and unit and, if these are
-    // packed, two numbers of every row of every slot and segment.
+    // packed, four numbers of every row of every slot and segment.
     int64_t partial_floats(int64_t head_dim) const { return slots * shape.rows * head_dim * 3 / 4; }
     int64_t partial_row_floats() const { return slots * shape.rows * 3; }
     int64_t piece_floats(int64_t streams) const { return (streams * row_tiles * 2 + 3) / 4 * 4; }
     int64_t stat_floats(int64_t streams) const { return (streams * rows * 2 + 3) / 4 * 4; }
-    int64_t base_floats(int64_t streams) const { return packs_units ? (slots + streams) * shape.rows * 2 : 0; }
+    int64_t level_floats(int64_t streams) const { return packs_units ? (slots + streams) * shape.rows * 4 : 0; }
     int64_t unit_floats(int64_t streams, int64_t units) const {
         return streams * units * unit_rows() / (packs_units ? 2 : 1);
     }

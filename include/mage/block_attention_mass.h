@@ -39,7 +39,7 @@ struct BlockAttentionMassParams {
 // Bytes of workspace, enough for every backend: the larger of what each needs for block_attention and for this,
 //   CPU   4 * B * Hkv * Rp * (n + ceil(max_seq_len / 64) + 2), Rp = R up to a multiple of 16
 //   CUDA  8 * B * Hkv * R up to a multiple of 16, and 4 * B * Hkv * R * n or, where sums are kept in 16 bits,
-//         2 * B * Hkv * n * (R up to a multiple of 8) + 8 * T * (264 + B * Hkv), T = R up to 64, 128 or 192
+//         2 * B * Hkv * n * (R up to a multiple of 8) + 16 * T * (264 + B * Hkv), T = R up to 64, 128 or 192
 // For g = 1 the CPU needs the larger one of block_attention's and token_mass's.
 int64_t block_attention_mass_workspace(int64_t num_requests, int64_t num_queries, int64_t num_heads,
                                        int64_t num_kv_heads, int64_t head_dim, int64_t max_seq_len, int64_t granularity,

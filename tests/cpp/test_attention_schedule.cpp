@@ -366,7 +366,7 @@ TEST(AttentionPlan, WorkspaceInNumbers) {
     const int64_t slot = 128 * (3 * 128 + 12);
     mass.attention = dimensions(16, 32, 32, 8, 128, 32768, 0);
     EXPECT_EQ(cuda::block_attention_mass_workspace(mass),
-              264 * slot + 128 * 8 + 8 * 128 * 128 + 8 * 128 * (264 + 128) + 2 * int64_t{128} * 512 * 128);
+              264 * slot + 128 * 8 + 8 * 128 * 128 + 16 * 128 * (264 + 128) + 2 * int64_t{128} * 512 * 128);
     mass.attention = dimensions(1, 32, 32, 8, 128, 32768, 0);
     EXPECT_EQ(cuda::block_attention_mass_workspace(mass),
               264 * slot + 8 * 8 + 8 * 8 * 128 + 4 * int64_t{8} * 512 * 128);

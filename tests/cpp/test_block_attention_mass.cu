@@ -39,6 +39,17 @@ std::vector<CudaMassCase> cuda_mass_cases() {
                          MassNorm::kPrefix,
                          false});
     }
+    // The same with many tiles to a piece.
+    std::vector<int32_t> long_lens;
+    for (int32_t i = 0; i < 34; ++i) long_lens.push_back(130 + 97 * i % 500);
+    for (const RowCount& r : kRowCounts) {
+        const std::string name = std::string("ManyTiles") + r.name;
+        cases.push_back({{name, long_lens, r.queries, 4 * r.heads, 4, 64, 64, DType::kBFloat16},
+                         cases.size() % 2 == 0 ? 16 : 64,
+                         MassScore::kMean,
+                         MassNorm::kPrefix,
+                         true});
+    }
     // All of them for every row shape.
     for (const RowCount& r : kRowCounts) {
         for (const int64_t g : granularities) {
@@ -79,7 +90,7 @@ struct MassOnDevice {
           prefix_lens(prefix_of(buffers)),
           mask(mask_of(m)),
           params(params_of(m, buffers)),
-          attention(buffers, cuda::block_attention_mass_workspace(params) + base_bytes(params)),
+          attention(buffers, cuda::block_attention_mass_workspace(params) + level_bytes(params)),
           device_prefix(prefix_lens),
           device_mask(mask),
           mass_size(buffers.params.num_requests * buffers.params.num_kv_heads *
@@ -115,11 +126,11 @@ struct MassOnDevice {
     }
 
     // What packed sums take beside their own place, which is smaller than that of others.
-    static int64_t base_bytes(const BlockAttentionMassParams& params) {
+    static int64_t level_bytes(const BlockAttentionMassParams& params) {
         const int64_t streams = params.attention.num_requests * params.attention.num_kv_heads;
         core::AttentionPlan plan = core::plan_attention(params.attention, core::kMaxSms);
         plan.pack_units(streams, 1, 0);
-        return 4 * plan.base_floats(streams) + 16 * streams * params.attention.max_seq_len;
+        return 4 * plan.level_floats(streams) + 16 * streams * params.attention.max_seq_len;
     }
 
     void launch(CudaStream stream) const {
@@ -223,36 +234,50 @@ TEST(BlockAttentionMassCudaRuns, AreBitwiseEqual) {
     }
 }
 
+// Whether a row grows in two steps: tiles that add up to less than a next level, then one that does and leaves them a
+// share that counts.
+bool grows_twice(const std::vector<double>& share, int64_t rows, int64_t row, int64_t tokens, int64_t keys) {
+    double first = 0.0, before = 0.0;
+    for (int64_t begin = 0; begin < tokens; begin += keys) {
+        double sum = 0.0;
+        for (int64_t t = begin; t < std::min(tokens, begin + keys); ++t) sum += share[t * rows + row];
+        if (begin == 0) {
+            first = sum;
+        } else if (sum > first * 0x1p48) {
+            return before > sum * 0x1p-10;
+        } else {
+            before = std::max(before, sum);
+        }
+    }
+    return false;
+}
+
 // Scores so large that what a row adds up to grows by more than 16 bits can hold from one tile to another.
 TEST(BlockAttentionMassCudaRange, GrowsWithinAPiece) {
     MAGE_NEEDS_GPU();
     for (const RowCount& r : kRowCounts) {
-        for (const int64_t g : {16, 64}) {
-            for (const MassScore score : {MassScore::kMean, MassScore::kMax}) {
-                for (const MassNorm norm : {MassNorm::kContext, MassNorm::kPrefix}) {
-                    CudaMassCase c = {
-                        {"Range", {1500, 900}, r.queries, r.heads, 1, 64, 64, DType::kBFloat16}, g, score, norm, false};
-                    c.attention.softmax_scale = 4.0;
-                    MassOnDevice m(c);
-                    int64_t far = 0;  // rows whose first 128 tokens are less than 2^-64 of the first half
-                    for (size_t b = 0; b < m.buffers.shares.size(); ++b) {
-                        const int64_t rows = m.buffers.rows(), half = c.attention.seq_lens[b] / 2;
-                        for (int64_t row = 0; row < rows; ++row) {
-                            double first = 0.0, all = 0.0;
-                            for (int64_t t = 0; t < half; ++t) {
-                                (t < 128 ? first : all) += m.buffers.shares[b][t * rows + row];
-                            }
-                            far += first < 0x1p-64 * all ? 1 : 0;
-                        }
-                    }
-                    ASSERT_GT(far, 0);
-                    for (const bool packs : {true, false}) {
-                        m.packs = packs;
-                        m.run();
-                        // 2^-10 for 16 bits; scores of up to 2^9 in log2 are known to 2^-16.
-                        expect_naive_mass(m, (packs ? 0x1p-10 : 0.0) + 0x1p-14);
-                    }
-                }
+        for (const bool other : {false, true}) {
+            // More segments than workers, which then have whole ones.
+            CudaMassCase c = {
+                {"Range", std::vector<int32_t>(34, 640), r.queries, 4 * r.heads, 4, 64, 64, DType::kBFloat16},
+                other ? 16 : 64,
+                other ? MassScore::kMax : MassScore::kMean,
+                MassNorm::kContext,
+                false};
+            c.attention.softmax_scale = 4.0;
+            MassOnDevice m(c);
+            const int64_t rows = m.buffers.rows();
+            const int64_t keys = core::row_shape(core::choose_row_shape(rows)).keys;
+            int64_t found = 0;
+            for (const std::vector<double>& share : m.buffers.shares) {
+                for (int64_t row = 0; row < rows; ++row) found += grows_twice(share, rows, row, 640, keys) ? 1 : 0;
+            }
+            ASSERT_GT(found, 0);
+            for (const bool packs : {true, false}) {
+                m.packs = packs;
+                m.run();
+                // 2^-10 for 16 bits; scores of up to 2^9 in log2 are known to 2^-16.
+                expect_naive_mass(m, (packs ? 0x1p-10 : 0.0) + 0x1p-14);
             }
         }
     }

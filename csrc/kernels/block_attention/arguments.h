@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "core/attention_schedule.h"
+#include "core/unit_sums.h"
 
 // What the attention kernel and those that follow it are given. Strides in elements.
 namespace mage::cuda {
@@ -11,12 +12,6 @@ namespace mage::cuda {
 struct PoolBytes {
     const uint8_t* data;
     int64_t stride_page, stride_token, stride_head;
-};
-
-// What a row's packed unit sums of a piece are of, and the token at which they begin: unit_sums.cuh.
-struct alignas(8) UnitBase {
-    float level;
-    int32_t begin;
 };
 
 struct AttentionArgs {
@@ -60,14 +55,14 @@ struct AttentionArgs {
                            // inverted
     core::Pieces* pieces;  // [B * Hkv * row tiles]; not written for empty requests
     float* row_stats;      // [B * Hkv, R, 2]: log2 of the sums, all and below P, of segments that are not in pieces
-    // Sums over units; null: none. Log2 in float32, [B * Hkv, n, R], or packed (unit_sums.cuh), 16 bits each,
+    // Sums over units; null: none. Log2 in float32, [B * Hkv, n, R], or packed (core/unit_sums.h), 16 bits each,
     // [B * Hkv, n, unit_rows]: R up to 8s.
     void* units;
     int32_t unit_rows;
-    int32_t unit_shift;    // g = 1 << unit_shift
-    int32_t num_units;     // n
-    UnitBase* unit_bases;  // [slots + B * Hkv, tile rows]: of every row of a piece; packed sums alone
-    int32_t slots;         // bases of pieces; those of whole segments follow
+    int32_t unit_shift;             // g = 1 << unit_shift
+    int32_t num_units;              // n
+    core::UnitLevels* unit_levels;  // [slots + B * Hkv, tile rows]: of every row of a piece; packed sums alone
+    int32_t slots;                  // levels of pieces; those of whole segments follow
 
     // The merge alone.
     int32_t tile_rows, head_dim;

@@ -16,7 +16,7 @@ namespace {
 
 constexpr char kOp[] = "block_attention";
 constexpr double kLog2E = 1.4426950408889634;
-constexpr int64_t kMergePieces = 6;     // that a warp reads at once
+constexpr int64_t kMergePieces = 6;     // of a warp; more are shared with others
 constexpr int32_t kMostMergeShift = 3;  // 1 << shift warps share a row
 constexpr int32_t kMaxBoxTokens = 64;
 constexpr int64_t kMaxGrid = 65535;
@@ -237,8 +237,8 @@ void launch_block_attention(const char* op, const BlockAttentionParams& p, const
         float* own = args.row_stats + plan.stat_floats(streams);
         if (plan.packs_units) {
             args.slots = static_cast<int32_t>(plan.slots);
-            args.unit_bases = reinterpret_cast<UnitBase*>(own);
-            own += plan.base_floats(streams);
+            args.unit_levels = reinterpret_cast<core::UnitLevels*>(own);
+            own += plan.level_floats(streams);
         }
         args.units = outputs.units != nullptr ? outputs.units : own;
         args.unit_rows = static_cast<int32_t>(plan.unit_rows());

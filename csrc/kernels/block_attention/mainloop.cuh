@@ -2,11 +2,10 @@
 
 #include "kernels/block_attention/partial_row.cuh"
 #include "kernels/block_attention/pieces.cuh"
-#include "kernels/block_attention/unit_sums.cuh"
 
 // Purpose   out[r] = sum_t softmax(scale q[r] . k[t]) v[t] over the tokens of a paged KV stream, all of them or those
 //           of a list and a tail, and on request every row's sum over every unit of g tokens, its logarithm or, in
-//           kernels of their own, 16 bits (unit_sums.cuh); mage/block_attention.h, block_attention_mass.h,
+//           kernels of their own, 16 bits (core/unit_sums.h); mage/block_attention.h, block_attention_mass.h,
 //           sparse_block_attention.h.
 // Schedule  persistent workers (core/attention_schedule.h): a CTA, or a pair of CTAs that share the rows of a tile and
 //           multicast K and V to one another. Of the first warpgroup, warp 0 feeds a ring of K and V tiles by TMA, and
@@ -327,7 +326,7 @@ struct Consumer {
         unit_step = find_unit_step();
         if constexpr (kPacked) {
             unit_level = -INFINITY;
-            if (emits && (lane & 2) == 0) *unit_base() = {-INFINITY, 0};
+            if (emits && (lane & 2) == 0) *unit_levels() = core::UnitLevels();
         }
     }
 
@@ -341,10 +340,10 @@ struct Consumer {
     __device__ __forceinline__ int32_t unit_rows() const { return kPacked ? args.unit_rows : args.rows; }
 
     // Of the emitted row.
-    __device__ __forceinline__ UnitBase* unit_base() const {
+    __device__ __forceinline__ core::UnitLevels* unit_levels() const {
         const int32_t stream = piece.request * args.num_kv_heads + piece.kv_head;
         const int32_t at = piece.slot < 0 ? args.slots + stream : piece.slot;
-        return args.unit_bases + int64_t{at} * tile_rows<Config>() + row_of(lane & 1);
+        return args.unit_levels + int64_t{at} * tile_rows<Config>() + row_of(lane & 1);
     }
 
     // S = Q K^T of a stage, asynchronous.
@@ -472,7 +471,7 @@ struct Consumer {
     __device__ __forceinline__ void store_sum(bool stores, Unit* to, float sum) const {
         const float own = (lane & 1) != 0 ? reference[1] : reference[0];
         if constexpr (kPacked) {
-            const uint32_t packed = PackedSum::pack(sum * device::exp2_fast(own - unit_level));
+            const uint32_t packed = core::PackedSum::pack(sum * device::exp2_fast(own - unit_level));
             device::store_16_bits_if(stores, to, packed, device::kEvictLast);
         } else {
             device::store_if(stores, to, device::log2_fast(sum) + own, device::kEvictLast);
@@ -548,15 +547,15 @@ struct Consumer {
         unit_at += int64_t{kKeys >> args.unit_shift} * unit_rows();
     }
 
-    // The first sum of a row's tile, of which these are the thread's parts, is its level; so is one far above it.
+    // Looks whether what a row's tile adds up to, of which these are the thread's parts, is its next level.
     __device__ __forceinline__ void fit_level(int32_t token, const float (&added)[2]) {
         const float upper_row = device::quad_sum(added[0]), lower_row = device::quad_sum(added[1]);
         const bool lower = (lane & 1) != 0;
-        const float level =
-            (lower ? reference[1] : reference[0]) + device::log2_fast(lower ? lower_row : upper_row) + PackedSum::kOne;
-        if (!emits || !(level > unit_level + PackedSum::kGrowth)) return;
+        const float level = (lower ? reference[1] : reference[0]) + device::log2_fast(lower ? lower_row : upper_row) +
+                            core::PackedSum::kOne;
+        if (!emits || !core::is_next_level(level, unit_level)) return;
         unit_level = level;
-        if ((lane & 2) == 0) *unit_base() = {level, token};
+        if ((lane & 2) == 0) *unit_levels() = core::with_level(*unit_levels(), level, token);
     }
 
     // Turns S into P, in 16 bits, and adds up its sums; keeps the block sums for emit_units. Exponents are taken

@@ -1,6 +1,5 @@
 #include "kernels/block_attention/partial_row.cuh"
 #include "kernels/block_attention/pieces.cuh"
-#include "kernels/block_attention/unit_sums.cuh"
 #include "kernels/block_attention/variants.h"
 
 // Purpose   out and lse of the segments that the attention kernel left in pieces, zeros of empty ones; masses, or rows
@@ -12,8 +11,8 @@
 //           they finish what one worker of the attention kernel has left, whatever streams that is of, so that they
 //           have as much to do as one another: a warp has some units in a row, a lane eight rows of them. Of others, a
 //           warp of theirs adds over the rows of one unit of the stream after the other.
-// Memory    partial O as partial_row.cuh says; results of the warps of a row, and the final sums, in
-//           shared memory.
+// Memory    partial O as partial_row.cuh says; results of the warps of a row, the final sums, and of packed sums the
+//           levels and the words at hand, in shared memory.
 // Ceiling   reads all partial results and all unit sums once, from L2 where they fit.
 namespace mage::cuda {
 
@@ -311,9 +310,9 @@ struct FinishShared {
     bool any;  // one piece more
     Piece piece[1];
     Walk walk[1];
-    float sums[kMaxPackedRows];  // log2 of the final ones, then the factors of packed sums
-    alignas(16) UnitBase bases[kMaxPackedRows];
-    uint4 words[4][kMergeThreads];  // PackedUnits
+    float sums[kMaxPackedRows];               // log2 of the final ones, then the factors of packed sums
+    core::UnitLevels levels[kMaxPackedRows];  // then their factors in place of levels
+    uint4 words[4][kMergeThreads];            // PackedUnits
 };
 
 // The packed sums of a few units that a warp has at once, in shared memory. 1 << shift lanes have a unit; a lane has
@@ -340,15 +339,16 @@ struct PackedUnits {
     }
 
     // Over the lane's rows of its unit of the i-th copy.
-    template <bool kMax>
-    __device__ __forceinline__ static float add(const FinishShared& shared, int i, const float (&factors)[kRows]) {
+    template <bool kMax, typename FactorT>
+    __device__ __forceinline__ static float add(const FinishShared& shared, int i, const FactorT& factor_of) {
         const uint4 words = shared.words[i][threadIdx.x];
         const uint32_t own[kRows / 2] = {words.x, words.y, words.z, words.w};
         float all = 0.0f;
 #pragma unroll
         for (int e = 0; e < kRows; ++e) {
-            const float sum = e % 2 == 0 ? PackedSum::low(own[e / 2]) : PackedSum::high(own[e / 2]);
-            all = kMax ? fmaxf(all, sum * factors[e]) : fmaf(sum, factors[e], all);
+            const float sum = e % 2 == 0 ? core::PackedSum::low(own[e / 2]) : core::PackedSum::high(own[e / 2]);
+            const float share = sum * factor_of(e);
+            all = kMax ? fmaxf(all, share) : all + share;
         }
         return all;
     }
@@ -370,7 +370,7 @@ __device__ __forceinline__ float reduce_units(const float (&values)[PackedUnits:
 }
 
 // The masses of the warp's units, [unit, end_of_warp), whose first words are on their way; a lane reads those before
-// its own end, none if it has no row. `late`: of some rows the first units do not count.
+// its own end, none if it has no row. `late`: of some rows the first units have another level, or none.
 template <bool kMax>
 __device__ __forceinline__ void finish_run(const AttentionArgs& args, FinishShared& shared, int64_t stream,
                                            const uint16_t* own, int32_t unit, int32_t end, int32_t end_of_warp,
@@ -386,18 +386,11 @@ __device__ __forceinline__ void finish_run(const AttentionArgs& args, FinishShar
         float values[PackedUnits::kAtOnce];
 #pragma unroll
         for (int i = 0; i < PackedUnits::kAtOnce; ++i) {
-            if (late) {
-                float counted[kRows];
-#pragma unroll
-                for (int e = 0; e < kRows; ++e) {
-                    const bool counts =
-                        unit + PackedUnits::unit_of(i, shift) >= shared.bases[row + e].begin >> args.unit_shift;
-                    counted[e] = counts ? factors[e] : 0.0f;
-                }
-                values[i] = PackedUnits::add<kMax>(shared, i, counted);
-            } else {
-                values[i] = PackedUnits::add<kMax>(shared, i, factors);
-            }
+            const int32_t token = unit + PackedUnits::unit_of(i, shift) << args.unit_shift;
+            values[i] = late
+                            ? PackedUnits::add<kMax>(
+                                  shared, i, [&](int e) { return core::level_at(shared.levels[row + e], token, 0.0f); })
+                            : PackedUnits::add<kMax>(shared, i, [&](int e) { return factors[e]; });
         }
         PackedUnits::start(args, shared, own, unit + PackedUnits::units(shift), end, shift);
         const float mass = reduce_units<kMax>(values, shift);
@@ -428,10 +421,10 @@ __device__ __forceinline__ void finish_packed(const AttentionArgs& args, int32_t
                               line * PackedUnits::kRows;
         PackedUnits::start(args, shared, own, unit, end, shift);
         const int32_t row = threadIdx.x;
-        if (2 * row < args.rows) {
+        if (row < args.rows) {
             const int64_t at = piece.slot < 0 ? args.slots + stream : int64_t{piece.slot};
-            device::copy_16_bytes(device::shared_address(&shared.bases[2 * row]),
-                                  args.unit_bases + at * args.tile_rows + 2 * row, 16);
+            device::copy_16_bytes(device::shared_address(&shared.levels[row]),
+                                  args.unit_levels + at * args.tile_rows + row, 16);
         }
         const int32_t kept = find_final_sums(args, piece.request, stream, shared.sums);
         device::copies_wait();
@@ -439,9 +432,15 @@ __device__ __forceinline__ void finish_packed(const AttentionArgs& args, int32_t
         bool late = false;
         if (row < kMaxPackedRows) {
             const float sum = row < args.rows ? shared.sums[row] : -INFINITY;
-            const UnitBase base = shared.bases[row];
-            shared.sums[row] = sum == -INFINITY ? 0.0f : device::exp2_fast(base.level - sum);
-            late = sum != -INFINITY && base.begin > piece.token_begin;
+            core::UnitLevels levels;
+            if (row < args.rows) levels = shared.levels[row];
+            const auto factor_of = [&](float level) {
+                return sum == -INFINITY ? 0.0f : device::exp2_fast(level - sum);
+            };
+            late = sum != -INFINITY && levels.begin > piece.token_begin;
+            levels.level = shared.sums[row] = factor_of(levels.level);
+            levels.previous = factor_of(levels.previous);
+            shared.levels[row] = levels;
         }
         late = __syncthreads_or(late) != 0;
         const float factor = kept > 0 && args.score_max == 0 ? 1.0f / static_cast<float>(kept) : 1.0f;
