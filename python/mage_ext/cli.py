@@ -366,7 +366,11 @@ def _eval_report(args: argparse.Namespace) -> int:
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"eval: card must be a UTF-8 text file, got {args.card!r}: {error}") from None
     pages.write_page(args.out, report.report(files, card, other))
-    print("\n".join(answers.lines(answers.answers(files, other))))
+    found = answers.answers(files, other)
+    told = figures.incomplete([*files, *other]) + answers.lines(found)
+    if all(each.text == answers.NOT_MEASURED for each in found):
+        told.append("These files answer none of the questions: the page has their tables and figures alone.")
+    print("\n".join(told))
     print(f"written: {args.out}, {os.path.getsize(args.out) / 1e6:.1f} MB")
     return 0
 

@@ -464,6 +464,48 @@ def test_the_other_training_seed_stands_in_page_and_terminal(write, tmp_path, ca
     assert "What ran: 2 files" in page and "o.json" in page
 
 
+def test_recall_of_the_other_training_seed_must_have_its_keys(write, tmp_path, capsys):
+    first = str(write("eval/recall", _recall(), model="m", first_seed=0).rename(tmp_path / "first.json"))
+    rows = [{key: value for key, value in row.items() if key != "ci_low"} for row in _recall()]
+    other = str(write("eval/recall", rows, model="m-seed1", first_seed=0))
+    out = str(tmp_path / "out.html")
+    assert cli.main(["eval", "report", "--files", first, "--other-seed", other, "--out", out]) == 2
+    error = capsys.readouterr().err
+    assert f"other_seed: rows of '{other}' for the answer 'recall' must have the key 'ci_low'" in error
+    # What no answer reads, but a table.
+    times = str(write("eval/thresholds", _thresholds(), model="m", first_seed=0).rename(tmp_path / "times.json"))
+    rows = [{key: value for key, value in row.items() if key != "forwards_ratio"} for row in _thresholds()]
+    there = str(write("eval/thresholds", rows, model="m-seed1", first_seed=0).rename(tmp_path / "there.json"))
+    assert cli.main(["eval", "report", "--files", times, "--other-seed", there, "--out", out]) == 2
+    assert "other_seed: rows of there.json must have the key 'forwards_ratio'" in capsys.readouterr().err
+    # What is missing in the first seed's files is told of these.
+    assert cli.main(["eval", "report", "--files", other, "--out", out]) == 2
+    assert "mage: error: files: rows " in capsys.readouterr().err and not Path(out).exists()
+
+
+def test_runs_that_ended_early_and_files_without_answers_are_told(write, tmp_path, capsys):
+    path = write("eval/methods", _methods(), first_seed=0)
+    out = tmp_path / "out.html"
+    arguments = ["eval", "report", "--files", str(path), "--out", str(out)]
+    assert cli.main(arguments) == 0
+    assert "Not complete" not in capsys.readouterr().out + out.read_text()
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"complete": False}))
+    assert cli.main(arguments) == 0
+    line = f"Not complete, the run ended early: {path}"
+    assert capsys.readouterr().out.startswith(line + "\n") and html.escape(line) in out.read_text()
+    out.unlink()
+    heatmap = str(write("eval/heatmap", _heatmap()))
+    assert cli.main(["eval", "report", "--files", heatmap, "--out", str(out)]) == 0
+    assert "These files answer none of the questions" in capsys.readouterr().out and out.exists()
+    out.unlink()
+    bench = tmp_path / "block_attention.json"
+    bench.write_text(json.dumps({"name": "block_attention", "rows": [{"case": {"model": "7B"}, "us": 1.0}]}))
+    assert cli.main(["eval", "report", "--files", str(bench), "--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert "files: must answer a question or be of an evaluation, got block_attention alone" in error
+    assert not out.exists()
+
+
 def test_what_is_no_other_training_seed_is_refused(write, tmp_path, capsys):
     def file(name, suite="eval/methods", model="smollm2-cut16-block-seed1", first_seed=1000, rows=None):
         path = write(suite, SUITES[suite]() if rows is None else rows, model=model, first_seed=first_seed)
@@ -493,6 +535,17 @@ def test_what_is_no_other_training_seed_is_refused(write, tmp_path, capsys):
             [file("words", rows=[row | {"task": "lines"} for row in _methods()])],
             "other_seed: must have cases that files have too, got none of eval/methods in ",
         ),
+        (
+            [file("few", rows=[row | ({"n": 24} if row["K"] == 256 else {}) for row in _methods()])],
+            f"other_seed: n of row 4 of '{tmp_path}/few.json' must be at least 25, half of that in files, got 24, of ",
+        ),
+        ([file("exact", rows=_without("exact"))], f"other_seed: rows of '{tmp_path}/exact.json' for the answer "),
+        (
+            [file("low", rows=_without("ci_low"))],
+            f"other_seed: rows of '{tmp_path}/low.json' for the answer 'seeds' must ",
+        ),
+        ([file("n", rows=_without("n"))], f"other_seed: rows of '{tmp_path}/n.json' for the answer "),
+        ([file("lone", rows=_without("mage_only"))], "for the answer 'methods' must have the key 'mage_only'"),
     ):
         assert cli.main(["eval", "report", "--files", first, "--other-seed", *other, "--out", out]) == 2
         error = capsys.readouterr().err
@@ -506,10 +559,7 @@ def test_what_is_no_other_training_seed_is_refused(write, tmp_path, capsys):
 
 
 def _without(key):
-    rows = _methods()
-    for row in rows:
-        del row[key]
-    return rows
+    return [{name: value for name, value in row.items() if name != key} for row in _methods()]
 
 
 @pytest.mark.parametrize(

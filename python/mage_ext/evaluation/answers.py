@@ -34,6 +34,7 @@ from mage_ext.evaluation.needles import wilson
 PAPER_RECALL = (0.84, 0.90)  # arXiv 2602.14209, its own models
 _SIGNS = ("better", "no difference shown", "worse")
 TIE = "tie"  # of two training seeds
+NOT_MEASURED = "Not measured in these files."
 _OTHERS = ("quest", "tidal", "sparsed")
 _SAME_SHARE = 1.25  # shares of the prefix within this factor count as the same
 
@@ -75,17 +76,48 @@ def answers(files: Sequence[ResultFile], other_seed: Sequence[ResultFile] = ()) 
         ValueError: rows that lack a key, naming it. TypeError: files are no list of ResultFile.
     """
     rows, other = _by_suite("files", files), _by_suite("other_seed", other_seed)
+    check_other_seed(files, other_seed)
     found = []
     for name, (question, find) in _QUESTIONS.items():
         try:
             answer = find(rows, other)
         except KeyError as error:
             raise ValueError(f"files: rows for the answer {name!r} must have the key {error}") from None
-        text, head, table = answer if answer is not None else ("Not measured in these files.", (), [])
+        text, head, table = answer if answer is not None else (NOT_MEASURED, (), [])
         found.append(Answer(name, question, text, tuple(head), table))
     if other_seed:
-        found.append(_seeds(files, other_seed, found))
+        try:
+            found.append(_seeds(files, other_seed, found))
+        except KeyError as error:
+            raise ValueError(f"files: rows for the answer 'seeds' must have the key {error}") from None
     return found
+
+
+def check_other_seed(files: Sequence[ResultFile], other_seed: Sequence[ResultFile]) -> None:
+    """Raises ValueError, naming other_seed and the file, if rows of the other training seed lack a key that an answer
+    reads. files: those of the first seed, whose times the answers take; of theirs `answers` tells."""
+    timed = {name: rows for name, rows in _by_suite("files", files).items() if not name.startswith("eval/")}
+    for file in other_seed:
+        rows = {**timed, **_by_suite("other_seed", [file])}
+        for name, (_, find) in _QUESTIONS.items():
+            if not _lacks(lambda find=find: find(timed, {})):  # what they lack is not the other seed's
+                _refuse(file, name, _lacks(lambda find=find, rows=rows: find(rows, {})))
+        _refuse(file, "seeds", _lacks(lambda file=file: _seeds([file], [file], [])))
+
+
+def _lacks(find: Callable[[], Any]) -> str:
+    """The key that a question does not find in rows, "" if it finds all."""
+    try:
+        find()
+    except KeyError as error:
+        return str(error)
+    return ""
+
+
+def _refuse(file: ResultFile, name: str, key: str) -> None:
+    if key:
+        place = f"rows of {str(file.path)!r} for the answer {name!r}"
+        raise ValueError(f"other_seed: {place} must have the key {key}")
 
 
 def _by_suite(name: str, files: Sequence[ResultFile]) -> _Rows:

@@ -243,8 +243,8 @@ def read_other_seed(paths: Sequence[str | Path], files: Sequence[ResultFile]) ->
         paths: as `read` takes them. files: of `read`. The names of the two models differ in "-seedN" behind one of
             them, or behind both.
     Raises:
-        ValueError: naming other_seed; of another model or the same one, a suite that files lack, other first seeds, or
-            no case that files have too. What `read` raises.
+        ValueError: naming other_seed; of another model or the same one, a suite that files lack, other first seeds, no
+            case that files have too, or one of less than half as many contexts. What `read` raises.
     """
     try:
         found = read(paths)
@@ -265,10 +265,20 @@ def read_other_seed(paths: Sequence[str | Path], files: Sequence[ResultFile]) ->
         seeds = [each.head.get("first_seed") for each in (own[0], file)]
         if seeds[0] != seeds[1]:
             raise ValueError(f"other_seed: must have the first_seed of files, {seeds[0]}, got {seeds[1]} of {place}")
-        cases = {case_of(row) for each in own for row in each.rows}
+        cases = {case_of(row): row.get("n") for each in own for row in each.rows}
         if not any(case_of(row) in cases for row in file.rows):
             raise ValueError(f"other_seed: must have cases that files have too, got none of {place}")
+        for number, row in enumerate(file.rows, 1):
+            n, least = row.get("n"), (cases.get(case_of(row)) or 0) / 2
+            if n is not None and n < least:  # too few to say that a difference turns
+                expected = f"n of row {number} of {str(file.path)!r} must be at least {least:g}, half of that in files"
+                raise ValueError(f"other_seed: {expected}, got {n}, of {_case(row)}")
     return found
+
+
+def incomplete(files: Sequence[ResultFile]) -> list[str]:
+    """A line of text per file whose run ended early."""
+    return [f"Not complete, the run ended early: {file.path}" for file in files if file.head.get("complete") is False]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from mage_ext.evaluation import figures, pages
-from mage_ext.evaluation.answers import Answer, answers, is_tie
+from mage_ext.evaluation.answers import NOT_MEASURED, Answer, answers, check_other_seed, is_tie
 from mage_ext.evaluation.figures import RELIABLE, ResultFile, Row, case_of, groups, model_of, of_method
 from mage_ext.evaluation.method_comparison import holm
 from mage_ext.models import builtin
@@ -41,10 +41,17 @@ def report(files: Sequence[ResultFile], card: str | None = None, other_seed: Seq
         files: of `figures.read`, at least one. card: text of the model's card; None: that of the model where it is
             shipped, else none. other_seed: of `figures.read_other_seed`, for the answers and the marks.
     Raises:
-        ValueError: no file, or rows that lack a key, naming it. ModuleNotFoundError: matplotlib is missing.
+        ValueError: no file, none that answers a question or is of an evaluation, or rows that lack a key, naming it.
+        ModuleNotFoundError: matplotlib is missing.
     """
     if not files:
         raise ValueError("report: files must be at least one, got none")
+    check_other_seed(files, other_seed)
+    for file in other_seed:
+        try:
+            _section(file, [])
+        except ValueError as error:
+            raise ValueError(str(error).replace("files: ", "other_seed: ", 1)) from None
     model = model_of(files)
     if card is None and model in builtin.names():
         card = builtin.model_card(model)
@@ -70,7 +77,13 @@ def report(files: Sequence[ResultFile], card: str | None = None, other_seed: Seq
         for file in ordered:
             if file.name == name:
                 body.append(_section(file, [row for each in other_seed if each.name == name for row in each.rows]))
-    body.insert(top, _answers(answers(ordered, other_seed)))  # made last: a missing key is named with its file before
+    found = answers(ordered, other_seed)  # made last: a missing key is named with its file before
+    own = [file for file in files if file.name in _TITLES or file.name.startswith("eval/")]
+    if not own and all(each.text == NOT_MEASURED for each in found):
+        names = ", ".join(dict.fromkeys(file.name for file in files))
+        raise ValueError(f"files: must answer a question or be of an evaluation, got {names} alone")
+    body.insert(top, "".join(f"<p><b>{pages.escape(line)}</b></p>\n" for line in figures.incomplete(ran)))
+    body.insert(top + 1, _answers(found))
     if card is not None:
         lines = "\n".join(pages.escape(each) for each in card.splitlines())
         body.append(f'<h2 id="card">The model\'s card</h2>\n<pre class="card">{lines}</pre>')
