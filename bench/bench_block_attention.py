@@ -166,11 +166,13 @@ def main():
     cuda.add_argument("--fa3", help="the library _vllm_fa3_C.abi3.so of a vllm wheel")
     cuda.add_argument("--warm", action="store_true", help="rows with a warm L2 too")
     args = parser.parse_args()
+    for device, group in (("cpu", cpu), ("cuda", cuda)):
+        for action in group._group_actions:
+            if device != args.device and getattr(args, action.dest) != action.default:
+                parser.error(f"{action.option_strings[0]} is for --device {device}, got --device {args.device}")
     if args.device == "cuda":
         block_attention_cuda.run(args, parser)
         return
-    if args.out:
-        parser.error("--out is for --device cuda")
     torch.set_num_threads(args.threads)
     cases = [c for c in all_cases() if args.case in case_name(c) and args.dtype in (None, c["dtype"])]
     if not cases:

@@ -86,6 +86,25 @@ def test_rows_are_picked(bench, pattern, names):
     assert [shape.name for shape in bench.rows.all_shapes() if bench.rows.matches(shape, pattern)] == names
 
 
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--rows", "foo"], "--rows is for --device cuda, got --device cpu"),
+        (["--fa3", "x.so"], "--fa3 is for --device cuda, got --device cpu"),
+        (["--warm"], "--warm is for --device cuda, got --device cpu"),
+        (["--out", "x.json"], "--out is for --device cuda, got --device cpu"),
+        (["--device", "cuda", "--case", "7B"], "--case is for --device cpu, got --device cuda"),
+    ],
+)
+def test_options_of_the_other_device_are_refused(bench, monkeypatch, capsys, arguments, message):
+    import bench_block_attention
+
+    monkeypatch.setattr(sys, "argv", ["bench_block_attention.py", *arguments])
+    with pytest.raises(SystemExit):
+        bench_block_attention.main()
+    assert message in capsys.readouterr().err
+
+
 def test_limits_of_emission(bench):
     """3 % where KV is large and partial sums fit the L2, 5 % or 1 us otherwise; 8 or 20 % for g = 16."""
     small, large, huge = (bench.sets.Shape("8B", (n,) * b) for n, b in ((4096, 1), (131072, 1), (32768, 16)))
