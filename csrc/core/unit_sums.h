@@ -53,11 +53,12 @@ struct PackedSum {
 
 // The last two levels of a row in a piece, each times 2^kOne, and the tokens from which on they are. -inf: none.
 struct alignas(16) UnitLevels {
-    float level = -INFINITY;
-    int32_t begin = 0;
-    float previous = -INFINITY;
-    int32_t previous_begin = 0;
+    float level;
+    int32_t begin;
+    float previous;
+    int32_t previous_begin;
 };
+MAGE_BOTH UnitLevels no_levels() { return {-INFINITY, 0, -INFINITY, 0}; }
 
 // Whether a tile that adds up to `tile` is the next level; NaN is not.
 MAGE_BOTH bool is_next_level(float tile, float level) { return tile > level + PackedSum::kGrowth; }

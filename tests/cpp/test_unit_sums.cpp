@@ -35,7 +35,7 @@ float exp2_flushed(double x) { return x < -126.0 ? 0.0f : static_cast<float>(std
 void expect_shares(const std::vector<Tile>& tiles, double outside) {
     constexpr double kSlack = 8.0;
     double reference = -INFINITY;
-    UnitLevels levels;
+    UnitLevels levels = no_levels();
     std::vector<uint32_t> words;
     std::vector<double> exact, all = {outside};
     std::vector<int32_t> begins;

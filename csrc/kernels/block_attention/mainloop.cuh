@@ -326,7 +326,7 @@ struct Consumer {
         unit_step = find_unit_step();
         if constexpr (kPacked) {
             unit_level = -INFINITY;
-            if (emits && (lane & 2) == 0) *unit_levels() = core::UnitLevels();
+            if (emits && (lane & 2) == 0) *unit_levels() = core::no_levels();
         }
     }
 

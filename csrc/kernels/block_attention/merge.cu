@@ -432,8 +432,7 @@ __device__ __forceinline__ void finish_packed(const AttentionArgs& args, int32_t
         bool late = false;
         if (row < kMaxPackedRows) {
             const float sum = row < args.rows ? shared.sums[row] : -INFINITY;
-            core::UnitLevels levels;
-            if (row < args.rows) levels = shared.levels[row];
+            core::UnitLevels levels = row < args.rows ? shared.levels[row] : core::no_levels();
             const auto factor_of = [&](float level) {
                 return sum == -INFINITY ? 0.0f : device::exp2_fast(level - sum);
             };
