@@ -325,6 +325,22 @@ def test_scores_stand_beside_those_of_exact(write):
     assert text.count('class="score grey"') == 6
 
 
+def test_cells_of_more_cases_stand_beside_exact_on_as_many(write, tmp_path):
+    """A file of more cases has some cells of another one's grid, and exact's."""
+    rows = [row for row in _methods() if row["tokens_per_step"] == 4]
+    few = [row for row in rows if row["K"] != 0 and (row["K"], row["method"]) != (256, "mage")]
+    more = [_exact(480, 500), _score("mage", 490, n=500, exact=480, K=256, recall=0.9)]
+    files = figures.read([write("eval/methods", few).rename(tmp_path / "few.json"), write("eval/methods", more)])
+    tables = {caption.split("; ")[1]: lines for caption, lines in _cells(report.report(files)).items() if caption}
+    assert tables["n = 50"][1][:3] == ["64 (3.2 %)", "100.0 [92.9, 100.0]", "98.0 [89.5, 99.6]"]
+    assert tables["n = 50"][2][:3] == ["256 (12.8 %)", "100.0 [92.9, 100.0]", ""]
+    assert tables["n = 500"][1][:3] == ["256 (12.8 %)", "96.0 [93.9, 97.4]", "98.0 [96.4, 98.9]"]
+    (drawing,) = figures.drawings(files)
+    (axes,) = drawing.draw().axes
+    assert axes.get_title() == "tokens per forward: 4, n = 50 and 500"
+    assert next(line for line in axes.lines if line.get_label() == "exact").get_ydata()[0] == 0.96
+
+
 def test_thresholds_have_their_forwards(write):
     tables = _cells(report.report(figures.read([write("eval/thresholds", _thresholds())])))
     costs = next(cells for caption, cells in tables.items() if "Forwards per answer" in caption)
@@ -550,6 +566,12 @@ def test_what_is_no_other_training_seed_is_refused(write, tmp_path, capsys):
         assert cli.main(["eval", "report", "--files", first, "--other-seed", *other, "--out", out]) == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
+    # However many cases the first seed's cell has, 200 are enough.
+    many = file("many", model="smollm2-cut16-block", rows=[row | {"n": 500} for row in _methods()])
+    arguments = ["eval", "report", "--files", many, "--out", out, "--other-seed"]
+    assert cli.main([*arguments, file("enough", rows=[row | {"n": 200} for row in _methods()])]) == 0
+    assert cli.main([*arguments, file("less", rows=[row | {"n": 199} for row in _methods()])]) == 2
+    assert "/less.json' must be at least 200, got 199, of " in capsys.readouterr().err
     assert cli.main(["eval", "report", "--files", first, "--other-seed", good, "--out", good]) == 2
     assert f"eval: out must be none of other_seed, got {good!r}" in capsys.readouterr().err
 

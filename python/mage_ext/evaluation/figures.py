@@ -62,6 +62,7 @@ COLORS = {
 }
 _OTHER_COLOR = "#7f7f7f"
 RELIABLE = 0.8  # exact's score from which on a method's means anything
+ENOUGH = 200  # cases of a cell, however many another one has
 
 
 @dataclass(frozen=True)
@@ -244,7 +245,7 @@ def read_other_seed(paths: Sequence[str | Path], files: Sequence[ResultFile]) ->
             them, or behind both.
     Raises:
         ValueError: naming other_seed; of another model or the same one, a suite that files lack, other first seeds, no
-            case that files have too, or one of less than half as many contexts. What `read` raises.
+            case that files have too, or one of less than ENOUGH contexts and half as many. What `read` raises.
     """
     try:
         found = read(paths)
@@ -269,9 +270,10 @@ def read_other_seed(paths: Sequence[str | Path], files: Sequence[ResultFile]) ->
         if not any(case_of(row) in cases for row in file.rows):
             raise ValueError(f"other_seed: must have cases that files have too, got none of {place}")
         for number, row in enumerate(file.rows, 1):
-            n, least = row.get("n"), (cases.get(case_of(row)) or 0) / 2
+            n, least = row.get("n"), min((cases.get(case_of(row)) or 0) / 2, ENOUGH)
             if n is not None and n < least:  # too few to say that a difference turns
-                expected = f"n of row {number} of {str(file.path)!r} must be at least {least:g}, half of that in files"
+                expected = f"n of row {number} of {str(file.path)!r} must be at least {least:g}"
+                expected += ", half of that in files" * (least < ENOUGH)
                 raise ValueError(f"other_seed: {expected}, got {n}, of {_case(row)}")
     return found
 
@@ -412,6 +414,11 @@ def groups(rows: Sequence[Row], *keys: str) -> dict[tuple, list[Row]]:
     for row in rows:
         found.setdefault(tuple(row.get(key) for key in keys), []).append(row)
     return found
+
+
+def counts(rows: Sequence[Row]) -> str:
+    """How many cases the rows' cells have: "200", "200 and 500"."""
+    return " and ".join(map(str, sorted({row["n"] for row in rows})))
 
 
 def of_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -575,8 +582,9 @@ def _accuracy(rows: Sequence[Row]) -> "Figure":
     speeds = {key[0]: speeds[key] for key in sorted(speeds, key=lambda key: key[0] or math.inf)}
     figure, axes = panels(1, len(speeds), 3.9, 3.3)
     for axis, (speed, inside) in zip(axes[0], speeds.items(), strict=True):
-        axis.axhline(inside[0]["exact"], color=COLORS["exact"], lw=1.2, label="exact")
-        if inside[0]["exact"] < RELIABLE:
+        exact = max(inside, key=lambda row: row["n"])["exact"]  # on the most cases
+        axis.axhline(exact, color=COLORS["exact"], lw=1.2, label="exact")
+        if exact < RELIABLE:
             axis.set_facecolor("#e4e4e4")
         for method, found in of_method(inside).items():
             found = sorted(found, key=lambda row: row["K"])
@@ -587,7 +595,7 @@ def _accuracy(rows: Sequence[Row]) -> "Figure":
         _budget_axis(axis, inside)
         axis.set_ylim(-0.03, 1.05)
         what = f"tokens per forward: {speed}" if speed is not None else str(inside[0].get("sampler"))
-        axis.set_title(f"{what}, n = {inside[0]['n']}", fontsize=9)
+        axis.set_title(f"{what}, n = {counts(inside)}", fontsize=9)
     axes[0][0].set_ylabel("found, share of the cases", fontsize=9)
     axes[0][-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
     return figure

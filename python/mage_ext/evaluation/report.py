@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from mage_ext.evaluation import figures, pages
-from mage_ext.evaluation.answers import NOT_MEASURED, Answer, answers, check_other_seed, is_tie
+from mage_ext.evaluation.answers import NOT_MEASURED, Answer, answers_of_checked, check_other_seed, is_tie
 from mage_ext.evaluation.figures import RELIABLE, ResultFile, Row, case_of, groups, model_of, of_method
 from mage_ext.evaluation.method_comparison import holm
+from mage_ext.evaluation.needles import wilson
 from mage_ext.models import builtin
 
 _TITLES = {
@@ -77,7 +78,7 @@ def report(files: Sequence[ResultFile], card: str | None = None, other_seed: Seq
         for file in ordered:
             if file.name == name:
                 body.append(_section(file, [row for each in other_seed if each.name == name for row in each.rows]))
-    found = answers(ordered, other_seed)  # made last: a missing key is named with its file before
+    found = answers_of_checked(ordered, other_seed)  # made last: a missing key is named with its file before
     own = [file for file in files if file.name in _TITLES or file.name.startswith("eval/")]
     if not own and all(each.text == NOT_MEASURED for each in found):
         names = ", ".join(dict.fromkeys(file.name for file in files))
@@ -240,12 +241,12 @@ def _budget(row: Row) -> str:
 
 
 def _exact_cell(row: Row, exact: Sequence[Row]) -> _Cell:
-    """Exact's cell on a row's cases: from exact's own row, or, without one, the score alone."""
+    """Exact's cell on a row's cases: from exact's own row, or, where that is of more cases, from the row's."""
     for each in exact:
         if each["n"] == row["n"] and each["score"] == row["exact"]:
             return score_cell(each)
-    grey = " grey" if row["exact"] < RELIABLE else ""
-    return _Cell(f'<td class="score{grey}">{_percent(row["exact"])}</td>')
+    low, high = wilson(row["exact"] * row["n"], row["n"])
+    return score_cell({**row, "method": "exact", "score": row["exact"], "ci_low": low, "ci_high": high, "kv_share": 1})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
