@@ -1,6 +1,7 @@
 """The `mage` command. Each subcommand imports what it needs when it runs, so that the others start without it."""
 
 import argparse
+import functools
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -93,7 +94,35 @@ def _check_first_layers(owner: str, args: argparse.Namespace, layers: int) -> No
         raise ValueError(f"{owner}: dense_layers must be at most the model's {layers} layers, got {dense}")
 
 
-def _config(args: argparse.Namespace) -> "DenoiseConfig":
+class _Noted(argparse.Action):
+    """Stores a value, and in `noted` that the option was given."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, values)
+        namespace.noted = (*getattr(namespace, "noted", ()), self.dest)
+
+
+_OF_LISTS = ("rule", "k", "g", "score", "sinks", "recents", "dense_layers")
+_OF_SAMPLERS = {
+    "threshold": ("low_confidence_dynamic",),
+    "tokens_per_step": ("sequential", "low_confidence_static"),
+}
+
+
+def _check_unread(owner: str, args: argparse.Namespace) -> None:
+    """Refuses options that were given and that the mode or the sampler does not read."""
+    noted = getattr(args, "noted", ())
+    for name in _OF_LISTS:
+        # The page of `mage inspect` shows lists in mode exact too.
+        if args.mode == "exact" and owner != "inspect" and name in noted:
+            raise ValueError(f"{owner}: {name} must come with --mode mage, got {getattr(args, name)} in mode exact")
+    for name, samplers in _OF_SAMPLERS.items():
+        if args.sampler not in samplers and name in noted:
+            expected = f"{owner}: {name} must come with --sampler {' or '.join(samplers)}"
+            raise ValueError(f"{expected}, got {getattr(args, name)} with {args.sampler}")
+
+
+def _config(owner: str, args: argparse.Namespace) -> "DenoiseConfig":
     from mage_ext.denoise import DenoiseConfig
     from mage_ext.sampling import SamplerConfig
     from mage_ext.selection import SelectionConfig
@@ -107,12 +136,13 @@ def _config(args: argparse.Namespace) -> "DenoiseConfig":
         top_p=args.top_p,
     )
     if not 1 <= args.tokens_per_step <= 4096:
-        raise ValueError(f"generate: tokens_per_step must be in [1, 4096], got {args.tokens_per_step}")
+        raise ValueError(f"{owner}: tokens_per_step must be in [1, 4096], got {args.tokens_per_step}")
     if not 0 <= args.dense_layers <= 1000:
-        raise ValueError(f"generate: dense_layers must be in [0, 1000], got {args.dense_layers}")
+        raise ValueError(f"{owner}: dense_layers must be in [0, 1000], got {args.dense_layers}")
     selection = SelectionConfig(
         rule=args.rule, k=args.k, g=args.g, score=args.score, sinks=args.sinks, recents=args.recents
     )
+    _check_unread(owner, args)
     return DenoiseConfig(
         mode=args.mode,
         max_new_tokens=args.max_new_tokens,
@@ -126,7 +156,7 @@ def _generate(args: argparse.Namespace) -> int:
     from mage_ext import terminal
 
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    config = _config(args)
+    config = _config("generate", args)
     loaded = _load("generate", args)
     tokenizer = loaded.tokenizer
     ids = tokenizer.encode(prompt) if args.raw else tokenizer.chat([{"role": "user", "content": prompt}])
@@ -140,7 +170,7 @@ def _chat(args: argparse.Namespace) -> int:
 
     if not sys.stdin.isatty() or not sys.stdout.isatty():
         raise ValueError("chat: needs a terminal; use `mage generate` in pipes")
-    config = _config(args)
+    config = _config("chat", args)
     loaded = _load("chat", args)
     messages: list[dict[str, str]] = []
     print("An empty line ends the chat.")
@@ -168,7 +198,7 @@ def _inspect(args: argparse.Namespace) -> int:
     from mage_ext.info import commit
 
     _check_out("inspect", args.out)
-    config = _config(args)
+    config = _config("inspect", args)
     if args.prompt is None and args.text is None and args.raw:
         raise ValueError("inspect: raw must come with --prompt or --text, got neither")
     parts = [text.strip() for _, text in tasks.read_texts(args.text)] if args.text else []
@@ -837,24 +867,27 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
         default="low_confidence_dynamic",
         help="sequential, low_confidence_static, low_confidence_dynamic or entropy_bounded",
     )
-    add("--tokens-per-step", type=int, default=1, metavar="N", help="of sequential and low_confidence_static")
-    add("--threshold", type=float, default=0.9, help="of low_confidence_dynamic")
+    note = functools.partial(add, action=_Noted)
+    note("--tokens-per-step", type=int, default=1, metavar="N", help="of sequential and low_confidence_static")
+    note("--threshold", type=float, default=0.9, help="of low_confidence_dynamic")
     add("--temperature", type=float, default=0.0)
     add("--top-k", type=int, default=0)
     add("--top-p", type=float, default=1.0)
-    add("--rule", default="fixed", help="fixed, layer or joint; mass keeps 95 %% of the mass whatever k is")
-    add(
+    note("--rule", default="fixed", help="fixed, layer or joint; mass keeps 95 %% of the mass whatever k is")
+    note(
         "-k",
         "--k",
         type=int,
         default=512,
         help="prefix tokens read per layer and KV head in sparse steps (default %(default)s)",
     )
-    add("-g", "--g", type=int, default=32, help="tokens per selected unit: 1, 16, 32 or 64")
-    add("--score", default="mean", help="of a unit: the mean over the block's rows, or their max, for k of a few units")
-    add("--sinks", type=int, default=0, help="tokens at the start that are always read; charged to k")
-    add("--recents", type=int, default=0, help="the same at the end of the prefix")
-    add("--dense-layers", type=int, default=2, metavar="N", help="the first N layers stay exact")
+    note("-g", "--g", type=int, default=32, help="tokens per selected unit: 1, 16, 32 or 64")
+    note(
+        "--score", default="mean", help="of a unit: the mean over the block's rows, or their max, for k of a few units"
+    )
+    note("--sinks", type=int, default=0, help="tokens at the start that are always read; charged to k")
+    note("--recents", type=int, default=0, help="the same at the end of the prefix")
+    note("--dense-layers", type=int, default=2, metavar="N", help="the first N layers stay exact")
     add("--seed", type=int, default=0)
 
 

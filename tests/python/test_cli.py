@@ -58,6 +58,38 @@ def test_mistakes_are_one_line_and_status_2(arguments, message, capsys):
     assert error.startswith("mage: error: ") and error.count("\n") == 1 and message in error
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--mode", "exact", "-k", "64"], "generate: k must come with --mode mage, got 64 in mode exact"),
+        (
+            ["--dense-layers", "2", "--mode", "exact"],
+            "generate: dense_layers must come with --mode mage, got 2 in mode ",
+        ),
+        (["--mode", "exact", "--score", "mean"], "generate: score must come with --mode mage, got mean in mode exact"),
+        (
+            ["--sampler", "entropy_bounded", "--threshold", "0.5"],
+            "generate: threshold must come with --sampler low_confidence_dynamic, got 0.5 with entropy_bounded",
+        ),
+        (
+            ["--tokens-per-step", "4"],
+            "generate: tokens_per_step must come with --sampler sequential or low_confidence_static, got 4 with "
+            "low_confidence_dynamic",
+        ),
+    ],
+)
+def test_options_that_nothing_reads_are_refused(arguments, message, capsys):
+    assert cli.main(["generate", "--prompt", "x", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    # What was not given may stand at any default, and what is read is taken.
+    for taken in (["--mode", "exact"], ["--sampler", "sequential"], ["--threshold", "0.5", "-k", "64"]):
+        args = cli.make_parser().parse_args(["generate", "--prompt", "x", *taken])
+        assert cli._config("generate", args).mode == args.mode
+    page = cli.make_parser().parse_args(["inspect", "--out", "p.html", "--mode", "exact", "-k", "64", "-g", "1"])
+    assert cli._config("inspect", page).selection.k == 64
+
+
 def test_float32_is_for_the_cpu(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert cli.main(["generate", "--prompt", "x", "--device", "cuda", "--dtype", "float32"]) == 2
