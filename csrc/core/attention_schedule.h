@@ -137,7 +137,7 @@ int choose_row_shape(int64_t rows);
 
 constexpr int64_t kMaxSms = 132;  // that a launch uses; the workspace is sized for them
 
-constexpr int64_t kPackFrom = 16 << 20;
+constexpr int64_t kPackFrom = 12'000'000;
 
 // Of block_attention and its kin. max_seq_len bounds the lengths, so that the slots are known on the host.
 struct AttentionPlan {

@@ -30,6 +30,8 @@ void append_kv(const Tensor& k, const Tensor& v, const Tensor& k_cache, const Te
                 {k_cache.size(0), k_cache.size(1), params.num_kv_heads, params.head_dim});
     check_shape(kOp, "v_cache", v_cache, "[pages, page, Hkv, D]",
                 {k_cache.size(0), k_cache.size(1), params.num_kv_heads, params.head_dim});
+    MAGE_CHECK(k_cache.numel() == 0 || k_cache.const_data_ptr() != v_cache.const_data_ptr(), kOp,
+               ": v_cache must be another tensor than k_cache, got one that begins where k_cache does");
     params.pages = check_page_table(kOp, block_table, k_cache, params.num_requests);
     params.start = check_int32_vector(kOp, "start", start, k, params.num_requests);
 

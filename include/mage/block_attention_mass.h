@@ -14,7 +14,7 @@
 //   mass         [B, Hkv, n] float32     out   contiguous, n = ceil(max_seq_len / g); 0 past the last token
 //
 // The rows are the R = G * Q rows of a KV head. Exact for any number of splits: unit sums are kept per row and finished
-// with the final lse. They are kept in float32, but on CUDA, where they would take 16 MiB and more, R <= 192 and
+// with the final lse. They are kept in float32, but on CUDA, where they would take 12 MB and more, R <= 192 and
 // split_tokens 0, in 16 bits, with an error of up to 2^-10 of each. A request whose rows are all masked, or that is
 // empty, has mass 0. A kept row that sees no token (kv_lens 0), or, under norm prefix, whose total below P is smaller
 // than 2^-126 of its whole, adds nothing but is counted in the mean. Masses of score mean sum to 1 over [0, S), or over

@@ -121,7 +121,7 @@ def append_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, block_tabl
         k: [B, Q, Hkv, D], bfloat16, float16 or float32; rows of a multiple of 16 bytes.
         v: like k.
         k_cache: [pages, page, Hkv, D], dtype of k; written in place.
-        v_cache: like k_cache; may be the other half of an interleaved pool.
+        v_cache: like k_cache, and not the same; may be the other half of an interleaved pool.
         block_table: [B, max_pages], int32, page ids.
         start: [B], int32, position of each request's first row.
 
@@ -332,7 +332,7 @@ def block_attention_mass(
         out: [B, Q, H, D], dtype of q.
         lse: [B, H, Q], float32, natural log.
         mass: [B, Hkv, n], float32. 0 past S, in an empty slot and where no row is kept; with score "mean" it sums to 1.
-            Rounded as float32 is; on CUDA, where B * Hkv * n * R numbers would take 16 MiB and more (R = G * Q <= 192,
+            Rounded as float32 is; on CUDA, where B * Hkv * n * R numbers would take 12 MB and more (R = G * Q <= 192,
             split_tokens 0), each row's share of a unit is within 2^-10 of itself.
 
     Raises:
@@ -341,8 +341,7 @@ def block_attention_mass(
 
     Notes:
         Exact: shares use the final lse, whatever the splits. A row that sees no token, or whose share of [0, P) is
-            below
-        2^-126 with norm "prefix", gives nothing but is counted in the mean.
+        below 2^-126 with norm "prefix", gives nothing but is counted in the mean.
         Reference: mage_ext.reference.block_attention_mass.
     """
     _check_lengths("block_attention_mass", max_seq_len, split_tokens)

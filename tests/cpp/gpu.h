@@ -45,8 +45,11 @@ public:
 
     T* data() const { return data_; }
 
+    // Has arrived when this returns: a copy from pageable memory alone may still be on its way, and streams that do not
+    // wait for the default one would overtake it.
     void set(const std::vector<T>& host) {
         MAGE_CUDA_CHECK("test", cudaMemcpy(data_, host.data(), size_ * sizeof(T), cudaMemcpyHostToDevice));
+        MAGE_CUDA_CHECK("test", cudaStreamSynchronize(cudaStreamLegacy));
     }
 
     std::vector<T> get() const {

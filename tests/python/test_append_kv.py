@@ -144,6 +144,10 @@ BAD = {
         lambda a: {"k_cache": torch.empty(1, 32, 2, 64, dtype=torch.bfloat16).expand(8, 32, 2, 64)},
         "append_kv: k_cache must be writable, got a stride of 0 in dimension 0",
     ),
+    "same_cache": (
+        lambda a: {"v_cache": a["k_cache"]},
+        "append_kv: v_cache must be another tensor than k_cache, got one that begins where k_cache does",
+    ),
     "row_bytes": (
         lambda a: {n: torch.zeros(*a[n].shape[:-1], 4, dtype=torch.bfloat16) for n in ("k", "v", "k_cache", "v_cache")},
         "append_kv: k must have a last dimension of a multiple of 16 bytes, got 4 elements of 2 bytes",

@@ -135,9 +135,8 @@ __device__ __forceinline__ void write_pieces(const AttentionArgs& args, Attentio
 template <typename Config>
 __device__ __forceinline__ void gather(const AttentionArgs& args, AttentionShared<Config>& shared) {
     constexpr int kKeys = Config::kKeys, kOwn = kKeys / (kWarpgroup / kWarp);
-    constexpr int kChunks = Config::kDim / 8, kAtOnce = kWarp / kChunks;  // of 16 bytes in a row; rows at once
+    constexpr int kBatch = Config::kLists ? 4 : 2;  // more would be spilled
     const int32_t lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-    const int32_t chunk = lane % kChunks;
     const bool writes = warp == 1 && !is_whole<Config>(args) && worker_rank<Config>() == 0;
     // The barrier of the half tile before: it is told when the next has been asked for, and all of its copies are
     // there.
@@ -155,17 +154,8 @@ __device__ __forceinline__ void gather(const AttentionArgs& args, AttentionShare
             Place place = next;
             const uint32_t broken = __ballot_sync(~0u, places.mark(position, &place) && lane < kOwn);
             const auto fill = [&](const PoolBytes& pool, const uint8_t* tile, uint64_t* full) {
-                const uint8_t* head = pool.data + piece.kv_head * pool.stride_head + chunk * 16;
-                uint32_t to = device::shared_address(tile) + chunk / 8 * (kKeys * kRowBytes);
-#pragma unroll 4
-                for (int i = 0; i < kOwn; i += kAtOnce) {
-                    const int32_t own = i + lane / kChunks, row = warp * kOwn + own;
-                    const int32_t page = __shfl_sync(~0u, place.page, own);
-                    const int32_t in_page = __shfl_sync(~0u, place.token, own) & (1 << args.page_shift) - 1;
-                    const bool reads = page < args.num_pages;
-                    const uint8_t* from = head + (reads ? page * pool.stride_page + in_page * pool.stride_token : 0);
-                    device::copy_16_bytes(to + row * kRowBytes + ((chunk % 8) ^ (row % 8)) * 16, from, reads ? 16 : 0);
-                }
+                copy_rows<Config, kOwn, kBatch>(args, pool, piece.kv_head, place, device::shared_address(tile),
+                                                warp * kOwn);
                 device::copies_commit();
                 if (behind != 0) arrive<1>(behind);
                 behind = device::shared_address(full);

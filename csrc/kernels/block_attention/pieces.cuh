@@ -45,8 +45,8 @@ struct AttentionConfig {
     static constexpr int kSpans = kDim / kSpan;
     static constexpr int kTileBytes = kKeys * kDim * 2;
     // Registers per thread: what remains of 65536 after the producer's share, in steps of 8.
-    static constexpr int kConsumerRegisters = kWarpgroups == 3 ? 152 : kWarpgroups == 2 ? 224 : 248;
-    static constexpr int kProducerRegisters = kWarpgroups == 3 ? 56 : kWarpgroups == 2 ? 56 : 120;
+    static constexpr int kConsumerRegisters = kWarpgroups == 3 ? 152 : kWarpgroups == 1 ? 248 : kLists ? 216 : 224;
+    static constexpr int kProducerRegisters = kWarpgroups == 3 ? 56 : kWarpgroups == 1 ? 120 : kLists ? 72 : 56;
 };
 
 struct Piece {
@@ -435,6 +435,42 @@ struct Places {
         return is_broken;
     }
 };
+
+// Copies tokens of a pool to rows `first` to first + kRows of a tile, to each the one whose place a lane has, zeros
+// where that is past the pool. A row takes as many lanes as it has chunks of 16 bytes. kBatch copies of a lane are
+// asked for at once: one alone would wait for its address, and the next for its registers.
+template <typename Config, int kRows, int kBatch>
+__device__ __forceinline__ void copy_rows(const AttentionArgs& args, const PoolBytes& pool, int32_t kv_head,
+                                          const Place& place, uint32_t tile, int32_t first) {
+    constexpr int kChunks = Config::kDim / 8, kAtOnce = kWarp / kChunks;  // rows at once
+    static_assert(kRows % (kBatch * kAtOnce) == 0 && kRows <= kWarp);
+    const int32_t lane = threadIdx.x % kWarp, chunk = lane % kChunks, own = lane / kChunks;
+    const bool reads = place.page < args.num_pages;
+    const uint32_t all_reads = __ballot_sync(~0u, reads);
+    const int32_t in_page = place.token & (1 << args.page_shift) - 1;
+    const int64_t offset = reads ? place.page * pool.stride_page + in_page * pool.stride_token : 0;
+    const auto low = static_cast<uint32_t>(offset), high = static_cast<uint32_t>(offset >> 32);
+    const uint8_t* head = pool.data + kv_head * pool.stride_head + chunk * 16;
+    const uint32_t to = tile + chunk / 8 * (Config::kKeys * kRowBytes) + (first + own) * kRowBytes;
+    // `first` is a multiple of 4 and what is added to it one of kAtOnce, so that the bits of the swizzle add up.
+    const uint32_t column = chunk % 8 ^ (first + own) % 8;
+#pragma unroll 1
+    for (int32_t base = 0; base < kRows; base += kBatch * kAtOnce) {
+        uint32_t lows[kBatch], highs[kBatch];
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+            lows[i] = __shfl_sync(~0u, low, base + i * kAtOnce + own);
+            highs[i] = __shfl_sync(~0u, high, base + i * kAtOnce + own);
+        }
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+            const int32_t row = base + i * kAtOnce;
+            const uint8_t* from = head + static_cast<int64_t>(uint64_t{highs[i]} << 32 | lows[i]);
+            device::copy_16_bytes(to + row * kRowBytes + (column ^ row % 8) * 16, from,
+                                  all_reads >> (row + own) & 1 ? 16 : 0);
+        }
+    }
+}
 
 // Arrives when all groups of copies of the warp but kPending are there, and visible to wgmma.
 template <int kPending>

@@ -296,9 +296,7 @@ __device__ __forceinline__ constexpr int rows_of_gatherer() {
 template <typename Config>
 __device__ __forceinline__ void gather_short(const AttentionArgs& args, const ShortListPlace& at,
                                              ShortListShared<Config>& shared) {
-    constexpr int kChunks = Config::kDim / 8, kAtOnce = kWarp / kChunks;  // of 16 bytes in a row; rows at once
     const int32_t lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-    const int32_t chunk = lane % kChunks;
     constexpr int kEach = rows_of_gatherer<Config>();
     const ShortPiece piece = find_short_piece<Config>(args, at, StreamFacts(args, at.request, at.kv_head));
     if (warp == 0 && lane == 0) shared.piece = piece;
@@ -324,23 +322,11 @@ __device__ __forceinline__ void gather_short(const AttentionArgs& args, const Sh
             if (lane == 0) reinterpret_cast<uint32_t*>(&shared.broken[stage][group])[warp] = flags;
             own_places[group] = place;
         }
-        const auto copy = [&](const PoolBytes& pool, uint32_t tile, int32_t first, const Place& place) {
-            const uint8_t* head = pool.data + piece.kv_head * pool.stride_head + chunk * 16;
-            const uint32_t to = tile + chunk / 8 * (Config::kKeys * kRowBytes);
-#pragma unroll 4
-            for (int i = 0; i < kEach; i += kAtOnce) {
-                const int32_t own = i + lane / kChunks, row = first + warp * kEach + own;
-                const int32_t page = __shfl_sync(~0u, place.page, own);
-                const int32_t in_page = __shfl_sync(~0u, place.token, own) & (1 << args.page_shift) - 1;
-                const bool reads = page < args.num_pages;
-                const uint8_t* from = head + (reads ? page * pool.stride_page + in_page * pool.stride_token : 0);
-                device::copy_16_bytes(to + row * kRowBytes + ((chunk % 8) ^ (row % 8)) * 16, from, reads ? 16 : 0);
-            }
-        };
         const auto fill = [&](const PoolBytes& pool, const uint8_t* tile, uint64_t* full) {
 #pragma unroll
             for (int group = 0; group < Config::kGroups; ++group)
-                copy(pool, device::shared_address(tile), group * Config::kColumns, own_places[group]);
+                copy_rows<Config, kEach, 5>(args, pool, piece.kv_head, own_places[group], device::shared_address(tile),
+                                            group * Config::kColumns + warp * kEach);
             device::copies_commit();
             if (behind != 0) arrive<1>(behind);
             behind = device::shared_address(full);
