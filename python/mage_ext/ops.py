@@ -121,7 +121,8 @@ def append_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, block_tabl
         k: [B, Q, Hkv, D], bfloat16, float16 or float32; rows of a multiple of 16 bytes.
         v: like k.
         k_cache: [pages, page, Hkv, D], dtype of k; written in place.
-        v_cache: like k_cache, and not the same; may be the other half of an interleaved pool.
+        v_cache: like k_cache, without an element in common (one that begins where k_cache does is refused); may be the
+            other half of an interleaved pool.
         block_table: [B, max_pages], int32, page ids.
         start: [B], int32, position of each request's first row.
 

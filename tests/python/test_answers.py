@@ -214,6 +214,17 @@ def test_what_finds_more_than_exact_is_behind_a_speed_too():
     assert line[-1] == "no loss against exact shown (2 cells)" and line[6].startswith("90.0 [")
 
 
+def test_facts_with_other_dense_layers_are_not_behind_a_speed():
+    timed = [_timed(1024, 32768, 1.5)]
+    found = _ask("speed", _file("generate", timed), _file("eval/methods", [_fact("mage", 99, g=64, dense_layers=2)]))
+    assert "0 have found facts behind" in found.text
+    assert "1 have such facts with another number of dense layers alone: 3.12 % in units of 64, 0 dense" in found.text
+    assert found.rows[0][-1] == "no loss against exact shown (1 cells, none with as many dense layers)"
+    both = [_fact("mage", 99, g=64, dense_layers=2), _fact("mage", 40, g=64)]
+    found = _ask("speed", _file("generate", timed), _file("eval/methods", both))
+    assert found.rows[0][-1] == "less than exact (1 cells)" and "another number" not in found.text
+
+
 def _other(name, rows):
     return ResultFile(Path("other.json"), name, {"name": name, "model": "m-seed1", "commit": "b"}, rows)
 

@@ -564,7 +564,7 @@ def _speed(rows: _Rows, other: _Rows) -> Any:
         for part in (measured, beside)
         for row in part
     }
-    table, backed = [], []
+    table, backed, nearly = [], [], []
     cells = groups(
         [{**row, **row["case"], "share": row["case"]["K"] / row["case"]["context"]} for row in timed],
         "share",
@@ -572,11 +572,13 @@ def _speed(rows: _Rows, other: _Rows) -> Any:
         "dense_layers",
     )
     for (share, g, dense), inside in sorted(cells.items()):
-        behind = [
+        at_share = [
             row
             for row in (*measured, *beside)
             if row["g"] == g and 1 / _SAME_SHARE <= row["K"] / row["prefix_tokens"] / share <= _SAME_SHARE
         ]
+        # Without facts at that number of dense layers, those at others are told, and count for nothing.
+        behind = [row for row in at_share if row["dense_layers"] == dense] or at_share
         ratios = [row["ratio"] for row in inside]
         told = [f"{100 * share:.2f} %", str(g), str(dense), f"{min(ratios):.2f} to {max(ratios):.2f}", str(len(inside))]
         if not behind:
@@ -584,8 +586,9 @@ def _speed(rows: _Rows, other: _Rows) -> Any:
             continue
         worst = min(behind, key=lambda row: row["score"] - row["exact"])
         kept = not any(row["score"] < row["exact"] and _exact_p(row) <= 0.05 for row in behind)
+        same = worst["dense_layers"] == dense
         if kept:
-            backed.append(
+            (backed if same else nearly).append(
                 f"{100 * share:.2f} % in units of {g}, {dense} dense ({min(ratios):.2f} to {max(ratios):.2f} x)"
             )
         verdict = "no loss against exact shown" if kept else "less than exact"
@@ -595,13 +598,15 @@ def _speed(rows: _Rows, other: _Rows) -> Any:
                 places[id(worst)],
                 _interval(worst),
                 f"{100 * worst['exact']:.1f}",
-                f"{verdict} ({len(behind)} cells)",
+                f"{verdict} ({len(behind)} cells{'' if same else ', none with as many dense layers'})",
             ]
         )
     text = (
         f"Of {len(cells)} kinds of timed settings (K / context, g, dense layers) {len(backed)} have found facts behind "
     )
     text += f"them without a loss against exact shown{': ' * bool(backed)}{'; '.join(backed)}. "
+    if nearly:
+        text += f"{len(nearly)} have such facts with another number of dense layers alone: {'; '.join(nearly)}. "
     text += f"{sum(line[-1] == 'none measured' for line in table)} have none measured at that share and g. "
     text += "Accuracy is of this model at its lengths, times are of other shapes: no claim about those models' answers."
     head = (
