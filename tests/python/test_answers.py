@@ -106,7 +106,9 @@ def test_methods_count_where_mage_is_better_and_name_where_not():
     assert "MAGE against sparsed, facts: better in 0, no difference shown in 1" in found.text
     assert "worse at K = 256," in found.text
     assert [row[0].split()[-1] for row in found.rows] == ["quest", "quest", "tidal", "sparsed"]
-    assert found.rows[0][1:4] == ["lines, 2048 tokens, T = 8, K = 64, g = 1, 0 dense", "3.2 %", "+29.0 points"]
+    assert found.rows[0][1:3] == ["lines, 2048 tokens, T = 8, K = 64, g = 1, 0 dense", "3.2 %"]
+    low, high = paired_difference(30, 1, 30, 39)  # quest has found 31, one of them alone
+    assert found.rows[0][3] == f"+29.0 points [{-100 * high:+.1f}, {-100 * low:+.1f}]"
     better = _ask("methods", _file("eval/methods", rows[:4]))
     assert better.text.endswith("Worse nowhere.")
 
@@ -133,7 +135,7 @@ def test_prose_is_a_family_of_its_own_with_the_sign_of_what_is_saved():
     ]
     found = _ask("methods", _file("eval/prose", rows))
     assert "MAGE against quest, prose: better in 1, no difference shown in 0, worse in 1 of 2 cells" in found.text
-    assert "+0.025 nats on average (-0.050 to +0.100)" in found.text
+    assert "+0.025 nats on average (cells from -0.050 to +0.100)" in found.text
     assert "MAGE against tidal, prose: better in 0, no difference shown in 1" in found.text
     assert found.rows[1][1] == "prose, 2048 tokens, 25 % masked, K = 64, g = 1, 0 dense"
     units = _ask("variants", _file("eval/prose", rows))
@@ -261,8 +263,8 @@ def test_a_comparison_that_turns_with_the_other_seed_is_a_tie():
     )
     assert "against tidal, facts: better in 0, no difference shown in 0, worse in 1 of 1 cells" in methods.text
     assert "4 of 6 cells were measured with the other training seed too, which makes ties of 2" in methods.text
-    assert methods.head == ("compared", "cell", "K / prefix", "gain", "p", "gain, other seed", "")
-    assert [(line[3], line[5], line[6]) for line in methods.rows] == [
+    assert methods.head == ("compared", "cell", "K / prefix", "gain [95 %]", "p", "gain, other seed", "")
+    assert [(line[3].split(" [")[0], line[5], line[6]) for line in methods.rows] == [
         ("+29.0 points", "+10.0 points", "better"),
         ("+30.0 points", "-5.0 points", "tie"),
         ("+31.0 points", "+0.0 points", "tie"),
@@ -295,7 +297,12 @@ def test_prose_recall_and_speed_with_the_other_seed():
     others = [_other("eval/prose", turned), _other("eval/recall", theirs), _other("eval/methods", beside)]
     found = {each.name: each for each in answers(files, others)}
     assert "quest, prose: better in 1, no difference shown in 0, worse in 0, tie in 1 of 2" in found["methods"].text
-    assert found["methods"].rows[1][3:] == ["+0.1000 nats", "6.4e-11", "-0.0100 nats", "tie"]
+    assert found["methods"].rows[1][3:] == [
+        "+0.1000 nats [+0.0700, +0.1300]",
+        "6.4e-11",
+        "-0.0100 nats",
+        "tie",
+    ]
     assert "With the other training seed, in 1 of the cells: 86.0 to 86.0 %, with the first 87.0 to 87.0 %" in (
         found["recall"].text
     )
@@ -360,10 +367,20 @@ def test_a_missing_key_is_named():
         answers([_file("eval/methods", [_fact("quest", 50, p_mage=0.5)])])
 
 
+def test_counts_that_do_not_fit_the_score_are_refused():
+    row = _against_mage("quest", 30, 1) | {"score": 0.9}
+    message = (
+        r"files: method_only = 1 and mage_only = 30 of quest at lines, 2048 tokens.* must fit score = 0.9 of n = 100"
+    )
+    with pytest.raises(ValueError, match=message):
+        answers([_file("eval/methods", [row])])
+
+
 def test_the_command_prints_them(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     row = _fact("mage", 90, sampler="low_confidence_static", tokens_per_step=4, kv_share=0.2, distractors=0)
-    rows = [row | {"method": "exact", "K": 0, "g": 0, "dense_layers": -1, "score": 1.0, "exact": 1.0}, row]
+    exact = _fact("exact", 100, K=0, g=0, dense_layers=-1)
+    rows = [row | exact, row]
     path = tmp_path / "methods.json"
     path.write_text(json.dumps({"name": "eval/methods", "model": "m", "rows": rows}))
     assert cli.main(["eval", "report", "--files", str(path), "--out", str(tmp_path / "page.html")]) == 0

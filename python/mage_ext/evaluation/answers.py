@@ -52,11 +52,13 @@ class Answer:
 
 @dataclass(frozen=True)
 class _Cell:
-    """A paired comparison of row with other: gain > 0 where row is better. p: two-sided. other_gain: with the other
-    training seed, where the case was measured with it."""
+    """A paired comparison of row with other: gain > 0 where row is better, with its 95 % interval. p: two-sided.
+    other_gain: with the other training seed, where the case was measured with it."""
 
     row: Row
     gain: float
+    low: float
+    high: float
     p: float
     sign: str = ""
     other_gain: float | None = None
@@ -155,11 +157,17 @@ def _reliable(rows: Sequence[Row]) -> list[Row]:
 
 def _facts(rows: Sequence[Row], p: str, other_only: str, own_only: str) -> list[_Cell]:
     """Cells of eval/methods whose rows have a paired test; the gain is in cases, as a share."""
-    return [
-        _Cell(row, (row[own_only] - row[other_only]) / row["n"], row[p])
-        for row in _reliable(rows)
-        if row.get(p) is not None
-    ]
+    cells = []
+    for row in _reliable(rows):
+        if row.get(p) is not None:
+            own, other, n = row[own_only], row[other_only], row["n"]
+            both = round(row["score"] * n) - own
+            if min(both, n - both - own - other) < 0:
+                told = f"{own_only} = {own} and {other_only} = {other} of {row['method']} at {_place(row)}"
+                raise ValueError(f"files: {told} must fit score = {row['score']} of n = {n}")
+            low, high = paired_difference(both, own, other, n - both - own - other)
+            cells.append(_Cell(row, (own - other) / n, low, high, row[p]))
+    return cells
 
 
 def _prose(rows: Sequence[Row], column: str) -> list[_Cell]:
@@ -168,7 +176,7 @@ def _prose(rows: Sequence[Row], column: str) -> list[_Cell]:
     for row in rows:
         if row["K"] and row.get(column) is not None:
             low, high = row[f"{column}_low"], row[f"{column}_high"]
-            cells.append(_Cell(row, -row[column], normal_p(row[column], low, high)))
+            cells.append(_Cell(row, -row[column], -high, -low, normal_p(row[column], low, high)))
     return cells
 
 
@@ -190,7 +198,7 @@ def _judged(cells: Sequence[_Cell]) -> list[_Cell]:
 
 
 def _reversed(cells: Sequence[_Cell]) -> list[_Cell]:
-    return [_Cell(cell.row, -cell.gain, cell.p) for cell in cells]
+    return [_Cell(cell.row, -cell.gain, -cell.high, -cell.low, cell.p) for cell in cells]
 
 
 def _beside(cells: Sequence[_Cell], others: Sequence[_Cell]) -> list[_Cell]:
@@ -215,7 +223,7 @@ def _gains(cells: Sequence[_Cell], is_prose: bool) -> str:
     values = [cell.gain for cell in cells]
     unit, scale, digits = ("nats", 1.0, 3) if is_prose else ("points", 100.0, 1)
     mean, low, high = (_signed(scale * each, digits) for each in (sum(values) / len(values), min(values), max(values)))
-    return f"{mean} {unit} on average ({low} to {high})"
+    return f"{mean} {unit} on average (cells from {low} to {high})"
 
 
 def _place(row: Row) -> str:
@@ -229,21 +237,25 @@ def _place(row: Row) -> str:
     return ", ".join(told)
 
 
-def _gain(row: Row, gain: float | None) -> str:
+def _gain(row: Row, gain: float | None, interval: tuple[float, float] | None = None) -> str:
     if gain is None:
         return ""
-    return f"{_signed(gain, 4)} nats" if row["task"] == "prose" else f"{_signed(100 * gain, 1)} points"
+    unit, scale, digits = ("nats", 1.0, 4) if row["task"] == "prose" else ("points", 100.0, 1)
+    told = f"{_signed(scale * gain, digits)} {unit}"
+    if interval is not None:
+        told += f" [{', '.join(_signed(scale * each, digits) for each in interval)}]"
+    return told
 
 
 def _line(cell: _Cell, name: str, with_other: bool) -> list[str]:
     row = cell.row
     share = row["K"] / (row.get("prefix_tokens") or row["tokens"])
-    told = [name, _place(row), f"{100 * share:.1f} %", _gain(row, cell.gain), f"{cell.p:.2g}"]
+    told = [name, _place(row), f"{100 * share:.1f} %", _gain(row, cell.gain, (cell.low, cell.high)), f"{cell.p:.2g}"]
     return [*told, *([_gain(row, cell.other_gain)] * with_other), cell.sign]
 
 
 def _head(with_other: bool) -> tuple[str, ...]:
-    return "compared", "cell", "K / prefix", "gain", "p", *(["gain, other seed"] * with_other), ""
+    return "compared", "cell", "K / prefix", "gain [95 %]", "p", *(["gain, other seed"] * with_other), ""
 
 
 def _compared(
