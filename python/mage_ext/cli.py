@@ -116,6 +116,12 @@ def _check_unread(owner: str, args: argparse.Namespace) -> None:
         # The page of `mage inspect` shows lists in mode exact too.
         if args.mode == "exact" and owner != "inspect" and name in noted:
             raise ValueError(f"{owner}: {name} must come with --mode mage, got {getattr(args, name)} in mode exact")
+    if args.rule == "mass" and "k" in noted:
+        raise ValueError(f"{owner}: k must come with --rule fixed, layer or joint, got {args.k} with mass")
+    for name in ("top_k", "top_p"):
+        if args.temperature == 0 and name in noted:
+            expected = f"{owner}: {name} must come with --temperature above 0"
+            raise ValueError(f"{expected}, got {getattr(args, name)} at temperature 0, the most probable token")
     for name, samplers in _OF_SAMPLERS.items():
         if args.sampler not in samplers and name in noted:
             expected = f"{owner}: {name} must come with --sampler {' or '.join(samplers)}"
@@ -152,11 +158,20 @@ def _config(owner: str, args: argparse.Namespace) -> "DenoiseConfig":
     )
 
 
+def _prompt(owner: str, prompt: str) -> str:
+    """--prompt, read from standard input where it is a dash."""
+    text = sys.stdin.read() if prompt == "-" else prompt
+    if not text.strip():
+        place = " from standard input" if prompt == "-" else ""
+        raise ValueError(f"{owner}: prompt must be a text that is not empty, got {text!r:.60}{place}")
+    return text
+
+
 def _generate(args: argparse.Namespace) -> int:
     from mage_ext import terminal
 
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     config = _config("generate", args)
+    prompt = _prompt("generate", args.prompt)
     loaded = _load("generate", args)
     tokenizer = loaded.tokenizer
     ids = tokenizer.encode(prompt) if args.raw else tokenizer.chat([{"role": "user", "content": prompt}])
@@ -203,7 +218,7 @@ def _inspect(args: argparse.Namespace) -> int:
         raise ValueError("inspect: raw must come with --prompt or --text, got neither")
     parts = [text.strip() for _, text in tasks.read_texts(args.text)] if args.text else []
     if args.prompt is not None:
-        parts.append(sys.stdin.read() if args.prompt == "-" else args.prompt)
+        parts.append(_prompt("inspect", args.prompt))
     loaded = _load("inspect", args)
     if not parts:
         case, ids = needles.CaseMaker(loaded).case(args.seed, 2048, asked=4)
@@ -815,6 +830,8 @@ def _train_finetune(args: argparse.Namespace) -> int:
     from mage_ext.models.geometry import random_model
     from mage_ext.train import finetune
 
+    if args.control and args.lam is not None:
+        raise ValueError(f"finetune: lam must come without --control, got {args.lam}")
     device = check_device("finetune", args.device)
     fields = {field.name for field in dataclasses.fields(finetune.FinetuneConfig)} & vars(args).keys()
     given = {name: getattr(args, name) for name in fields if getattr(args, name) is not None}
@@ -870,9 +887,9 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     note = functools.partial(add, action=_Noted)
     note("--tokens-per-step", type=int, default=1, metavar="N", help="of sequential and low_confidence_static")
     note("--threshold", type=float, default=0.9, help="of low_confidence_dynamic")
-    add("--temperature", type=float, default=0.0)
-    add("--top-k", type=int, default=0)
-    add("--top-p", type=float, default=1.0)
+    add("--temperature", type=float, default=0.0, help="0 (default) takes the most probable token")
+    note("--top-k", type=int, default=0, help="with a temperature: of the k most probable tokens; 0 is off")
+    note("--top-p", type=float, default=1.0, help="with a temperature: of those with this share together; 1 is off")
     note("--rule", default="fixed", help="fixed, layer or joint; mass keeps 95 %% of the mass whatever k is")
     note(
         "-k",
@@ -1156,7 +1173,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="for adapter-int8.safetensors (and -stage-N), adapter.safetensors, log.jsonl",
     )
     adapter.add_argument("--minutes", type=float, required=True, help="wall time of this run")
-    adapter.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    adapter.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cuda (default) or cpu")
     adapter.add_argument("--rank", type=int, default=32)
     adapter.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
     adapter.add_argument("--rows", type=int, default=8, help="packed rows per step")
@@ -1192,7 +1209,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--rank", type=int, help="of adapters; default: all weights, or 32 from 3e9 parameters on")
     add("--resume", metavar="FILE", help="adapter.safetensors of an earlier run; the optimizer starts fresh")
     add("--measure", action="store_true", help="time and memory of a step on random rows; nothing is written")
-    add("--device", default="cuda", help="cuda or cpu")
+    add("--device", default="cuda", help="cuda (default) or cpu")
     add("--seed", type=int)
     tuned.set_defaults(run=_train_finetune)
     return parser

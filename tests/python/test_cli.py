@@ -4,6 +4,7 @@ import argparse
 import io
 import json
 import re
+import sys
 
 import pytest
 import torch
@@ -76,6 +77,15 @@ def test_mistakes_are_one_line_and_status_2(arguments, message, capsys):
             "generate: tokens_per_step must come with --sampler sequential or low_confidence_static, got 4 with "
             "low_confidence_dynamic",
         ),
+        (
+            ["--top-k", "5"],
+            "generate: top_k must come with --temperature above 0, got 5 at temperature 0, the most probable token",
+        ),
+        (["--top-p", "0.9", "--temperature", "0"], "generate: top_p must come with --temperature above 0, got 0.9 at "),
+        (
+            ["--rule", "mass", "-k", "64"],
+            "generate: k must come with --rule fixed, layer or joint, got 64 with mass",
+        ),
     ],
 )
 def test_options_that_nothing_reads_are_refused(arguments, message, capsys):
@@ -83,11 +93,47 @@ def test_options_that_nothing_reads_are_refused(arguments, message, capsys):
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     # What was not given may stand at any default, and what is read is taken.
-    for taken in (["--mode", "exact"], ["--sampler", "sequential"], ["--threshold", "0.5", "-k", "64"]):
+    for taken in (
+        ["--mode", "exact"],
+        ["--sampler", "sequential"],
+        ["--threshold", "0.5", "-k", "64"],
+        ["--temperature", "0.5", "--top-k", "5", "--top-p", "0.9"],
+        ["--rule", "mass", "-g", "1"],
+        ["--rule", "joint", "-k", "64"],
+    ):
         args = cli.make_parser().parse_args(["generate", "--prompt", "x", *taken])
         assert cli._config("generate", args).mode == args.mode
     page = cli.make_parser().parse_args(["inspect", "--out", "p.html", "--mode", "exact", "-k", "64", "-g", "1"])
     assert cli._config("inspect", page).selection.k == 64
+    for unread in (["--rule", "mass", "-k", "64"], ["--top-k", "5"]):
+        assert cli.main(["inspect", "--out", "p.html", *unread]) == 2
+        assert capsys.readouterr().err.startswith("mage: error: inspect: ")
+        with pytest.raises(ValueError, match="chat: "):
+            cli._config("chat", cli.make_parser().parse_args(["chat", *unread]))
+
+
+@pytest.mark.parametrize("command", ["generate", "inspect"])
+@pytest.mark.parametrize("raw", [[], ["--raw"]])
+def test_an_empty_prompt_is_refused(command, raw, tmp_path, monkeypatch, capsys):
+    out = ["--out", str(tmp_path / "page.html")] if command == "inspect" else []
+    monkeypatch.setattr(cli, "_load", None)  # told before a model is loaded
+    for prompt, piped, told in (
+        ("", "x", "''"),
+        (" \n", "x", "' \\n'"),
+        ("-", "", "'' from standard input"),
+        ("-", "\n", "'\\n' from standard input"),
+    ):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(piped))
+        assert cli.main([command, "--prompt", prompt, *raw, *out]) == 2
+        expected = f"mage: error: {command}: prompt must be a text that is not empty, got {told}\n"
+        assert capsys.readouterr().err == expected
+
+
+@pytest.mark.parametrize("what", ["finetune", "adapter"])
+def test_help_of_training_names_the_default_device(what, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", what, "--help"])
+    assert "cuda (default) or cpu" in " ".join(capsys.readouterr().out.split())
 
 
 def test_float32_is_for_the_cpu(monkeypatch, capsys):
@@ -219,6 +265,10 @@ def test_an_interrupt_is_one_line(monkeypatch, capsys):
         (
             ["train", "finetune", "--device", "cpu", "--model", "random:1.5B", "--text", "t.txt", "--out", "o"],
             "finetune: model must be a folder or a model in the box but for --measure, got 'random:1.5B'",
+        ),
+        (
+            ["train", "finetune", "--device", "cpu", "--text", "t.txt", "--out", "o", "--control", "--lam", "2"],
+            "finetune: lam must come without --control, got 2.0",
         ),
     ],
 )

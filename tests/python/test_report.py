@@ -44,7 +44,7 @@ def _methods():
     rows = [_exact()]
     for k, mage, quest in ((64, 49, 20), (256, 50, 47)):
         rows.append(_score("mage", mage, K=k, recall=0.85))
-        rows.append(_tested("quest", quest, 30, 1, 1e-7 if k == 64 else 0.02, K=k))
+        rows.append(_tested("quest", quest, *((30, 1, 1e-7) if k == 64 else (3, 0, 0.02)), K=k))
     rows.append(_exact(30, tokens_per_step=1))
     for k in (64, 256):
         rows.append(_score("mage", 25, exact=30, K=k, tokens_per_step=1, recall=0.8))
@@ -451,7 +451,7 @@ def test_the_other_training_seed_stands_in_page_and_terminal(write, tmp_path, ca
     turned = [dict(row) for row in rows]
     for row in turned:
         if row["method"] == "quest" and row["tokens_per_step"] == 4:
-            row |= {"mage_only": 1, "method_only": 2, "score": 0.99}
+            row |= _tested("quest", 49, 1, 2, row["p_mage"], K=row["K"])
     first = str(write("eval/methods", rows, model="smollm2-cut16-block", first_seed=1000))
     folder = tmp_path / "other"
     folder.mkdir()
@@ -530,6 +530,8 @@ def test_what_is_no_other_training_seed_is_refused(write, tmp_path, capsys):
     first = file("first", model="smollm2-cut16-block")
     out = str(tmp_path / "out.html")
     good = file("good")
+    few = [row | ({"n": 24} if row["K"] == 256 else {}) for row in _methods()]
+    few = [row | ({"mage_only": 1} if row["n"] == 24 and "mage_only" in row else {}) for row in few]
     for other, message in (
         ([good, good], f"other_seed: must be different files, got {good!r} twice"),
         (["none.json"], "other_seed: must name files that exist, got 'none.json'"),
@@ -552,7 +554,7 @@ def test_what_is_no_other_training_seed_is_refused(write, tmp_path, capsys):
             "other_seed: must have cases that files have too, got none of eval/methods in ",
         ),
         (
-            [file("few", rows=[row | ({"n": 24} if row["K"] == 256 else {}) for row in _methods()])],
+            [file("few", rows=few)],
             f"other_seed: n of row 4 of '{tmp_path}/few.json' must be at least 25, half of that in files, got 24, of ",
         ),
         ([file("exact", rows=_without("exact"))], f"other_seed: rows of '{tmp_path}/exact.json' for the answer "),
@@ -589,6 +591,8 @@ def _without(key):
     [
         ("{", "bad.json must be JSON"),
         ("[]", 'bad.json must be an object with a text "name"'),
+        ('{"name": 7, "rows": [{"K": 1}]}', 'bad.json must have a text "name", got 7'),
+        ('{"rows": [{"K": 1}]}', 'bad.json must have a text "name", got None'),
         ('{"name": "eval/methods"}', 'bad.json must have "rows", a list of objects'),
         ('{"name": "eval/methods", "rows": [1]}', 'bad.json must have "rows", a list of objects'),
         (
@@ -601,8 +605,16 @@ def _without(key):
         ),
         ('{"name": "eval/methods", "rows": [{"K": 1}]}', 'bad.json must have a text "model", got None'),
         ('{"name": "eval/methods", "model": ["m"], "rows": [{"K": 1}]}', """must have a text "model", got ['m']"""),
+        *(
+            (
+                json.dumps({"name": "eval/methods", "model": "m", "first_seed": seed, "rows": [{"K": 1}]}),
+                f"first_seed of bad.json must be a whole number of at least 0, got {seed!r}",
+            )
+            for seed in ("1000", 0.5, None, True, -1)
+        ),
     ],
-    ids=["json", "object", "rows", "row", "score", "study", "no model", "model"],
+    ids="json, object, name, no name, rows, row, score, study, no model, model, "
+    "seed in text, half a seed, null as seed, true as seed, seed below 0".split(", "),
 )
 def test_broken_files_are_named(tmp_path, capsys, text, message):
     (tmp_path / "bad.json").write_text(text)
@@ -620,6 +632,11 @@ def test_other_mistakes(write, tmp_path, capsys):
     out = str(tmp_path / "out")
     for arguments, message in (
         (["report", "--files", "no-such.json", "--out", out], "files: must name files that exist, got 'no-such.json'"),
+        (["report", "--files", str(tmp_path), "--out", out], f"must name files, got the folder {str(tmp_path)!r}"),
+        (
+            ["report", "--files", good, "--other-seed", str(tmp_path), "--out", out],
+            f"other_seed: must name files, got the folder {str(tmp_path)!r}",
+        ),
         (["report", "--files", good, "--out", "no/such/report.html"], "out must be in a folder that exists"),
         (
             ["report", "--files", good, other, "--out", out],
@@ -669,6 +686,76 @@ def test_a_value_of_another_kind_is_named(write, suite, key, value, expected):
     path = write(suite, [rows[0] | {key: value}, *rows[1:]])
     with pytest.raises(ValueError, match=re.escape(f"files: {key} of row 1 of {path.name} must be {expected}")):
         figures.read([path])
+
+
+@pytest.mark.parametrize(
+    ("suite", "change", "message"),
+    [
+        ("eval/methods", {"p_mage": -0.1}, "p_mage of {} must be in [0, 1], got -0.1"),
+        ("eval/tuned", {"p_g1": 1.5}, "p_g1 of {} must be in [0, 1], got 1.5"),
+        ("eval/finetune", {"p_control": 2}, "p_control of {} must be in [0, 1], got 2"),
+        ("eval/tune", {"score": 1.2}, "score of {} must be in [0, 1], got 1.2"),
+        ("eval/methods", {"exact": 1.01}, "exact of {} must be in [0, 1], got 1.01"),
+        ("eval/needles", {"found_of_exact": 3.0}, "found_of_exact of {} must be in [0, 1], got 3.0"),
+        ("eval/recall", {"recall_by_forward": [0.9, 1.1]}, "recall_by_forward of {} must be in [0, 1], got [0.9, 1.1]"),
+        ("eval/recall", {"study": "alignment", "score": -1.5}, "score of {} must be in [-1, 1], got -1.5"),
+        ("eval/methods", {"ci_low": 0.9, "ci_high": 0.8}, "ci_low of {} must be at most ci_high = 0.8, got 0.9"),
+        (
+            "eval/methods",
+            {"score": 0.1, "ci_low": 0.25, "ci_high": 0.5},
+            "score of {} must be in [ci_low, ci_high] = [0.25, 0.5], got 0.1",
+        ),
+        ("eval/prose", {"score": 4.0}, "score of {} must be in [ci_low, ci_high] = [3.3, 3.8], got 4.0"),
+        (
+            "eval/prose",
+            {"delta_low": 1.0, "delta_high": 0.5},
+            "delta_low of {} must be at most delta_high = 0.5, got 1.",
+        ),
+        ("eval/prose", {"kl": -0.01}, "kl of {} must be at least 0, got -0.01"),
+        ("eval/finetune", {"check_kl": -1}, "check_kl of {} must be at least 0, got -1"),
+        ("eval/methods", {"mage_only": 51}, "mage_only of {} must be at most n = 50, got 51"),
+        (
+            "eval/methods",
+            {"score": 0.8, "ci_low": 0.7, "g1_only": 11},
+            "g1_only of {} must be at most 10, the cases wrong by score, got 11",
+        ),
+        (
+            "eval/tuned",
+            {"score": 0.8, "ci_low": 0.7, "method_only": 41},
+            "method_only of {} must be at most 40, the cases right by score, got 41",
+        ),
+    ],
+)
+def test_a_value_that_can_not_be_is_named(write, tmp_path, capsys, suite, change, message):
+    rows = (SUITES | dict.fromkeys(["eval/tuned", "eval/finetune", "eval/tune", "eval/needles"], _methods))[suite]()
+    path = write(suite, [rows[0] | change, *rows[1:]])
+    assert cli.main(["eval", "report", "--files", str(path), "--out", str(tmp_path / "page.html")]) == 2
+    told = message.format(f"row 1 of {path.name}")
+    assert capsys.readouterr().err.startswith(f"mage: error: files: {told}")
+    assert not (tmp_path / "page.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("suite", "change"),
+    [
+        ("eval/methods", {"score": 1.0, "ci_low": 0.9, "ci_high": 0.9999999999999999}),
+        ("eval/methods", {"p_mage": None, "kv_share": 1.23, "kept_mass": 1.0000002}),
+        ("eval/methods", {"score": 0.8, "ci_low": 0.7, "mage_only": 10, "method_only": 40, "p_mage": 1}),
+        ("eval/prose", {"kl": -0.00005, "kl_low": -0.00009, "over_mage": -0.5}),
+        ("eval/recall", {"study": "budget", "score": -0.5, "ci_low": -0.6, "ci_high": -0.4, "kept": 1.06}),
+        ("eval/new", {"score": 7.0, "ci_low": 9.0, "ci_high": 8.0, "p_mage": 3.0}),
+    ],
+    ids=["rounding", "shares of costs", "all cases", "divergence", "correlation", "unknown suite"],
+)
+def test_values_at_the_border_are_taken(write, suite, change):
+    rows = SUITES.get(suite, _methods)()
+    (file,) = figures.read([write(suite, [rows[0] | change, *rows[1:]])])
+    assert file.rows[0].items() >= change.items()
+
+
+def test_every_p_value_has_its_range():
+    told = {key for key in figures._KIND_OF if key.startswith("p_")}
+    assert told and all(figures._RANGE_OF[key] == (0, 1) for key in told)
 
 
 def test_cases_of_two_files_are_not_mixed(write, tmp_path):

@@ -97,8 +97,26 @@ _MAY_BE_NULL = "tokens_per_step weights kv_share kept_mass recall p_mage p_g1 p_
 _MAY_BE_NULL = frozenset((_MAY_BE_NULL + "check_kl next_block other_text spearman_contexts").split())
 _LEAST = {"n": 1, "dense_layers": -1}  # of whole numbers; 0 for the others
 _RATES = ("score", "exact", "ci_low", "ci_high")
+_RANGES = {
+    (0, 1): "found_of_exact recall recall_worst_layer recall_p5 recall_by_forward chance kept_mass own_mass agreement "
+    "agreement_low agreement_high t p p_mage p_g1 p_dense0 p_control depth threshold",
+    (-1, 1): "next_block other_text spearman_contexts cosine_by_forward",
+    (0, math.inf): "kl kl_low kl_high check_kl check_sparse_answer kv_share forwards exact_forwards prefix_tokens",
+}
+_RANGE_OF = {key: limits for limits, keys in _RANGES.items() for key in keys.split()}
+_ROUNDING = 1e-4  # files hold four digits and more; sums of float32 end a little beyond 1 and below 0
+_WITH_INTERVAL = "delta kl agreement forwards_ratio over_mage over_g1 over_dense0".split()
+_INTERVALS = {"score": ("ci_low", "ci_high")} | {key: (f"{key}_low", f"{key}_high") for key in _WITH_INTERVAL}
+# Cases that one of two alone answered; the second is who the row's score is of.
+_PAIRS = (
+    ("mage_only", "method_only"),
+    ("g1_only", "units_only"),
+    ("dense0_only", "dense_only"),
+    ("control_only", "tuned_only"),
+)
 _SUITES_OF_RATES = ("needles", "methods", "tuned", "heatmap", "thresholds", "finetune", "longbench", "ruler")
 _SUITES_OF_KINDS = tuple(f"eval/{name}" for name in (*_SUITES_OF_RATES, "prose", "recall"))
+_SUITES_OF_RANGES = (*_SUITES_OF_KINDS, "eval/tune")
 _TIMED = ("generate", "sparse_block_attention")  # benches that figures and answers are made of
 # Which case a row is of: a case has one row in all files of a suite together.
 _CASE = "study task method K g dense_layers tokens tokens_per_step T t p control weights threshold depth sampler "
@@ -123,7 +141,8 @@ def _is_of(kind: str, key: str, value: Any) -> bool:
 
 
 def _check_row(suite: str, place: str, row: Row) -> None:
-    """Raises ValueError for a value that is not what its key says; keys that are missing are found by their readers."""
+    """Raises ValueError for a value that is not what its key says, or that can't be; keys that are missing are found by
+    their readers."""
 
     def refuse(key: str, expected: str, value: Any) -> None:
         raise ValueError(f"files: {key} of {place} must be {expected}, got {value!r:.60}")
@@ -150,9 +169,42 @@ def _check_row(suite: str, place: str, row: Row) -> None:
         if not _is_of(kind, key, value):
             least = f" of at least {_LEAST.get(key, 0)}" if kind == "a whole number" else ""
             refuse(key, kind + least, value)
-        is_rate = suite.removeprefix("eval/") in _SUITES_OF_RATES or row.get("study") == "recall"
-        if key in _RATES and is_rate and not 0 <= round(value, 9) <= 1:
-            refuse(key, "in [0, 1]", value)
+    if suite in _SUITES_OF_RANGES:
+        _check_ranges(suite, row, refuse)
+
+
+def _check_ranges(suite: str, row: Row, refuse: Callable[[str, str, Any], None]) -> None:
+    """Refuses numbers that their key can't have, alone or beside the row's others."""
+    rates = (0, 1)
+    if suite == "eval/prose":
+        rates = (0, math.inf)  # nats
+    elif row.get("study", "recall") != "recall":
+        rates = (-1, 1)  # cosines and correlations
+    for key, value in row.items():
+        low, high = rates if key in _RATES else _RANGE_OF.get(key, (-math.inf, math.inf))
+        numbers = [each for each in (value if isinstance(value, list) else [value]) if _is_number(each)]
+        if not all(low - _ROUNDING <= each <= high + _ROUNDING for each in numbers):
+            refuse(key, f"in [{low}, {high}]" if high < math.inf else f"at least {low}", value)
+    for key, names in _INTERVALS.items():
+        low, high = (row.get(name) for name in names)
+        if not (_is_number(low) and _is_number(high)):
+            continue
+        if low > high + _ROUNDING:
+            refuse(names[0], f"at most {names[1]} = {high:g}", low)
+        if _is_number(row.get(key)) and not low - _ROUNDING <= row[key] <= high + _ROUNDING:
+            refuse(key, f"in [{names[0]}, {names[1]}] = [{low:g}, {high:g}]", row[key])
+    if not _is_number(row.get("n")):
+        return
+    for other, own in _PAIRS:
+        for name in (other, own):
+            if _is_number(row.get(name)) and row[name] > row["n"]:
+                refuse(name, f"at most n = {row['n']}", row[name])
+        if not (_is_number(row.get("score")) and suite in _SUITES_OF_KINDS):
+            continue
+        right = round(row["score"] * row["n"])
+        for name, most, told in ((own, right, "right"), (other, row["n"] - right, "wrong")):
+            if _is_number(row.get(name)) and row[name] > most:
+                refuse(name, f"at most {most}, the cases {told} by score", row[name])
 
 
 def _check_together(files: Sequence[ResultFile]) -> None:
@@ -197,10 +249,10 @@ def read(paths: Sequence[str | Path]) -> list[ResultFile]:
     """The files, in order.
 
     Raises:
-        FileNotFoundError, ValueError: naming the file that is missing or named twice, is no JSON object with "name",
-            for evaluations "model", and "rows", has no rows, rows that are no objects, a row twice, or a value that is
-            not what its key says; files of several models, of one suite with several first seeds, or with several rows
-            of a case.
+        FileNotFoundError, ValueError: naming the file that is missing, a folder or named twice, is no JSON object with
+            "name", for evaluations "model", and "rows", has no rows, rows that are no objects, a row twice, or a value
+            that is not what its key says or can't be beside the others of its row; files of several models, of one
+            suite with several first seeds, or with several rows of a case.
         TypeError: paths are no list of paths.
     """
     found: list[ResultFile] = []
@@ -209,14 +261,18 @@ def read(paths: Sequence[str | Path]) -> list[ResultFile]:
         path = Path(path)
         if any(path.resolve() == file.path.resolve() for file in found):
             raise ValueError(f"files: must be different files, got {str(path)!r} twice")
+        if path.is_dir():
+            raise ValueError(f"files: must name files, got the folder {str(path)!r}")
         if not path.is_file():
             raise FileNotFoundError(f"files: must name files that exist, got {str(path)!r}")
         try:
             whole = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"files: {path.name} must be JSON, got: {error}") from None
-        if not isinstance(whole, dict) or not isinstance(whole.get("name"), str):
+        if not isinstance(whole, dict):
             raise ValueError(f'files: {path.name} must be an object with a text "name", got {type(whole).__name__}')
+        if not isinstance(whole.get("name"), str):
+            raise ValueError(f'files: {path.name} must have a text "name", got {whole.get("name")!r:.60}')
         rows = whole.get("rows")
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             raise ValueError(f'files: {path.name} must have "rows", a list of objects')
@@ -226,6 +282,9 @@ def read(paths: Sequence[str | Path]) -> list[ResultFile]:
         has_model = isinstance(head.get("model"), str) and head["model"] != ""
         if not has_model and ("model" in head or whole["name"].startswith("eval/")):
             raise ValueError(f'files: {path.name} must have a text "model", got {head.get("model")!r:.60}')
+        if "first_seed" in head and not _is_of("a whole number", "first_seed", head["first_seed"]):
+            expected = f"first_seed of {path.name} must be a whole number of at least 0"
+            raise ValueError(f"files: {expected}, got {head['first_seed']!r:.60}")
         seen: dict[str, int] = {}
         for number, row in enumerate(rows, 1):
             first = seen.setdefault(json.dumps(row, sort_keys=True), number)
