@@ -283,7 +283,8 @@ def page(inspection: Inspection, tokenizer: Tokenizer, facts: dict[str, str]) ->
     dense = sorted(set(range(num_layers)) - set(inspection.layers))
     budget = f"{100 * chosen.p:g} % of the mass" if chosen.rule == "mass" else f"K = {chosen.k}"
     if chosen.rule != "mass" and prefix:
-        budget += f" ({100 * chosen.k / prefix:.2f} % of the prefix)"
+        share = f"{100 * chosen.k / prefix:.2f} %" if chosen.k < prefix else "all"
+        budget += f" ({share} of the prefix)"
     if inspection.kinds[0] == "select":
         what = "The first forward reads everything and chooses lists; the others read the lists."
     elif config.mode == "mage":
