@@ -89,8 +89,11 @@ __device__ __forceinline__ void produce(const AttentionArgs& args, const CUtenso
                 }
             };
             const uint32_t stage = ring.stage;
+            // Flags of a tile without any are written only over others: nearly none ever has some.
+            uint4& flags = shared.broken[stage];
+            const bool writes_flags = lane == 0 && (broken != 0 || holed || (flags.x | flags.y) != 0);
             device::mbarrier_wait(device::shared_address(&shared.empty_k[stage]), ring.parity ^ 1);
-            if (lane == 0) shared.broken[stage] = make_uint4(broken, holed ? 1 : 0, 0, 0);
+            if (writes_flags) flags = make_uint4(broken, holed ? 1 : 0, 0, 0);
             fill(k_map, shared.k[stage], &shared.full_k[stage]);
             // Q is asked for before the ring is filled: behind all of K and V it would arrive when these have.
             if (piece.first && token == piece.token_begin)
