@@ -67,6 +67,18 @@ void for_each_item(int64_t count, int64_t scratch_floats, double flops,
 
 BlockAttentionParams attention_dims(const char* op, int64_t num_requests, int64_t num_queries, int64_t num_heads,
                                     int64_t num_kv_heads, int64_t head_dim, int64_t max_seq_len, int64_t split_tokens) {
+    // In the words of a query for a workspace, which has no tensors.
+    const auto check = [&](const char* name, int64_t value, int64_t low, int64_t high) {
+        MAGE_CHECK(value >= low && value <= high, op, ": ", name, " must be in [", low, ", ", high, "], got ", value);
+    };
+    check("batch", num_requests, 0, kMaxRows);
+    check("num_kv_heads", num_kv_heads, 1, kMaxRows);
+    check("num_heads", num_heads, 1, kMaxRows);
+    MAGE_CHECK(num_heads % num_kv_heads == 0, op, ": num_heads must be a multiple of num_kv_heads (", num_kv_heads,
+               "), got ", num_heads);
+    check("q_len", num_queries, 1, kMaxRows / (num_heads / num_kv_heads));
+    MAGE_CHECK(head_dim >= 8 && head_dim % 8 == 0 && head_dim <= kMaxHeadDim, op,
+               ": head_dim must be a multiple of 8 and at most ", kMaxHeadDim, ", got ", head_dim);
     BlockAttentionParams dims;
     dims.num_requests = num_requests;
     dims.num_queries = num_queries;
@@ -76,6 +88,13 @@ BlockAttentionParams attention_dims(const char* op, int64_t num_requests, int64_
     dims.max_seq_len = max_seq_len;
     dims.split_tokens = split_tokens;
     check_attention_dims(op, dims);
+    // Partial results and sums of every row, roughly: what a size in 64 bits can tell.
+    const int64_t splits = split_tokens > 0 ? divide_up(max_seq_len, split_tokens) : 1;
+    const double floats =
+        static_cast<double>(num_requests) * static_cast<double>(num_heads * num_queries) *
+        (static_cast<double>(splits) * static_cast<double>(head_dim + 2) + static_cast<double>(max_seq_len));
+    MAGE_CHECK(floats < 0x1p56, op, ": batch must be smaller, for results of all rows below 2^56 numbers, got ",
+               num_requests);
     return dims;
 }
 
@@ -93,6 +112,7 @@ void check_attention_dims(const char* op, const BlockAttentionParams& p) {
                p.max_seq_len);
     MAGE_CHECK(p.split_tokens >= 0 && p.split_tokens % kTileTokens == 0, op,
                ": split_tokens must be 0 or a positive multiple of ", kTileTokens, ", got ", p.split_tokens);
+    MAGE_CHECK(p.split_tokens <= kMaxTokens, op, ": split_tokens must be at most 2^30, got ", p.split_tokens);
 }
 
 void check_granularity(const char* op, int64_t g) {

@@ -16,7 +16,18 @@ constexpr float kLn2 = 0.693147180559945f;
 
 }  // namespace
 
-int64_t merge_attention_workspace(int64_t, int64_t, int64_t, int64_t, int64_t) { return 0; }
+int64_t merge_attention_workspace(int64_t num_parts, int64_t num_requests, int64_t num_queries, int64_t num_heads,
+                                  int64_t head_dim) {
+    const auto check = [](const char* name, int64_t value, int64_t low) {
+        MAGE_CHECK(value >= low, kOp, ": ", name, " must be at least ", low, ", got ", value);
+    };
+    check("num_parts", num_parts, 1);
+    check("batch", num_requests, 0);
+    check("q_len", num_queries, 0);
+    check("num_heads", num_heads, 0);
+    check("head_dim", head_dim, 1);
+    return 0;
+}
 
 void check_merge_attention(const MergeAttentionParams& p) {
     MAGE_CHECK(!p.parts.empty(), kOp, ": outs must hold at least one tensor, got none");

@@ -14,12 +14,14 @@
 namespace mage {
 
 int64_t row_votes_workspace(int64_t num_requests, int64_t num_kv_heads, int64_t num_units, int64_t num_rows) {
-    constexpr int64_t kMost = int64_t{1} << 31;
-    MAGE_CHECK(num_requests >= 0 && num_requests < kMost && num_kv_heads >= 1 && num_kv_heads < kMost && num_units >= 1,
-               "row_votes: row_mass must have at least one head and unit, and below 2^31 requests and heads, got [",
-               num_requests, ", ", num_kv_heads, ", ", num_units, ", ", num_rows, "]");
-    MAGE_CHECK(num_rows >= 1 && num_rows <= kMaxVoteRows, "row_votes: row_mass must have 1 to ", kMaxVoteRows,
-               " rows, got ", num_rows);
+    const auto check = [](const char* name, int64_t value, int64_t low, int64_t high) {
+        MAGE_CHECK(value >= low && value <= high, "row_votes: ", name, " must be in [", low, ", ", high, "], got ",
+                   value);
+    };
+    check("batch", num_requests, 0, 1 << 20);
+    check("num_kv_heads", num_kv_heads, 1, 1 << 20);
+    check("num_units", num_units, 1, 1 << 30);
+    check("num_rows", num_rows, 1, kMaxVoteRows);
     return 8 * num_requests * num_kv_heads * (1 + num_rows * (1 + core::max_vote_tiles(num_units)));
 }
 

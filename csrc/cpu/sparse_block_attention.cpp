@@ -37,7 +37,8 @@ int64_t sparse_block_attention_workspace(int64_t num_requests, int64_t num_queri
     const BlockAttentionParams dims = cpu::attention_dims(kOp, num_requests, num_queries, num_heads, num_kv_heads,
                                                           head_dim, max_seq_len, split_tokens);
     cpu::check_granularity(kOp, granularity);
-    MAGE_CHECK(capacity >= 0, kOp, ": capacity must be at least 0, got ", capacity);
+    MAGE_CHECK(capacity >= 0 && capacity <= (int64_t{1} << 30) / granularity, kOp, ": capacity must be in [0, ",
+               (int64_t{1} << 30) / granularity, "] units of ", granularity, " tokens, got ", capacity);
     SparseBlockAttentionParams params;
     params.attention = dims;
     params.granularity = granularity;

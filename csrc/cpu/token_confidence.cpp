@@ -10,7 +10,12 @@
 
 namespace mage {
 
-int64_t token_confidence_workspace(int64_t, int64_t) { return 0; }
+int64_t token_confidence_workspace(int64_t num_rows, int64_t vocab_size) {
+    MAGE_CHECK(num_rows >= 0, "token_confidence: num_rows must be at least 0, got ", num_rows);
+    MAGE_CHECK(vocab_size >= 1 && vocab_size <= kMaxVocab, "token_confidence: vocab_size must be in [1, ", kMaxVocab,
+               "], got ", vocab_size);
+    return 0;
+}
 
 void check_token_confidence(const TokenConfidenceParams& params) {
     MAGE_CHECK(params.num_rows >= 0, "token_confidence: logits must have >= 0 rows, got ", params.num_rows);

@@ -42,6 +42,8 @@ void block_attention_out(const Tensor& q, const Tensor& k_cache, const Tensor& v
                                                   softmax_scale, kv_lens, split_tokens);
     check_out_and_lse(kOp, out, lse, q);
     check_attention_workspace(kOp, workspace, q, backend::block_attention_workspace(params));
+    check_own_memory(kOp, {{"out", out}, {"lse", lse}, {"workspace", workspace}},
+                     {{"q", q}, {"k_cache", k_cache}, {"v_cache", v_cache}});
     set_outputs(out, lse, workspace, &params);
     run(params, q);
 }

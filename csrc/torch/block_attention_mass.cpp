@@ -63,6 +63,8 @@ void block_attention_mass_out(const Tensor& q, const Tensor& k_cache, const Tens
                                                    row_mask, norm, prefix_lens, softmax_scale, kv_lens, split_tokens);
     check_unit_outputs(kOp, out, lse, "mass", mass, "[B, Hkv, n]", {q.size(0), k_cache.size(2), num_units(params)},
                        workspace, q, backend::block_attention_mass_workspace(params));
+    check_own_memory(kOp, {{"out", out}, {"lse", lse}, {"mass", mass}, {"workspace", workspace}},
+                     {{"q", q}, {"k_cache", k_cache}, {"v_cache", v_cache}});
     call(params, out, lse, mass, workspace);
 }
 

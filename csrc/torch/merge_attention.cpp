@@ -73,6 +73,11 @@ void merge_attention_out(const std::vector<Tensor>& outs, const std::vector<Tens
     MergeAttentionParams params = check_inputs(outs, lses, log2_in, log2_out);
     check_out_and_lse(kOp, out, lse, outs[0]);
     check_workspace(kOp, workspace, outs[0], workspace_of(params));
+    for (size_t i = 0; i < outs.size(); ++i) {
+        const std::string out_name = "outs[" + std::to_string(i) + "]", lse_name = "lses[" + std::to_string(i) + "]";
+        check_own_memory(kOp, {{"out", out}, {"lse", lse}, {"workspace", workspace}},
+                         {{out_name.c_str(), outs[i]}, {lse_name.c_str(), lses[i]}});
+    }
     call(params, out, lse);
 }
 

@@ -33,6 +33,9 @@ RowVotesParams check_inputs(const Tensor& row_mass, const Tensor& prefix_lens, i
         check_dtype(kOp, "row_mask", *row_mask, ScalarType::Bool);
         check_rank(kOp, "row_mask", *row_mask, 2);
         check_shape(kOp, "row_mask", *row_mask, "[B, Q]", {params.num_requests, row_mask->size(1)});
+        // A tensor without elements has no address, which would be no mask.
+        MAGE_CHECK(row_mask->size(1) >= 1, kOp, ": row_mask must have Q positions that divide the rows (",
+                   params.num_rows, "), got 0");
         check_contiguous(kOp, "row_mask", *row_mask);
         params.num_positions = row_mask->size(1);
         params.row_mask = static_cast<const bool*>(row_mask->const_data_ptr());
@@ -94,6 +97,9 @@ void row_votes_out(const Tensor& row_mass, const Tensor& prefix_lens, const Tens
     check_shape(kOp, "coverage", coverage, "[B, Hkv]", {requests, heads});
     check_output("coverage", coverage, ScalarType::Float);
     check_workspace(kOp, workspace, row_mass, workspace_of(params));
+    check_own_memory(kOp,
+                     {{"votes", votes}, {"union_size", union_size}, {"coverage", coverage}, {"workspace", workspace}},
+                     {{"row_mass", row_mass}});
     call(params, votes, union_size, coverage, workspace);
 }
 

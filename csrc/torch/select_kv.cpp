@@ -142,6 +142,14 @@ void select_kv_out(const Tensor& mass, const Tensor& prefix_lens, const Tensor& 
     check_output("overflow", overflow, mass, ScalarType::Bool);
     check_workspace(kOp, workspace, mass,
                     mage::select_kv_workspace(layers, requests, heads, params.num_units, capacity));
+    check_own_memory(kOp,
+                     {{"indices", indices},
+                      {"counts", counts},
+                      {"kept_mass", kept_mass},
+                      {"tail_start", tail_start},
+                      {"overflow", overflow},
+                      {"workspace", workspace}},
+                     {{"mass", mass}});
     call(params, indices, counts, kept_mass, tail_start, overflow);
 }
 

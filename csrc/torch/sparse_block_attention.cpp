@@ -81,6 +81,8 @@ void sparse_block_attention_out(const Tensor& q, const Tensor& k_cache, const Te
                                                      tail_start, g, max_seq_len, softmax_scale, kv_lens, split_tokens);
     check_out_and_lse(kOp, out, lse, q);
     check_attention_workspace(kOp, workspace, q, workspace_of(params));
+    check_own_memory(kOp, {{"out", out}, {"lse", lse}, {"workspace", workspace}},
+                     {{"q", q}, {"k_cache", k_cache}, {"v_cache", v_cache}});
     call(params, out, lse, workspace);
 }
 

@@ -210,6 +210,36 @@ inline void check_workspace(const char* op, const Tensor& workspace, const Tenso
                workspace.numel());
 }
 
+// Memory between a tensor's first and last element: all of a contiguous one.
+struct NamedTensor {
+    const char* name;
+    const Tensor& tensor;
+
+    uintptr_t begin() const { return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()); }
+    uintptr_t end() const {
+        int64_t last = 0;
+        for (int64_t dim = 0; dim < tensor.dim(); ++dim) last += (tensor.size(dim) - 1) * tensor.stride(dim);
+        return begin() + static_cast<uintptr_t>((last + 1) * static_cast<int64_t>(tensor.element_size()));
+    }
+    bool overlaps(const NamedTensor& other) const {
+        if (tensor.numel() == 0 || other.tensor.numel() == 0) return false;
+        return begin() < other.end() && other.begin() < end();
+    }
+};
+
+// What is written lies in memory of its own, apart from each other and from what is read.
+inline void check_own_memory(const char* op, std::initializer_list<NamedTensor> outputs,
+                             std::initializer_list<NamedTensor> inputs) {
+    const auto check = [op](const NamedTensor& output, const NamedTensor& other) {
+        MAGE_CHECK(!output.overlaps(other), op, ": ", output.name, " must have memory of its own, got some of ",
+                   other.name);
+    };
+    for (auto output = outputs.begin(); output != outputs.end(); ++output) {
+        for (auto other = outputs.begin(); other != output; ++other) check(*output, *other);
+        for (const NamedTensor& input : inputs) check(*output, input);
+    }
+}
+
 #if defined(MAGE_BACKEND_CUDA)
 inline CudaStream current_stream(const Tensor& t) {
     void* stream = nullptr;

@@ -64,6 +64,8 @@ void token_confidence_out(const Tensor& logits, const Tensor& token, const Tenso
     check_output("prob", prob, ScalarType::Float);
     check_output("entropy", entropy, ScalarType::Float);
     check_workspace(kOp, workspace, logits, mage::token_confidence_workspace(params.num_rows, params.vocab_size));
+    check_own_memory(kOp, {{"token", token}, {"prob", prob}, {"entropy", entropy}, {"workspace", workspace}},
+                     {{"logits", logits}});
     call(params, token, prob, entropy);
 }
 

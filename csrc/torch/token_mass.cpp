@@ -95,6 +95,7 @@ void token_mass_out(const Tensor& q, const Tensor& k_cache, const Tensor& block_
         check_output(kOp, "mass", mass, q, ScalarType::Float, "[B, Hkv, N]", {requests, heads, tokens});
     }
     check_attention_workspace(kOp, workspace, q, backend::token_mass_workspace(params));
+    check_own_memory(kOp, {{"mass", mass}, {"workspace", workspace}}, {{"q", q}, {"k_cache", k_cache}, {"lse", lse}});
     call(params, mass, workspace);
 }
 

@@ -155,6 +155,8 @@ def _check_lengths(op: str, max_seq_len: int, split_tokens: int = 0) -> None:
         raise ValueError(f"{op}: max_seq_len must be in [1, {MAX_TOKENS}], got {max_seq_len}")
     if split_tokens < 0 or split_tokens % SPLIT_STEP:
         raise ValueError(f"{op}: split_tokens must be 0 or a positive multiple of {SPLIT_STEP}, got {split_tokens}")
+    if split_tokens > MAX_TOKENS:
+        raise ValueError(f"{op}: split_tokens must be at most {MAX_TOKENS}, got {split_tokens}")
 
 
 def _check_mass(op: str, score: str, scores: tuple[str, ...], norm: str, prefix_lens: Tensor | None) -> None:
@@ -202,8 +204,8 @@ def block_attention(
         softmax_scale: factor of the scores, in [-65536, 65536]; None: D^-0.5.
         kv_lens: [B, Q], int32, nondecreasing. Row q sees [0, min(S, kv_lens[b, q])); None: [0, S). It gives the
             staircase of a chunked prefill and causal masks.
-        split_tokens: 0 cuts the KV stream as the shapes suggest, on CUDA the lengths too; a multiple of 64 cuts it at
-            its multiples, whatever else is in the batch.
+        split_tokens: 0 cuts the KV stream as the shapes suggest, on CUDA the lengths too; a multiple of 64, at most
+            2^30, cuts it at its multiples, whatever else is in the batch.
 
     Returns:
         out: [B, Q, H, D], dtype of q.
@@ -257,7 +259,10 @@ def block_attention_out(
     kv_lens: Tensor | None = None,
     split_tokens: int = 0,
 ) -> None:
-    """block_attention into given contiguous tensors; workspace: uint8, block_attention_workspace bytes."""
+    """block_attention into given contiguous tensors, each with memory of its own.
+
+    workspace: uint8, block_attention_workspace bytes, aligned to 16 bytes.
+    """
     _check_lengths("block_attention", max_seq_len, split_tokens)
     torch.ops.mage.block_attention_out(
         q,
@@ -394,7 +399,10 @@ def block_attention_mass_out(
     kv_lens: Tensor | None = None,
     split_tokens: int = 0,
 ) -> None:
-    """block_attention_mass into given contiguous tensors; workspace: uint8, block_attention_mass_workspace bytes."""
+    """block_attention_mass into given contiguous tensors, each with memory of its own.
+
+    workspace: uint8, block_attention_mass_workspace bytes, aligned to 16 bytes.
+    """
     _check_lengths("block_attention_mass", max_seq_len, split_tokens)
     _check_granularity("block_attention_mass", g)
     _check_mass("block_attention_mass", score, MASS_SCORES, norm, prefix_lens)
@@ -524,7 +532,10 @@ def block_attention_rows_out(
     kv_lens: Tensor | None = None,
     split_tokens: int = 0,
 ) -> None:
-    """block_attention_rows into given contiguous tensors; workspace: uint8, block_attention_rows_workspace bytes."""
+    """block_attention_rows into given contiguous tensors, each with memory of its own.
+
+    workspace: uint8, block_attention_rows_workspace bytes, aligned to 16 bytes.
+    """
     _check_lengths("block_attention_rows", max_seq_len, split_tokens)
     _check_granularity("block_attention_rows", g)
     torch.ops.mage.block_attention_rows_out(
@@ -675,7 +686,10 @@ def token_mass_out(
     softmax_scale: float | None = None,
     kv_lens: Tensor | None = None,
 ) -> None:
-    """token_mass into a given contiguous tensor; workspace: uint8, token_mass_workspace bytes."""
+    """token_mass into a given contiguous tensor with memory of its own.
+
+    workspace: uint8, token_mass_workspace bytes, aligned to 16 bytes.
+    """
     _check_token_mass(max_seq_len, score, norm, prefix_lens, units, g)
     torch.ops.mage.token_mass_out(
         q,
@@ -803,7 +817,10 @@ def sparse_block_attention_out(
     kv_lens: Tensor | None = None,
     split_tokens: int = 0,
 ) -> None:
-    """sparse_block_attention into given contiguous tensors; workspace: sparse_block_attention_workspace bytes."""
+    """sparse_block_attention into given contiguous tensors, each with memory of its own.
+
+    workspace: uint8, sparse_block_attention_workspace bytes, aligned to 16 bytes.
+    """
     _check_lengths("sparse_block_attention", max_seq_len, split_tokens)
     _check_granularity("sparse_block_attention", g)
     torch.ops.mage.sparse_block_attention_out(
@@ -904,7 +921,10 @@ def merge_attention_out(
     log2_in: bool = False,
     log2_out: bool = False,
 ) -> None:
-    """merge_attention into given contiguous tensors; workspace: uint8, merge_attention_workspace bytes."""
+    """merge_attention into given contiguous tensors, each with memory of its own.
+
+    workspace: uint8, merge_attention_workspace bytes.
+    """
     _check_parts(outs, lses)
     torch.ops.mage.merge_attention_out(outs, lses, out, lse, workspace, log2_in=log2_in, log2_out=log2_out)
 
@@ -925,6 +945,7 @@ def merge_attention_workspace(num_parts: int, batch: int, q_len: int, num_heads:
 SELECT_RULES = ("fixed", "layer", "mass", "joint")
 GRANULARITIES = (1, 16, 32, 64)
 MAX_TOKENS = 1 << 30
+MAX_UNITS = 1 << 22  # of select_kv
 
 
 def set_debug(on: bool) -> bool:
@@ -1007,8 +1028,10 @@ def row_votes_out(
     g: int,
     row_mask: Tensor | None = None,
 ) -> None:
-    """row_votes into given contiguous tensors; workspace: uint8, row_votes_workspace bytes, on a GPU aligned to 16
-    bytes. Allocates nothing on a device."""
+    """row_votes into given contiguous tensors, each with memory of its own.
+
+    workspace: uint8, row_votes_workspace bytes, on a GPU aligned to 16 bytes.
+    """
     _check_granularity("row_votes", g)
     _check_tokens("row_votes", "k", k, g)
     torch.ops.mage.row_votes_out(
@@ -1029,8 +1052,8 @@ def row_votes_workspace(batch: int, num_kv_heads: int, num_units: int, num_rows:
 
 def _check_select(g: int, capacity: int, rule: str, k: int, k_min: int, p: float, sinks: int, recents: int) -> None:
     _check_granularity("select_kv", g)
-    if capacity < 1:
-        raise ValueError(f"select_kv: capacity must be >= 1, got {capacity}")
+    if not 1 <= capacity <= MAX_UNITS:
+        raise ValueError(f"select_kv: capacity must be in [1, {MAX_UNITS}], got {capacity}")
     if rule not in SELECT_RULES:
         raise ValueError(f"select_kv: rule must be one of {', '.join(SELECT_RULES)}, got {rule!r}")
     _check_tokens("select_kv", "k", k, g)
@@ -1075,10 +1098,10 @@ def select_kv(
              ranking over all heads (ties: lowest unit, then lowest head).
 
     Args:
-        mass: [L, B, Hkv, n], float32, last stride 1.
+        mass: [L, B, Hkv, n], float32, last stride 1; n at most 2^22.
         prefix_lens: [B], int32. P, clamped to [0, n * g].
         g: tokens per unit: 1, 16, 32 or 64.
-        capacity: Kmax in units; a longer list keeps its best `capacity` units and sets overflow.
+        capacity: Kmax in units, at most 2^22; a longer list keeps its best `capacity` units and sets overflow.
         rule: see above.
         k: tokens, multiple of g.
         k_min: tokens, multiple of g; rules "layer" and "mass".
@@ -1157,8 +1180,10 @@ def select_kv_out(
     union_size: Tensor | None = None,
     coverage: Tensor | None = None,
 ) -> None:
-    """select_kv into given contiguous tensors; workspace: uint8, select_kv_workspace bytes. Allocates nothing on a
-    device."""
+    """select_kv into given contiguous tensors, each with memory of its own.
+
+    workspace: uint8, select_kv_workspace bytes. Allocates nothing on a GPU.
+    """
     _check_select(g, capacity, rule, k, k_min, p, sinks, recents)
     torch.ops.mage.select_kv_out(
         mass,
@@ -1226,7 +1251,10 @@ def _(logits):
 
 @_typed
 def token_confidence_out(logits: Tensor, token: Tensor, prob: Tensor, entropy: Tensor, workspace: Tensor) -> None:
-    """token_confidence into given contiguous tensors; workspace: uint8, token_confidence_workspace bytes."""
+    """token_confidence into given contiguous tensors, each with memory of its own.
+
+    workspace: uint8, token_confidence_workspace bytes.
+    """
     torch.ops.mage.token_confidence_out(logits, token, prob, entropy, workspace)
 
 

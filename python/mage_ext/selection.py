@@ -26,7 +26,7 @@ from mage_ext.counter_random import random_bits
 
 RULES = ("fixed", "layer", "mass", "joint")
 GRANULARITIES = (1, 16, 32, 64)
-MAX_CAPACITY = 1 << 22  # units of a list, of select_kv
+MAX_CAPACITY = ops.MAX_UNITS  # of a list
 
 _FILE_FORMAT = "mage_ext.BlockSelection/1"
 _OWNER = "BlockSelection"

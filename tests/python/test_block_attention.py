@@ -340,9 +340,12 @@ def test_out_twin_refuses(name):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((-1, 8, 4, 2, 64, 128), "requests must be at least 0, got -1"),
-        ((1, 8, 4, 0, 64, 128), r"multiple of the KV heads \(0\)"),
-        ((1, 8, 4, 2, 60, 128), "head dim of q must be a multiple of 8 and at most 512, got 60"),
+        ((-1, 8, 4, 2, 64, 128), r"batch must be in \[0, 16777216\], got -1"),
+        ((1 << 24, 1 << 20, 16, 1, 512, 1 << 30), r"batch must be smaller, .*, got 16777216"),
+        ((1, 8, 4, 0, 64, 128), r"num_kv_heads must be in \[1, 16777216\], got 0"),
+        ((1, 8, 3, 2, 64, 128), r"num_heads must be a multiple of num_kv_heads \(2\), got 3"),
+        ((1, 0, 4, 2, 64, 128), r"q_len must be in \[1, 8388608\], got 0"),
+        ((1, 8, 4, 2, 60, 128), "head_dim must be a multiple of 8 and at most 512, got 60"),
         ((1, 8, 4, 2, 64, 0), r"max_seq_len must be in \[1, 2\^30\], got 0"),
         ((1, 8, 4, 2, 64, 128, 63), "split_tokens must be 0 or a positive multiple of 64, got 63"),
     ],

@@ -519,3 +519,82 @@ def test_extreme_softmax_scales_give_no_nan(scale):
     assert out.isfinite().all() and lse.isfinite().all() and mass.isfinite().all()
     if abs(scale) < 1:
         assert torch.allclose(lse, t["seq_lens"].float().log()[:, None, None].expand_as(lse))
+
+
+# --- sizes and memory -----------------------------------------------------------------------------------------------
+
+
+def arguments_of(name):
+    return [argument.name for argument in overload(name)._schema.arguments]
+
+
+@pytest.mark.parametrize("name", [name for name in registered() if "split_tokens" in arguments_of(name)])
+def test_split_tokens_beyond_every_length_is_refused(name):
+    """They are kept in 32 bits; 2^30, the largest max_seq_len, is taken."""
+    op = name.removesuffix("_out").removesuffix("_workspace")
+    args, kwargs = samples(name)[-1]
+    given = dict(zip(arguments_of(name), args, strict=False)) | kwargs
+    overload(name)(**{**given, "split_tokens": 1 << 30})
+    for value in ((1 << 30) + 64, 1 << 31, 1 << 32, 1 << 62, (1 << 63) - 64):
+        with pytest.raises(RuntimeError, match=rf"^{op}: split_tokens must be at most 2\^30, got {value}$"):
+            overload(name)(**{**given, "split_tokens": value})
+
+
+@pytest.mark.parametrize("name", [name for name in FUNCTIONS if name.endswith("_workspace")])
+def test_sizes_of_workspaces(name):
+    """What no tensor can have is refused by the name of the argument, never answered by an overflow."""
+    op = name.removesuffix("_workspace")
+    names, sizes = arguments_of(name), samples(name)[0][0]
+    for number, argument in enumerate(names[: len(sizes)]):
+        calls = {value: [*sizes[:number], value, *sizes[number + 1 :]] for value in (-1, 1 << 62, (1 << 63) - 1)}
+        with pytest.raises(RuntimeError, match=f"^{op}: {argument} must .*, got -1$"):
+            overload(name)(*calls.pop(-1))
+        for value, call in calls.items():
+            try:
+                found = overload(name)(*call)
+            except RuntimeError as error:
+                refused = str(error)
+                assert any(refused.startswith(f"{op}: {each} must ") for each in names), refused
+            else:
+                assert found == 0, f"{argument} = {value}"
+
+
+def in_one_memory(first, second):
+    """Two tensors as contiguous views of the same bytes, from the same address on."""
+    memory = torch.zeros(max(t.numel() * t.element_size() for t in (first, second)), dtype=torch.uint8)
+    views = [memory[: t.numel() * t.element_size()].view(t.dtype).view(t.shape) for t in (first, second)]
+    views[0].copy_(first)
+    return views
+
+
+@pytest.mark.parametrize("name", [name for name in WITH_TENSORS if name.endswith("_out")])
+def test_outputs_with_memory_in_common_are_refused(name):
+    """Outputs and workspace with one another, and with the first input; nothing is written."""
+    op = name.removesuffix("_out")
+    args, kwargs = samples(name)[0]
+    arguments = overload(name)._schema.arguments[: len(args)]
+    outputs = [i for i, each in enumerate(arguments) if each.alias_info is not None and each.alias_info.is_write]
+    assert len(outputs) >= 2
+    pairs = [(i, j) for j in outputs for i in [0, *outputs] if i < j]
+    tried = 0
+    for i, j in pairs:
+        first = args[i][0] if isinstance(args[i], list) else args[i]
+        if first.numel() == 0 or args[j].numel() == 0:
+            continue
+        one, other = in_one_memory(first, args[j])
+        before = one.clone()
+        call = [*args]
+        call[i], call[j] = [one, *args[i][1:]] if isinstance(args[i], list) else one, other
+        with pytest.raises(RuntimeError, match=f"^{op}: {arguments[j].name} must have memory of its own, got some of "):
+            overload(name)(*call, **kwargs)
+        assert torch.equal(one.view(torch.uint8), before.view(torch.uint8))
+        tried += 1
+    assert tried
+
+
+def test_row_mask_without_positions_is_no_mask():
+    args, kwargs = samples("row_votes")[0]
+    batch, rows = args[0].shape[0], args[0].shape[3]
+    message = rf"^row_votes: row_mask must have Q positions that divide the rows \({rows}\), got 0$"
+    with pytest.raises(RuntimeError, match=message):
+        ops.row_votes(*args, **{**kwargs, "row_mask": torch.zeros(batch, 0, dtype=torch.bool)})

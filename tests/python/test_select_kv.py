@@ -512,7 +512,8 @@ LENGTHS = torch.tensor([128, 100], dtype=torch.int32)
     ("message", "change"),
     [
         ("g must be one of 1, 16, 32, 64, got 8", {"g": 8}),
-        ("capacity must be >= 1, got 0", {"capacity": 0}),
+        (r"capacity must be in \[1, 4194304\], got 0", {"capacity": 0}),
+        (r"capacity must be in \[1, 4194304\], got 4194305", {"capacity": 2**22 + 1}),
         ("rule must be one of fixed, layer, mass, joint, got 'topk'", {"rule": "topk"}),
         ("k must be a multiple of g = 16, got 40", {"k": 40}),
         ("k must be in .*, got -16", {"k": -16}),
