@@ -1,5 +1,6 @@
 #pragma once
 
+#include <cstdint>
 #include <sstream>
 
 #include "mage/error.h"
@@ -17,6 +18,10 @@ template <typename... Parts>
     std::ostringstream message;
     (message << ... << parts);
     throw Error(message.str());
+}
+
+inline void check_range(const char* op, const char* name, int64_t value, int64_t low, int64_t high) {
+    MAGE_CHECK(value >= low && value <= high, op, ": ", name, " must be in [", low, ", ", high, "], got ", value);
 }
 
 }  // namespace mage::core

@@ -68,15 +68,12 @@ void for_each_item(int64_t count, int64_t scratch_floats, double flops,
 BlockAttentionParams attention_dims(const char* op, int64_t num_requests, int64_t num_queries, int64_t num_heads,
                                     int64_t num_kv_heads, int64_t head_dim, int64_t max_seq_len, int64_t split_tokens) {
     // In the words of a query for a workspace, which has no tensors.
-    const auto check = [&](const char* name, int64_t value, int64_t low, int64_t high) {
-        MAGE_CHECK(value >= low && value <= high, op, ": ", name, " must be in [", low, ", ", high, "], got ", value);
-    };
-    check("batch", num_requests, 0, kMaxRows);
-    check("num_kv_heads", num_kv_heads, 1, kMaxRows);
-    check("num_heads", num_heads, 1, kMaxRows);
+    core::check_range(op, "batch", num_requests, 0, kMaxRows);
+    core::check_range(op, "num_kv_heads", num_kv_heads, 1, kMaxRows);
+    core::check_range(op, "num_heads", num_heads, 1, kMaxRows);
     MAGE_CHECK(num_heads % num_kv_heads == 0, op, ": num_heads must be a multiple of num_kv_heads (", num_kv_heads,
                "), got ", num_heads);
-    check("q_len", num_queries, 1, kMaxRows / (num_heads / num_kv_heads));
+    core::check_range(op, "q_len", num_queries, 1, kMaxRows / (num_heads / num_kv_heads));
     MAGE_CHECK(head_dim >= 8 && head_dim % 8 == 0 && head_dim <= kMaxHeadDim, op,
                ": head_dim must be a multiple of 8 and at most ", kMaxHeadDim, ", got ", head_dim);
     BlockAttentionParams dims;

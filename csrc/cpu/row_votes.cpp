@@ -14,14 +14,10 @@
 namespace mage {
 
 int64_t row_votes_workspace(int64_t num_requests, int64_t num_kv_heads, int64_t num_units, int64_t num_rows) {
-    const auto check = [](const char* name, int64_t value, int64_t low, int64_t high) {
-        MAGE_CHECK(value >= low && value <= high, "row_votes: ", name, " must be in [", low, ", ", high, "], got ",
-                   value);
-    };
-    check("batch", num_requests, 0, 1 << 20);
-    check("num_kv_heads", num_kv_heads, 1, 1 << 20);
-    check("num_units", num_units, 1, 1 << 30);
-    check("num_rows", num_rows, 1, kMaxVoteRows);
+    core::check_range("row_votes", "batch", num_requests, 0, 1 << 20);
+    core::check_range("row_votes", "num_kv_heads", num_kv_heads, 1, 1 << 20);
+    core::check_range("row_votes", "num_units", num_units, 1, 1 << 30);
+    core::check_range("row_votes", "num_rows", num_rows, 1, kMaxVoteRows);
     return 8 * num_requests * num_kv_heads * (1 + num_rows * (1 + core::max_vote_tiles(num_units)));
 }
 

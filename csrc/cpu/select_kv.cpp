@@ -14,16 +14,12 @@ namespace mage {
 
 int64_t select_kv_workspace(int64_t num_layers, int64_t num_requests, int64_t num_kv_heads, int64_t num_units,
                             int64_t capacity) {
-    const auto check = [](const char* name, int64_t value, int64_t low, int64_t high) {
-        MAGE_CHECK(value >= low && value <= high, "select_kv: ", name, " must be in [", low, ", ", high, "], got ",
-                   value);
-    };
     constexpr int64_t kMost = (int64_t{1} << 31) - 1;
-    check("num_layers", num_layers, 1, kMost);
-    check("batch", num_requests, 0, kMost);
-    check("num_kv_heads", num_kv_heads, 1, kMost);
-    check("num_units", num_units, 1, kSelectMaxUnits);
-    check("capacity", capacity, 1, kSelectMaxUnits);
+    core::check_range("select_kv", "num_layers", num_layers, 1, kMost);
+    core::check_range("select_kv", "batch", num_requests, 0, kMost);
+    core::check_range("select_kv", "num_kv_heads", num_kv_heads, 1, kMost);
+    core::check_range("select_kv", "num_units", num_units, 1, kSelectMaxUnits);
+    core::check_range("select_kv", "capacity", capacity, 1, kSelectMaxUnits);
     return 0;
 }
 

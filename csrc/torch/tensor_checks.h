@@ -123,10 +123,6 @@ inline void check_last_stride(const char* op, const char* name, const Tensor& t)
                t.stride(last));
 }
 
-inline void check_range(const char* op, const char* name, int64_t value, int64_t low, int64_t high) {
-    MAGE_CHECK(value >= low && value <= high, op, ": ", name, " must be in [", low, ", ", high, "], got ", value);
-}
-
 // A stride that is never used (of a dimension of size 0 or 1) may hold anything; kernels get 0.
 inline int64_t used_stride(const Tensor& t, int64_t dim) { return t.size(dim) > 1 ? t.stride(dim) : 0; }
 
