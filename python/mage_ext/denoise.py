@@ -618,7 +618,9 @@ class _Run:
         emission = forward.emission
         if emission is None:
             return decided, None
-        return decided, _Emitted(emission.mass(), emission.stacked_votes(), emission.candidates())
+        candidates = emission.candidates()
+        mass = emission.mass() if candidates is None else candidates.unit_mass
+        return decided, _Emitted(mass, emission.stacked_votes(), candidates)
 
     def _draw(self, hidden: Tensor, rows: StepRows, slots: BlockSlots) -> sampling.Draws:
         """Draws [A, sub_block_size] from hidden states [A * R, hidden]."""

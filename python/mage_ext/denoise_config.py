@@ -28,7 +28,8 @@ class DenoiseConfig:
         selection: of mode "mage". dense_layers: layers that stay exact in every forward.
         refresh: when a block selects anew instead of starting with the lists it has: "block" (always), "blocks" (every
             refresh_blocks blocks) or "kept_mass" (after a commit under whose mass the lists keep less than
-            refresh_bound). Tokens committed after a selection are always attended.
+            refresh_bound; with candidates, too, it is the mass of all tokens). Tokens committed after a selection are
+            always attended.
         select_override: called instead of `selection.select` with its arguments (mass, prefix_lens, config, votes=);
             returns a BlockSelection. Not with candidates, which have no masses of all tokens.
         sub_block_size: positions that are decided before any later one; None: the model's own (whole block if it has

@@ -17,8 +17,8 @@ from mage_ext import ops
 from mage_ext._arguments import check_tensor, check_type
 from mage_ext.selection import CANDIDATE_UNIT, BlockSelection, SelectionConfig
 
-# A token's mass is never above its unit's, but both are rounded: those of units are within 2^-10 of themselves
-# (block_attention_mass on CUDA), so no more than a fourfold of it is ever taken from a proof.
+# A token's mass is never above its unit's, but both are rounded: block_attention_mass gives shares of units to within
+# 2^-10 of themselves on CUDA. A proof leaves room for four times that.
 ROUNDING = 2.0**-8
 
 
@@ -80,10 +80,10 @@ def select_tokens(
         config: with candidates.
 
     Returns:
-        The selection, and proven [L, B, Hkv], bool: the list is, token for token, that of `select` over the masses of
-        all tokens. It is if each of its tokens (but those always listed) has more mass than any unit that is no
-        candidate, and with rule "joint" if this holds for the lists of all heads together. Where it does not, a list
-        may be the same nevertheless.
+        The selection, and proven [L, B, Hkv], bool: the list is, token for token, that of `select` over what token_mass
+        gives for all tokens. It is if each of its tokens (but those always listed) has more mass than any unit that is
+        no candidate; with rule "joint" if this holds for the lists of all heads together and the least of their tokens
+        has no equal that is left out. Where it does not, a list may be the same nevertheless.
 
     Raises:
         TypeError: naming the argument. ValueError: config has no candidates.

@@ -453,6 +453,21 @@ def test_candidates_of_the_whole_prefix_are_all_tokens(variant, rule, refresh):
     assert all(info.candidates is None for info in seen if info.kind in ("exact", "sparse", "commit"))
 
 
+@pytest.mark.parametrize("fields", [dict(fuse_commit=True), dict(exact_steps=2), dict(strict=True)], ids=str)
+def test_candidates_beside_other_options(fields):
+    """Rows of the block before in the same forward, a selection in the second one, places without a request."""
+    model = _model("llama")
+    chosen = SelectionConfig(k=24, g=1, recents=4, score_rows="open", norm="prefix")
+    config = _mage("llama", chosen, **fields)
+    prompts = _prompts(model.config, (30, 47, 130), seed=3)
+    expected, margins = _generate(model, prompts, config, max_batch=2)
+    wide = dataclasses.replace(config, selection=dataclasses.replace(chosen, candidates=256))
+    for result, twin in _same(generate(model, prompts, wide, max_batch=2), expected, margins):
+        assert result.stats.forwards == twin.stats.forwards and result.stats.forwards["sparse"] > 0
+        assert set(result.stats.proven) == {1.0}
+        torch.testing.assert_close(torch.tensor(result.stats.kept_mass), torch.tensor(twin.stats.kept_mass))
+
+
 @pytest.mark.parametrize("refresh", _REFRESH)
 @pytest.mark.parametrize("rule", ["fixed", "layer", "mass", "joint", "fixed_candidates"])
 def test_mage_does_not_depend_on_batch_mates(rule, refresh):
