@@ -39,11 +39,12 @@ def all_shapes() -> list[Shape]:
     return shapes
 
 
-def floor_us(shape: Shape, kind: str) -> float:
+def floor_us(shape: Shape, kind: str, listed: int | None = None) -> float:
+    """listed: tokens of the candidates of each request and KV head, where they are not those of this bench."""
     heads, kv_heads, dim = shape.heads
     tokens = sum(shape.lengths)
     if kind == "list":
-        tokens = shape.batch * num_candidates(shape) * UNIT
+        tokens = shape.batch * (listed or num_candidates(shape) * UNIT)
     passes = 2 if kind == "prefix" else 1
     pairs = passes * kv_heads * shape.rows * tokens
     moved = passes * tokens * kv_heads * dim * 2 + shape.batch * shape.q_len * heads * (2 * dim + 4)

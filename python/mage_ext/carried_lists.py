@@ -14,6 +14,7 @@ from mage_ext import selection as selections
 from mage_ext._upload import upload
 from mage_ext.denoise_config import DenoiseConfig
 from mage_ext.selection import BlockSelection
+from mage_ext.token_candidates import Candidates, select_tokens
 
 
 class CarriedLists:
@@ -21,11 +22,14 @@ class CarriedLists:
 
     Fields:
         selection: None before the first. requests: the request of each of its rows, None where there is none.
+        proven: [L, A, Hkv], bool, of a selection out of candidates that this block made, as `select_tokens` has it;
+            else None.
     """
 
     def __init__(self, config: DenoiseConfig):
         self.selection: BlockSelection | None = None
         self.requests: list[int | None] = []
+        self.proven: Tensor | None = None
         self._config = config
         self._select = config.select_override or selections.select
         self._ages: dict[int, int] = {}  # request -> blocks since it selected
@@ -68,6 +72,7 @@ class CarriedLists:
         prefix_lens: Tensor,
         mass: Tensor,
         votes: tuple[Tensor, Tensor, Tensor] | None,
+        candidates: Candidates | None,
     ) -> None:
         """Selects for the requests whose plan is "select". Those that carry keep their lists; those that are exact get
         empty lists whose tail starts at 0, which attend everything.
@@ -76,6 +81,7 @@ class CarriedLists:
             requests: A requests, None for an empty place. plan: their plans, "exact" for an empty place.
             prefix_lens: [A], int32.
             mass: [L, A, Hkv, n], float32. votes: for rule "layer", as `selection.select` takes them.
+            candidates: of a configuration that has them: what is selected of, in place of mass.
         Raises:
             TypeError: select_override returned no BlockSelection.
             ValueError: it returned lists of another shape, granularity or device, or (read on the CPU alone, where
@@ -83,7 +89,11 @@ class CarriedLists:
         """
         config = self._config.selection
         chosen = upload([way == "select" for way in plan], mass.device)
-        selection = self._select(mass, torch.where(chosen, prefix_lens, 0), config, votes=votes)
+        lens = torch.where(chosen, prefix_lens, 0)
+        if candidates is None:
+            selection = self._select(mass, lens, config, votes=votes)
+        else:
+            selection, self.proven = select_tokens(candidates, lens, config)
         if not isinstance(selection, BlockSelection):
             raise TypeError(f"generate: select_override must return a BlockSelection, got {type(selection).__name__}")
         shape = selection.indices.shape[:3]
@@ -122,6 +132,7 @@ class CarriedLists:
 
     def end_block(self, requests: list[int]) -> None:
         """Ages the lists of requests that go on to another block."""
+        self.proven = None
         for request in requests:
             if request in self._ages:
                 self._ages[request] += 1

@@ -102,7 +102,7 @@ class _Noted(argparse.Action):
         namespace.noted = (*getattr(namespace, "noted", ()), self.dest)
 
 
-_OF_LISTS = ("rule", "k", "g", "score", "sinks", "recents", "dense_layers")
+_OF_LISTS = ("rule", "k", "candidates", "g", "score", "sinks", "recents", "dense_layers")
 _OF_SAMPLERS = {
     "threshold": ("low_confidence_dynamic",),
     "tokens_per_step": ("sequential", "low_confidence_static"),
@@ -146,7 +146,13 @@ def _config(owner: str, args: argparse.Namespace) -> "DenoiseConfig":
     if not 0 <= args.dense_layers <= 1000:
         raise ValueError(f"{owner}: dense_layers must be in [0, 1000], got {args.dense_layers}")
     selection = SelectionConfig(
-        rule=args.rule, k=args.k, g=args.g, score=args.score, sinks=args.sinks, recents=args.recents
+        rule=args.rule,
+        k=args.k,
+        g=args.g,
+        score=args.score,
+        sinks=args.sinks,
+        recents=args.recents,
+        candidates=args.candidates,
     )
     _check_unread(owner, args)
     return DenoiseConfig(
@@ -899,6 +905,12 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="prefix tokens read per layer and KV head in sparse steps (default %(default)s)",
     )
     note("-g", "--g", type=int, default=32, help="tokens per selected unit: 1, 16, 32 or 64")
+    note(
+        "--candidates",
+        type=int,
+        metavar="N",
+        help="with g 1 and rule fixed or joint: choose among the N tokens of the heaviest units (default: all tokens)",
+    )
     note(
         "--score", default="mean", help="of a unit: the mean over the block's rows, or their max, for k of a few units"
     )

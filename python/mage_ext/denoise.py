@@ -48,6 +48,7 @@ from mage_ext.results import FinishedBlock, Progress, Result, StepInfo
 from mage_ext.selection import BlockSelection
 from mage_ext.step_functions import StepRows
 from mage_ext.step_graphs import StepGraphs
+from mage_ext.token_candidates import Candidates
 
 __all__ = ["BlockStream", "DenoiseConfig", "DenoiseState", "StepGraphs", "generate", "prefill"]
 
@@ -486,6 +487,8 @@ class _Run:
                 selection = self.lists.selection
                 tensors |= {"listed": selection.counts.sum((0, 2)) * selection.g, "tails": selection.tail_start}
                 tensors["kept"] = selection.kept_mass.mean((0, 2))
+                if self.lists.proven is not None:
+                    tensors["proven"] = self.lists.proven.float().mean((0, 2))
             outcome = _Outcome(**tensors)
         if (
             not config.fuse_commit
@@ -516,12 +519,12 @@ class _Run:
             decided, emission = self.graphs.run(
                 ("step", slots.num_places, variant), lambda: self._forward(slots, variant, lists)
             )
-        mass = None
         if emission is not None:
             mass = emission.mass
             with profiling.span("select_kv"):
-                self.lists.take(slots.requests, plan, slots.start, mass, emission.votes)
-        self._tell(slots, index, step, kind, self.sub_block_size if narrow else slots.block_size, decided, mass)
+                self.lists.take(slots.requests, plan, slots.start, mass, emission.votes, emission.candidates)
+        num_rows = self.sub_block_size if narrow else slots.block_size
+        self._tell(slots, index, step, kind, num_rows, decided, emission)
 
     def _kind(self, plan: list[str], step: int) -> str:
         """For the callback."""
@@ -578,8 +581,8 @@ class _Run:
     def _forward(
         self, slots: BlockSlots, variant: _Variant, lists: BlockSelection | None
     ) -> tuple[Tensor, "_Emitted | None"]:
-        """A step on the device: rows, attention, draws, decisions. Returns what was decided, [A, Q], bool, and the mass
-        of the forward."""
+        """A step on the device: rows, attention, draws, decisions. Returns what was decided, [A, Q], bool, and what the
+        forward emitted."""
         config, model = self.config, self.state.model
 
         # 1. Which rows are sent and whose K/V they replace.
@@ -613,7 +616,11 @@ class _Run:
         # 4. Decisions.
         decided = slots.decide(draws, rows.candidates, rows.live)
         emission = forward.emission
-        return decided, None if emission is None else _Emitted(emission.mass(), emission.stacked_votes())
+        if emission is None:
+            return decided, None
+        candidates = emission.candidates()
+        mass = emission.mass() if candidates is None else candidates.unit_mass
+        return decided, _Emitted(mass, emission.stacked_votes(), candidates)
 
     def _draw(self, hidden: Tensor, rows: StepRows, slots: BlockSlots) -> sampling.Draws:
         """Draws [A, sub_block_size] from hidden states [A * R, hidden]."""
@@ -730,6 +737,8 @@ class _Run:
         stats.kv_bytes += ((count - sparse_steps) * whole + sparse_steps * sparse) * cache.token_bytes
         if selected:
             stats.kept_mass.append(values["kept"])
+            if "proven" in values:
+                stats.proven.append(values["proven"])
 
     def _commit(self, slots: BlockSlots, index: int) -> Tensor | None:
         """Writes the clean block's K/V of the requests that go on; under token shift its last logits give the next
@@ -752,8 +761,8 @@ class _Run:
         forward.final = True
         if measures:
             forward.selecting, forward.exact_lens = self.layers, seq_lens
-            # Votes are for selecting; measuring needs mass alone.
-            config = dataclasses.replace(self.config.selection, rule="fixed")
+            # Votes and candidates are for selecting; measuring needs the mass of what is listed, wherever it is.
+            config = dataclasses.replace(self.config.selection, rule="fixed", candidates=None)
             forward.emission = Emission(config, None, slots.start)
         hidden = model.hidden(slots.tokens, slots.positions, forward)
         if model.config.token_shift:
@@ -765,12 +774,20 @@ class _Run:
         return forward.emission.mass() if measures else None
 
     def _tell(
-        self, slots: BlockSlots, index: int, step: int, kind: str, rows: int, decided: Tensor, mass: Tensor | None
+        self,
+        slots: BlockSlots,
+        index: int,
+        step: int,
+        kind: str,
+        rows: int,
+        decided: Tensor,
+        emission: "_Emitted | None",
     ) -> None:
         if self.callback is None:
             return
         lists = None if kind in ("exact", "commit") else self.lists.selection
         starts = [0 if row is None else row.start for row in slots.rows]
+        candidates = None if emission is None else emission.candidates
         self.callback(
             StepInfo(
                 index,
@@ -783,14 +800,16 @@ class _Run:
                 torch.zeros_like(slots.open) if kind == "commit" else slots.open,
                 decided,
                 lists,
-                mass,
+                None if emission is None or candidates is not None else emission.mass,
+                candidates,
             )
         )
 
 
 @dataclass(frozen=True)
 class _Emitted:
-    """Mass [L, A, Hkv, n] of a forward, and its votes for rule "layer"."""
+    """Mass [L, A, Hkv, n] of a forward, its votes for rule "layer", and its candidates where they are wanted."""
 
     mass: Tensor
     votes: tuple[Tensor, Tensor, Tensor] | None
+    candidates: Candidates | None

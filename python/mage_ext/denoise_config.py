@@ -28,9 +28,10 @@ class DenoiseConfig:
         selection: of mode "mage". dense_layers: layers that stay exact in every forward.
         refresh: when a block selects anew instead of starting with the lists it has: "block" (always), "blocks" (every
             refresh_blocks blocks) or "kept_mass" (after a commit under whose mass the lists keep less than
-            refresh_bound). Tokens committed after a selection are always attended.
+            refresh_bound; with candidates, too, it is the mass of all tokens). Tokens committed after a selection are
+            always attended.
         select_override: called instead of `selection.select` with its arguments (mass, prefix_lens, config, votes=);
-            returns a BlockSelection.
+            returns a BlockSelection. Not with candidates, which have no masses of all tokens.
         sub_block_size: positions that are decided before any later one; None: the model's own (whole block if it has
             none).
         sub_block_cache: once the first position of the current sub-block is decided, forwards send that sub-block alone
@@ -109,6 +110,11 @@ class DenoiseConfig:
             )
         if self.select_override is not None and not callable(self.select_override):
             raise TypeError(f"DenoiseConfig: select_override must be callable, got {self.select_override!r}")
+        if self.select_override is not None and self.selection.candidates is not None:
+            raise ValueError(
+                "DenoiseConfig: select_override must be None with selection.candidates, which leave no masses of all "
+                f"tokens, got {got(self.select_override)}"
+            )
         if self.selection.rule == "layer" and self.selection.norm == "prefix":
             raise ValueError(
                 'DenoiseConfig: selection.norm must be "context" with rule "layer", whose coverage is a share of it, '

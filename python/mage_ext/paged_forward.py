@@ -7,6 +7,7 @@ Test: pytest tests/python/test_denoise.py
 """
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from mage_ext import ops, profiling
 from mage_ext.cache import PagedCache
-from mage_ext.selection import BlockSelection, SelectionConfig
+from mage_ext.selection import CANDIDATE_UNIT, BlockSelection, SelectionConfig
+from mage_ext.token_candidates import Candidates, candidate_units, whole_lens
 
 # Start of a request whose rows are not to be written: append_kv drops negative positions.
 NOT_WRITTEN = -(1 << 30)
@@ -44,9 +46,11 @@ class Emission:
     """Mass that a forward emits in its selecting layers, and what was collected.
 
     Fields:
-        config: granularity, score, norm and rule (rule "layer" also collects votes).
+        config: granularity, score, norm, rule (rule "layer" also collects votes) and candidates.
         row_mask: [A, Q], bool, rows that count; None: all. prefix_lens: [A], int32.
-        masses: per layer [A, Hkv, n], float32. votes: per layer (votes, union_size, coverage) of `row_votes`.
+        masses: per layer [A, Hkv, n], float32; with candidates of units of CANDIDATE_UNIT tokens.
+        votes: per layer (votes, union_size, coverage) of `row_votes`.
+        units, token_masses: with candidates, per layer [A, Hkv, C], int32, and the masses of their tokens.
     """
 
     config: SelectionConfig
@@ -54,6 +58,13 @@ class Emission:
     prefix_lens: Tensor
     masses: list[Tensor] = field(default_factory=list)
     votes: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+    units: list[Tensor] = field(default_factory=list)
+    token_masses: list[Tensor] = field(default_factory=list)
+
+    @cached_property
+    def whole_lens(self) -> Tensor:
+        """[A], int32, of `token_candidates.whole_lens`; the layers share it."""
+        return whole_lens(self.prefix_lens)
 
     def mass(self) -> Tensor:
         """[L, A, Hkv, n]."""
@@ -62,6 +73,12 @@ class Emission:
     def stacked_votes(self) -> tuple[Tensor, Tensor, Tensor] | None:
         """votes [L, A, Hkv, n], union_size and coverage [L, A, Hkv]; None for rules that need none."""
         return tuple(torch.stack(parts) for parts in zip(*self.votes, strict=True)) if self.votes else None
+
+    def candidates(self) -> Candidates | None:
+        """Of all layers; None without."""
+        if not self.units:
+            return None
+        return Candidates(torch.stack(self.units), torch.stack(self.token_masses), self.mass())
 
 
 class AttentionMethod(Protocol):
@@ -218,47 +235,38 @@ class PagedForward:
         return self._launches
 
     def emit(self, emission: Emission, q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor) -> Tensor:
-        """Exact attention [A, Q, H, D] whose mass (and votes, for rule "layer") `emission` collects. seq_lens: [A],
-        int32."""
+        """Exact attention [A, Q, H, D] whose mass (and votes, for rule "layer", or candidates) `emission` collects.
+        seq_lens: [A], int32."""
         config = emission.config
         pool = (k_cache, v_cache, self.block_table, seq_lens)
-        prefix_lens = emission.prefix_lens if config.norm == "prefix" else None
+        two_levels = config.candidates is not None
+        g = CANDIDATE_UNIT if two_levels else config.g
+        options = {"max_seq_len": self.max_seq_len, "kv_lens": self.kv_lens}
+        exact = {**options, "split_tokens": self.split_tokens}
+        counting = {"row_mask": emission.row_mask, "norm": config.norm}
+        counting["prefix_lens"] = emission.prefix_lens if config.norm == "prefix" else None
+
+        def token_mass(lse: Tensor, **how: object) -> Tensor:
+            with profiling.span("token_mass"):
+                return ops.token_mass(q, k_cache, self.block_table, seq_lens, lse, **options, **counting, **how)
+
         # Token granularity on CUDA is a second pass over the keys; the attention kernels emit units of 16 tokens and
         # more.
-        tokens_on_cuda = config.g == 1 and q.is_cuda
-        options = {"max_seq_len": self.max_seq_len, "split_tokens": self.split_tokens, "kv_lens": self.kv_lens}
-        if tokens_on_cuda:
+        if g == 1 and q.is_cuda:
             with profiling.span("block_attention"):
-                out, lse = ops.block_attention(q, *pool, **options)
-            with profiling.span("token_mass"):
-                mass = ops.token_mass(
-                    q,
-                    k_cache,
-                    self.block_table,
-                    seq_lens,
-                    lse,
-                    max_seq_len=self.max_seq_len,
-                    score="rows" if config.rule == "layer" else config.score,
-                    kv_lens=self.kv_lens,
-                    row_mask=emission.row_mask,
-                    norm=config.norm,
-                    prefix_lens=prefix_lens,
-                )
+                out, lse = ops.block_attention(q, *pool, **exact)
+            mass = token_mass(lse, score="rows" if config.rule == "layer" else config.score)
         elif config.rule == "layer":
             with profiling.span("block_attention_rows"):
-                out, _, mass = ops.block_attention_rows(q, *pool, g=config.g, **options)
+                out, _, mass = ops.block_attention_rows(q, *pool, g=g, **exact)
         else:
             with profiling.span("block_attention_mass"):
-                out, _, mass = ops.block_attention_mass(
-                    q,
-                    *pool,
-                    g=config.g,
-                    score=config.score,
-                    row_mask=emission.row_mask,
-                    norm=config.norm,
-                    prefix_lens=prefix_lens,
-                    **options,
-                )
+                out, lse, mass = ops.block_attention_mass(q, *pool, g=g, score=config.score, **counting, **exact)
+        if two_levels:
+            with profiling.span("select_kv"):
+                units = candidate_units(mass, emission.whole_lens, config)
+            emission.units.append(units)
+            emission.token_masses.append(token_mass(lse, score=config.score, units=units, g=g))
         if config.rule == "layer":
             with profiling.span("row_votes"):
                 emission.votes.append(

@@ -78,7 +78,9 @@ class DenoiseState:
         twin.pending = [list(tokens) for tokens in self.pending]
         twin.outputs = [list(tokens) for tokens in self.outputs]
         twin.stats = [
-            dataclasses.replace(stats, forwards=dict(stats.forwards), kept_mass=list(stats.kept_mass))
+            dataclasses.replace(
+                stats, forwards=dict(stats.forwards), kept_mass=list(stats.kept_mass), proven=list(stats.proven)
+            )
             for stats in self.stats
         ]
         return twin

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from mage_ext.selection import BlockSelection
+from mage_ext.token_candidates import Candidates
 
 FORWARD_KINDS = ("exact", "select", "sparse", "commit")
 
@@ -44,7 +45,7 @@ class StepInfo:
         tokens: [A, block], int64; the mask id where open. open: [A, block], bool, still undecided after this forward.
         decided: [A, block], bool, decided in this forward.
         selection: what the sparse layers attend, None in exact blocks. mass: [L, A, Hkv, n] where this forward emitted
-            it.
+            it. candidates: in its place, of a configuration that has them.
     """
 
     index: int
@@ -58,6 +59,7 @@ class StepInfo:
     decided: Tensor
     selection: BlockSelection | None
     mass: Tensor | None
+    candidates: Candidates | None
 
 
 @dataclass
@@ -69,6 +71,7 @@ class RequestStats:
         prefill_forwards: chunks of the prefill.
         forwards: of the blocks, by kind; every block but the last has one "commit".
         kept_mass: of every selection that was made, the mean over layers and KV heads.
+        proven: of every selection out of candidates, the share of its lists that are proven to be those of all tokens.
         kv_bytes: K/V that the blocks' attention reads: whole context in dense layers and exact forwards, lists and tail
             in sparse ones.
         kv_bytes_exact: the same if every forward were exact.
@@ -81,6 +84,7 @@ class RequestStats:
     prefill_forwards: int = 0
     forwards: dict[str, int] = field(default_factory=lambda: dict.fromkeys(FORWARD_KINDS, 0))
     kept_mass: list[float] = field(default_factory=list)
+    proven: list[float] = field(default_factory=list)
     kv_bytes: int = 0
     kv_bytes_exact: int = 0
     seconds: float = 0.0

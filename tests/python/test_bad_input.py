@@ -64,6 +64,10 @@ _CONFIGS = {
     "prefill_chunk": (dict(prefill_chunk=-32), "prefill_chunk must be an integer >= 1, got -32"),
     "sub_block_size": (dict(sub_block_size=0), "sub_block_size must be an integer >= 1, got 0"),
     "select_override": (dict(select_override="recency"), "select_override must be callable, got 'recency'"),
+    "override_of_candidates": (
+        dict(select_override=len, selection=SelectionConfig(k=64, g=1, candidates=512)),
+        "select_override must be None with selection.candidates",
+    ),
     "layer_rule_over_the_prefix": (
         dict(selection=SelectionConfig(rule="layer", norm="prefix")),
         'selection.norm must be "context" with rule "layer"',

@@ -416,8 +416,9 @@ def test_rows_of_the_block_total(bench):
     total = bench.total
     shapes = total.all_shapes(28)
     assert len({json.dumps(shape.case) for shape in shapes}) == len({shape.name for shape in shapes}) == len(shapes)
-    assert len(shapes) == 18 and all(shape.is_whole for shape in shapes)
-    by_key = {(shape.g, shape.dense_layers, shape.forwards): shape for shape in shapes}
+    assert len(shapes) == 24 and all(shape.is_whole for shape in shapes)
+    few = {(shape.dense_layers, shape.forwards): shape for shape in shapes if shape.candidates}
+    by_key = {(shape.g, shape.dense_layers, shape.forwards): shape for shape in shapes if not shape.candidates}
     # One multiplies for 98.2 us per exact layer, reads and writes partial sums of no weight; two layers stay exact.
     exact, sparse = by_key[64, 0, 8].attention.floor_us(None), by_key[64, 0, 8].sparse.floor_us
     select = by_key[64, 0, 8].selection.floor_us
@@ -428,10 +429,22 @@ def test_rows_of_the_block_total(bench):
     tokens = bench.tokens.floor_us(by_key[1, 0, 8].attention, "all")
     sparse, select = by_key[1, 0, 8].sparse.floor_us, by_key[1, 0, 8].selection.floor_us
     assert by_key[1, 0, 8].floor_us == pytest.approx(28 * (2 * exact + tokens) + select + 7 * 28 * sparse)
+    # K of 4,096 tokens: unit masses in and 256 units out in each layer; then all of these and masses in, K tokens out.
+    assert len(few) == 6 and few[0, 8].name == "7B 1x128K g=1 of 4K dense=0 T=8"
+    assert few[0, 8].case["candidates"] == 4096
+    units, shape = 131104 // 16, by_key[1, 0, 8].attention
+    tokens = bench.tokens.floor_us(shape, "list", 4096)
+    assert tokens < bench.tokens.floor_us(shape, "all") / 30
+    first, last = (4 * 4 * n / 3.05e12 * 1e6 for n in (units + 256, 28 * (units + 256 + 4096 + 1024)))
+    with_mass = shape.floor_us(16) + first + tokens
+    assert few[0, 8].floor_us == pytest.approx(28 * (exact + with_mass) + last + 7 * 28 * sparse)
+    assert few[0, 8].floor_us < by_key[1, 0, 8].floor_us
+    assert [s.name for s in shapes if total.matches(s, "1:2:8:4K")] == ["7B 1x128K g=1 of 4K dense=2 T=8"]
+    assert [s.name for s in shapes if total.matches(s, "1:2:8:0")] == ["7B 1x128K g=1 dense=2 T=8"]
     assert [s.name for s in shapes if total.matches(s, "16:2:8")] == ["7B 1x128K g=16 dense=2 T=8"]
-    assert len([s for s in shapes if total.matches(s, "::32")]) == 6
-    with pytest.raises(ValueError, match="G:DENSE_LAYERS:T, got '1:2:3:4'"):
-        total.matches(shapes[0], "1:2:3:4")
+    assert len([s for s in shapes if total.matches(s, "::32")]) == 8
+    with pytest.raises(ValueError, match="G:DENSE_LAYERS:T:CANDIDATES, got '1:2:3:4:5'"):
+        total.matches(shapes[0], "1:2:3:4:5")
     # Units 1, 2, 3 of one head and 5, 6 of the other, each with K and V.
     lists = [torch.tensor([[[[1, 2], [5, 6]]]]), torch.tensor([[[[2, 3], [5, 6]]]])]
     assert total.listed_bytes(lists, 16) == 5 * 16 * 2 * 128 * 2
@@ -441,10 +454,11 @@ def test_block_total_on_the_cpu_with_the_timer_replaced(bench, monkeypatch, caps
     """Steps, lists of other queries, checks of every part, sums, targets of the better g, the file; fewer layers."""
     total = bench.total
     times = {"exact": 100.0, "peer": 120.0, "exact_mass": 110.0, "select": 5.0, ("FA3", "splits=0"): 1.0}
-    sparse, captured = iter([10.0, 9.0, 10.0, 10.0]), []
+    sparse, captured = iter([10.0, 9.0, 10.0, 10.0, 10.0]), []
     make_sets = bench.sets.make_sets
     monkeypatch.setattr(total, "MODEL", "1.5B")
     monkeypatch.setattr(total, "CONTEXT", 2048)
+    monkeypatch.setattr(total, "CANDIDATES", 1280)
     monkeypatch.setattr(total, "COLD_BYTES", 1)
     monkeypatch.setitem(total.LAYERS, "1.5B", 3)
     monkeypatch.setattr(total, "make_sets", lambda *args: make_sets(*args, device="cpu"))
@@ -467,7 +481,8 @@ def test_block_total_on_the_cpu_with_the_timer_replaced(bench, monkeypatch, caps
     assert result == json.loads(path.read_text()) and result["name"] == "block_total"
     rows = result["rows"]
     cases = [(row["case"]["g"], row["case"]["dense_layers"], row["case"]["T"]) for row in rows]
-    assert cases == [(64, 0, 8), (64, 0, 16), (64, 0, 32), (16, 0, 32), (1, 2, 8)]
+    assert cases == [(64, 0, 8), (64, 0, 16), (64, 0, 32), (16, 0, 32), (1, 2, 8), (1, 2, 8)]
+    assert [row["case"].get("candidates") for row in rows] == [None] * 5 + [1280]
     # Steps of 3 layers: 330 + 5 + 7 * 30 + 300 against 9 steps of 300 and of 360.
     first = rows[0]
     assert first["us"] == 845.0 and first["own_us"] == 2700.0 and first["peer_us"] == 3240.0
@@ -475,9 +490,10 @@ def test_block_total_on_the_cpu_with_the_timer_replaced(bench, monkeypatch, caps
     parts = [first[key] for key in ("exact_mass_us", "select_us", "sparse_step_us", "commit_us")]
     assert parts == [330.0, 5.0, 30.0, 300.0]
     assert first["masses"] == "block_attention_mass" and rows[4]["masses"] == "token_mass of all tokens"
+    assert rows[5]["masses"] == "token_mass of candidates" and rows[5]["us"] == rows[4]["us"]
     assert first["case"]["layers"] == 3 and first["case"]["context"] == 2048 and "off by" in str(first["absent"])
     # The exact steps of both; then of each pair of g and dense layers step 1, masses, four sparse steps of all layers.
-    assert captured == [3, 3] + [3, 4, 12] * 3
+    assert captured == [3, 3] + [3, 4, 12] * 4
     assert [line for line in lines if line.startswith("  T=")] == ["  T=8: 3.19 of exact steps of our own, wanted 3.2"]
     assert "targets missed: 1" in lines  # 32 steps are fast enough with units of 16
 

@@ -67,6 +67,10 @@ def test_mistakes_are_one_line_and_status_2(arguments, message, capsys):
             ["--dense-layers", "2", "--mode", "exact"],
             "generate: dense_layers must come with --mode mage, got 2 in mode ",
         ),
+        (
+            ["--mode", "exact", "-g", "1", "--candidates", "4096"],
+            "generate: candidates must come with --mode mage, got 4096 in mode exact",
+        ),
         (["--mode", "exact", "--score", "mean"], "generate: score must come with --mode mage, got mean in mode exact"),
         (
             ["--sampler", "entropy_bounded", "--threshold", "0.5"],
@@ -100,6 +104,7 @@ def test_options_that_nothing_reads_are_refused(arguments, message, capsys):
         ["--temperature", "0.5", "--top-k", "5", "--top-p", "0.9"],
         ["--rule", "mass", "-g", "1"],
         ["--rule", "joint", "-k", "64"],
+        ["-g", "1", "--candidates", "4096"],
     ):
         args = cli.make_parser().parse_args(["generate", "--prompt", "x", *taken])
         assert cli._config("generate", args).mode == args.mode

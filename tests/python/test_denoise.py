@@ -291,6 +291,8 @@ _RULES = {
     "mass": SelectionConfig(rule="mass", p=0.6, g=16, k_min=16),
     "mass_cut": SelectionConfig(rule="mass", p=0.9, g=16, capacity=2),
     "joint": SelectionConfig(rule="joint", k=32, g=16, sinks=4),
+    "fixed_candidates": SelectionConfig(k=24, g=1, sinks=2, recents=4, candidates=64),
+    "joint_candidates": SelectionConfig(rule="joint", k=24, g=1, score="max", score_rows="open", candidates=64),
 }
 _REFRESH = {
     "block": {},
@@ -378,6 +380,7 @@ def test_mage_with_k_past_the_prefix_is_exact(variant, rule):
     model = _model(variant)
     selection = _RULES[rule]
     budget = {"k_min": 256, "capacity": None} if selection.rule == "mass" else {"k": 256}
+    budget |= {"candidates": 320} if selection.candidates else {}
     config = _mage(variant, dataclasses.replace(selection, **budget))
     prompts = _prompts(model.config, (1, 8, 31, 32, 50, 64, 70, 150), seed=3)
     results, margins = _generate(model, prompts, config)
@@ -423,7 +426,50 @@ def test_mage_cpu_equals_reference(rule, refresh):
 
 
 @pytest.mark.parametrize("refresh", _REFRESH)
-@pytest.mark.parametrize("rule", ["fixed", "layer", "mass", "joint"])
+@pytest.mark.parametrize("rule", ["fixed", "joint"])
+@pytest.mark.parametrize("variant", ["llama", "sdar_b16"])
+def test_candidates_of_the_whole_prefix_are_all_tokens(variant, rule, refresh):
+    """The lists of g = 1 without candidates, all proven, hence its tokens; and where candidates are few, what is proven
+    is what the lists have in common with those of all tokens."""
+    model = _model(variant)
+    chosen = SelectionConfig(rule=rule, k=24, g=1, sinks=2, recents=4)
+    config = _mage(variant, chosen, **_REFRESH[refresh])
+    prompts = _prompts(model.config, (1, 30, 47, 64, 70, 130), seed=3)
+    expected, margins = _generate(model, prompts, config)
+    wide = dataclasses.replace(config, selection=dataclasses.replace(chosen, candidates=256))
+    results = generate(model, prompts, wide)
+    for result, twin in _same(results, expected, margins):
+        assert result.stats.forwards == twin.stats.forwards and result.stats.kv_bytes == twin.stats.kv_bytes
+        torch.testing.assert_close(torch.tensor(result.stats.kept_mass), torch.tensor(twin.stats.kept_mass))
+        assert result.stats.proven == [1.0] * result.stats.forwards["select"] and twin.stats.proven == []
+    seen = []
+    few = dataclasses.replace(config, selection=dataclasses.replace(chosen, candidates=64), refresh="block")
+    results = generate(model, prompts, few, callback=seen.append)
+    assert all(len(r.stats.proven) == r.stats.forwards["select"] for r in results)
+    shares = [share for r in results for share in r.stats.proven]
+    assert min(shares) < 1 and all(0 <= share <= 1 for share in shares)
+    emitted = [info for info in seen if info.candidates is not None]
+    assert emitted and all(info.mass is None and info.selection.g == 1 for info in emitted)
+    assert all(info.candidates is None for info in seen if info.kind in ("exact", "sparse", "commit"))
+
+
+@pytest.mark.parametrize("fields", [dict(fuse_commit=True), dict(exact_steps=2), dict(strict=True)], ids=str)
+def test_candidates_beside_other_options(fields):
+    """Rows of the block before in the same forward, a selection in the second one, places without a request."""
+    model = _model("llama")
+    chosen = SelectionConfig(k=24, g=1, recents=4, score_rows="open", norm="prefix")
+    config = _mage("llama", chosen, **fields)
+    prompts = _prompts(model.config, (30, 47, 130), seed=3)
+    expected, margins = _generate(model, prompts, config, max_batch=2)
+    wide = dataclasses.replace(config, selection=dataclasses.replace(chosen, candidates=256))
+    for result, twin in _same(generate(model, prompts, wide, max_batch=2), expected, margins):
+        assert result.stats.forwards == twin.stats.forwards and result.stats.forwards["sparse"] > 0
+        assert set(result.stats.proven) == {1.0}
+        torch.testing.assert_close(torch.tensor(result.stats.kept_mass), torch.tensor(twin.stats.kept_mass))
+
+
+@pytest.mark.parametrize("refresh", _REFRESH)
+@pytest.mark.parametrize("rule", ["fixed", "layer", "mass", "joint", "fixed_candidates"])
 def test_mage_does_not_depend_on_batch_mates(rule, refresh):
     """Exact, selecting and carrying requests share a batch; each gets what it gets alone."""
     model = _model("llama")

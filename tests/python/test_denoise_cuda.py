@@ -19,7 +19,7 @@ import random
 import pytest
 import torch
 
-from mage_ext import denoise, models, ops, sampling
+from mage_ext import carried_lists, denoise, models, ops, sampling
 from mage_ext import selection as selections
 from mage_ext.cache import PAGE_SIZES, PagedCache
 from mage_ext.denoise import DenoiseConfig, DenoiseState, generate, prefill
@@ -28,6 +28,7 @@ from mage_ext.models import builtin
 from mage_ext.sampling import SAMPLERS, SamplerConfig
 from mage_ext.selection import BlockSelection, SelectionConfig, random_selection, recency_selection
 from mage_ext.testing.tiny import VARIANTS, tiny_config, tiny_model
+from mage_ext.token_candidates import Candidates, select_tokens
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
@@ -222,7 +223,7 @@ def _watched(model, prompts, config, **arguments):
             if ways[row] == "sparse" and layers:
                 s = info.selection
                 forward.lists = Lists(start, layers, s.g, s.indices[:, row], s.counts[:, row], s.tail_start[row])
-            if ways[row] == "select":
+            if ways[row] == "select" and info.mass is not None:
                 shift = int(model.config.token_shift)
                 counted = [start + i - shift for i, is_open in enumerate(open[row]) if is_open]
                 if config.selection.score_rows == "all":
@@ -714,6 +715,64 @@ def test_no_wait_within_a_block_of_mage(name, refresh, no_waiting):
         results = generate(model, _prompts(model.config), dataclasses.replace(config, select_override=override))
         assert len(no_waiting) >= 2 and sum(r.stats.forwards["sparse"] for r in results) > 0
         no_waiting.clear()
+
+
+CANDIDATES = {
+    "fixed": ("llama", SelectionConfig(k=24, g=1, sinks=2, recents=4, candidates=64), (1,)),
+    "joint": ("fast_dllm_v2", SelectionConfig(rule="joint", k=40, g=1, sinks=4, score="max", candidates=96), (0,)),
+    "prefix": ("sdar_b16", SelectionConfig(k=16, g=1, norm="prefix", score_rows="open", candidates=48), ()),
+}
+
+
+def _candidates(name, refresh="block", **fields):
+    """Model and config of a case of CANDIDATES."""
+    variant, selection, dense_layers = CANDIDATES[name]
+    fields = {"max_new_tokens": 50, "sampler": SamplerConfig(threshold=0.6), **REFRESH[refresh], **fields}
+    return _model(variant), DenoiseConfig(mode="mage", selection=selection, dense_layers=dense_layers, **fields)
+
+
+@pytest.mark.parametrize("refresh", REFRESH)
+@pytest.mark.parametrize("name", CANDIDATES)
+def test_every_forward_of_candidates(name, refresh, monkeypatch):
+    """Lists and proofs are the CPU backend's of the same masses, and what the sparse forwards make of them."""
+    chosen = []
+
+    def watched(candidates, prefix_lens, config):
+        chosen.append((candidates, prefix_lens, select_tokens(candidates, prefix_lens, config)))
+        return chosen[-1][-1]
+
+    monkeypatch.setattr(carried_lists, "select_tokens", watched)
+    model, config = _candidates(name, refresh)
+    prompts = _prompts(model.config)
+    results, steps = _watched(model, prompts, config)
+    assert sum(r.stats.forwards["sparse"] for r in results) > sum(r.stats.forwards["select"] for r in results) > 0
+    assert all(len(r.stats.proven) == r.stats.forwards["select"] for r in results) and chosen
+    for candidates, prefix_lens, (selection, proven) in chosen:
+        on_cpu = {field.name: getattr(candidates, field.name).cpu() for field in dataclasses.fields(Candidates)}
+        expected, proven_too = select_tokens(Candidates(**on_cpu), prefix_lens.cpu(), config.selection)
+        for part in ("indices", "counts", "tail_start", "overflow"):
+            assert torch.equal(getattr(selection, part).cpu(), getattr(expected, part)), part
+        torch.testing.assert_close(selection.kept_mass.cpu(), expected.kept_mass)
+        assert torch.equal(proven.cpu(), proven_too)
+    _check_every_forward(model, _exact_of(model), prompts, results, steps)
+
+
+@pytest.mark.parametrize("refresh", REFRESH)
+@pytest.mark.parametrize("name", CANDIDATES)
+def test_no_wait_within_a_block_of_candidates(name, refresh, no_waiting):
+    """With graphs and without: the same tokens, and as many proofs; of the whole prefix all is proven."""
+    model, config = _candidates(name, refresh)
+    prompts = _prompts(model.config)
+    results = generate(model, prompts, config)
+    assert len(no_waiting) >= 2 and sum(r.stats.forwards["sparse"] for r in results) > 0
+    plain = generate(model, prompts, dataclasses.replace(config, cuda_graphs=False, strict=True))
+    again = generate(model, prompts, dataclasses.replace(config, strict=True))
+    assert [r.tokens for r in plain] == [r.tokens for r in again]
+    assert [r.stats.proven for r in plain] == [r.stats.proven for r in again]
+    wide = dataclasses.replace(config.selection, candidates=512)
+    results = generate(model, prompts, dataclasses.replace(config, selection=wide))
+    shares = [share for r in results for share in r.stats.proven]
+    assert shares and min(shares) == 1
 
 
 def test_masses_come_from_the_kernel(monkeypatch):

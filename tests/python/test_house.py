@@ -157,6 +157,7 @@ PYTHON_LAYERS = [
     {"ops", "info", "counter_random", "profiling"},
     {"reference", "cache", "selection", "sampling"},
     {
+        "token_candidates",
         "results",
         "paged_forward",
         "denoise_config",

@@ -83,8 +83,9 @@ def _run(loaded, prompt, config, block=0):
         _config(rule="mass", p=0.6),
         _config(score="max", norm="prefix"),
         _config(score_rows="open"),
+        _config(candidates=96),
     ],
-    ids=["g1", "g16", "layer", "mass", "max", "open"],
+    ids=["g1", "g16", "layer", "mass", "max", "open", "candidates"],
 )
 @pytest.mark.parametrize("block", [0, 1])
 def test_a_block_is_that_of_the_loop(variant, config, block):
@@ -105,7 +106,8 @@ def test_a_block_is_that_of_the_loop(variant, config, block):
         for head in range(loaded.config.num_kv_heads):
             assert found.lists[index, head].nonzero().flatten().tolist() == lists.units(0, index, head)
     torch.testing.assert_close(found.masses.sum(-1), torch.ones(found.masses.shape[:3]), rtol=0, atol=1e-5)
-    if (config.selection.score, config.selection.g) == ("mean", 1) and config.selection.rule != "layer":
+    chosen = config.selection
+    if (chosen.score, chosen.g, chosen.candidates) == ("mean", 1, None) and chosen.rule != "layer":
         for layer, index in found.layers.items():
             assert torch.equal(found.masses[0, layer], infos[0].mass[index, 0, :, : found.masses.shape[-1]])
 

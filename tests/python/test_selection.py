@@ -371,6 +371,18 @@ def test_load_names_what_is_wrong(tmp_path):
         ("score must be one of mean, max, got 'sum'", {"score": "sum"}),
         ("score_rows must be one of open, all, got 'some'", {"score_rows": "some"}),
         ("norm must be one of context, prefix, got None", {"norm": None}),
+        ("candidates must be an integer >= 0, got 4096.0", {"k": 64, "g": 1, "candidates": 4096.0}),
+        ('candidates must be None but .*, got 4096 with g = 16 and rule "fixed"', {"g": 16, "candidates": 4096}),
+        ('candidates must be .*, got 4096 with g = 1 and rule "mass"', {"rule": "mass", "g": 1, "candidates": 4096}),
+        (
+            r"candidates must be a multiple of 16 in \[144, 4194304\] with k = 97, got 128",
+            {"k": 97, "g": 1, "candidates": 128},
+        ),
+        (
+            r"candidates must be a multiple of 16 in \[96, 4194304\] with k = 64, got 130",
+            {"k": 64, "g": 1, "candidates": 130},
+        ),
+        (r"candidates must be a multiple of 16 in .*, got 4194320", {"g": 1, "candidates": 2**22 + 16}),
     ],
 )
 def test_config_names_the_bad_field(message, kwargs):

@@ -27,6 +27,7 @@ from mage_ext.models.tokenizer import Tokenizer
 from mage_ext.paged_forward import Emission, PagedForward
 from mage_ext.results import StepInfo
 from mage_ext.selection import BlockSelection, SelectionConfig
+from mage_ext.token_candidates import select_tokens
 
 DECADES = 6  # of masses that a page tells apart, below the largest of a layer, head and forward
 MAX_MASS_BYTES = 48 << 20  # of a page
@@ -139,7 +140,11 @@ class _Observed:
             out = forward.emit(self._emission, q, k_cache, v_cache, forward.seq_lens)
             if index == len(self._layers) - 1:
                 mass, votes = self._emission.mass(), self._emission.stacked_votes()
-                self.lists = selection.select(mass, forward.prefix_lens, self._config.selection, votes=votes)
+                candidates = self._emission.candidates()
+                if candidates is None:
+                    self.lists = selection.select(mass, forward.prefix_lens, self._config.selection, votes=votes)
+                else:
+                    self.lists, _ = select_tokens(candidates, forward.prefix_lens, self._config.selection)
         elif self.is_sparse:
             lists = self.lists.layer(index)
             out = forward.attend_lists(q, k_cache, v_cache, forward.seq_lens, lists, self._config.selection.g)

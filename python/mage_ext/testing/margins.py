@@ -75,7 +75,7 @@ class Margins:
             self._gaps = None
         if info.kind != "commit" and self._rows is not None:
             rows.append(self._rows)
-        if info.mass is not None:
+        if info.mass is not None or info.candidates is not None:
             rows.append(_selection_gaps(info))
         for request, margin in zip(info.requests, torch.stack(rows).amin(0).tolist(), strict=True):
             self._least[request] = min(self._least[request], margin)
@@ -115,14 +115,26 @@ def _decision_gaps(config: sampling.SamplerConfig, draws: sampling.Draws, open: 
 
 def _selection_gaps(info: StepInfo) -> Tensor:
     """[A]: least relative difference of a listed unit's mass and that of a heavier-than-none unlisted one, over layers
-    and heads."""
-    mass, selection = info.mass, info.selection
-    unit = torch.arange(mass.shape[-1])
-    listed = torch.zeros(*mass.shape[:-1], mass.shape[-1] + 1, dtype=torch.bool)
-    listed.scatter_(-1, torch.where(selection.indices >= 0, selection.indices, mass.shape[-1]).long(), True)
-    listed = listed[..., :-1]
+    and heads; with candidates of both levels."""
     starts = torch.tensor(info.starts)[:, None, None]
-    eligible = (unit + 1) * selection.g <= starts
+    lists, candidates = info.selection, info.candidates
+    if candidates is None:
+        return _gaps(info.mass, lists.indices, starts // lists.g)
+    unit = candidates.token_mass.shape[-1] // candidates.units.shape[-1]
+    tokens = torch.arange(candidates.token_mass.shape[-1]) % unit + candidates.units.repeat_interleave(unit, -1) * unit
+    size = candidates.unit_mass.shape[-1] * unit
+    masses = torch.zeros(*tokens.shape[:-1], size + 1)
+    masses.scatter_(-1, torch.where(tokens >= 0, tokens, size).long(), candidates.token_mass)
+    first = _gaps(candidates.unit_mass, candidates.units, starts // unit)
+    return torch.minimum(first, _gaps(masses[..., :-1], lists.indices, starts))
+
+
+def _gaps(mass: Tensor, indices: Tensor, ends: Tensor) -> Tensor:
+    """The same of one ranking: mass [L, A, Hkv, n], lists [L, A, Hkv, K] of those below ends [A, 1, 1]."""
+    listed = torch.zeros(*mass.shape[:-1], mass.shape[-1] + 1, dtype=torch.bool)
+    listed.scatter_(-1, torch.where(indices >= 0, indices, mass.shape[-1]).long(), True)
+    listed = listed[..., :-1]
+    eligible = torch.arange(mass.shape[-1]) < ends
     least = torch.where(listed, mass, torch.inf).amin(-1)
     most = torch.where(eligible & ~listed, mass, 0.0).amax(-1)
     gaps = (least - most).abs() / least.clamp(min=1e-30)
