@@ -138,12 +138,13 @@ __device__ __forceinline__ void write_pieces(const AttentionArgs& args, Attentio
 template <typename Config>
 __device__ __forceinline__ void gather(const AttentionArgs& args, AttentionShared<Config>& shared) {
     constexpr int kKeys = Config::kKeys, kOwn = kKeys / (kWarpgroup / kWarp);
-    constexpr int kBatch = Config::kLists ? 4 : 2;  // more would be spilled
+    constexpr int kBatch = Config::kLists && (kKeys == 128 || Config::kDim == 128) ? 4 : 2;  // more would be spilled
     const int32_t lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
     const bool writes = warp == 1 && !is_whole<Config>(args) && worker_rank<Config>() == 0;
     // The barrier of the half tile before: it is told when the next has been asked for, and all of its copies are
     // there.
     uint32_t behind = 0;
+    bool flagged = false;  // whether this warp has ever had a broken token: until then all flags are 0
     Ring<Config::kStages> ring;
     if (!shared.any) return;
     do {
@@ -165,7 +166,8 @@ __device__ __forceinline__ void gather(const AttentionArgs& args, AttentionShare
             };
             const uint32_t stage = ring.stage;
             device::mbarrier_wait(device::shared_address(&shared.empty_k[stage]), ring.parity ^ 1);
-            if (lane == 0) {
+            flagged |= broken != 0;
+            if (flagged && lane == 0) {
                 if constexpr (kOwn == kWarp) {
                     reinterpret_cast<uint32_t*>(&shared.broken[stage])[warp] = broken;
                 } else {
