@@ -16,10 +16,10 @@ constexpr int32_t kStreamNeed = 2048;         // most units ranked; a list of th
 constexpr int64_t kStreamUnits = 1 << 19;     // of a row: of more the sample says too little
 constexpr int32_t kStreamDepth = 6;           // loads of 16 bytes in flight, of a thread
 constexpr int32_t kSampledVectors = 8;        // of a thread
-constexpr int32_t kSampledGroup = 8;          // vectors of 128 bytes
-constexpr uint32_t kSampleSlack = 64;         // vectors of the sample beyond what is expected
+constexpr int32_t kLineVectors = 8;           // of 128 bytes
+constexpr uint32_t kSampleSlack = 64;         // units of the sample beyond twice of what is expected
 constexpr uint32_t kLeastBound = 0x1f800000;  // 2^-64, as bits
-constexpr uint32_t kSampleOctaves = 64;       // of the histogram, from there on
+constexpr uint32_t kSampleOctaves = 64;       // of its histogram, from there on
 constexpr uint32_t kPickOctaves = 4;          // of the first histogram of the list
 constexpr int32_t kWordsOfThread = 8;
 
@@ -59,6 +59,7 @@ public:
     // what lies outside of the row, and may be visited where another thread has the values.
     template <int kDepth, typename Visit>
     __device__ __forceinline__ void each(const Range& range, Visit&& visit) const {
+        static_assert(4 * kDepth <= kWarp);
         const auto thread = static_cast<int32_t>(threadIdx.x), lane = thread % kWarp;
         const int32_t first = first_of(range), end = end_of(range);
         const int32_t whole = min(end, (units_ + shift_) / 4);
@@ -75,6 +76,9 @@ public:
                 words[i] = load_whole(vector + kDepth * kThreads);
                 vector += kThreads;
             }
+            // What the next turn will load; a lane asks for 128 bytes.
+            const int32_t ahead = vector - lane + (kDepth + lane / 4) * kThreads + lane % 4 * kLineVectors;
+            if (lane < 4 * kDepth && ahead < whole) device::prefetch_l2(vectors_ + ahead);
         }
         // The vectors at the ends that lie partly outside of the row: the first one by a lane, the last one by another.
         const bool has_first = first == 0 && shift_ > 0, has_last = whole < end && (whole > 0 || !has_first);
@@ -120,26 +124,26 @@ public:
                                                     uint32_t need) const {
         constexpr uint32_t kBins = 4 * kThreads;
         constexpr uint32_t kShift = kMantissaBits + kLog2<kSampleOctaves> - kLog2<kBins>;
-        constexpr int32_t kGroups = kSampledVectors * kThreads / kSampledGroup;
+        constexpr int32_t kGroups = kSampledVectors * kThreads / kLineVectors;
         const auto thread = static_cast<int32_t>(threadIdx.x);
         // Groups that lie on 128 bytes, whole and in the range.
-        const auto skew = static_cast<int32_t>(reinterpret_cast<uintptr_t>(vectors_) / sizeof(uint4) % kSampledGroup);
+        const auto skew = static_cast<int32_t>(reinterpret_cast<uintptr_t>(vectors_) / sizeof(uint4) % kLineVectors);
         const int32_t first = (range.begin + shift_ + 3) / 4, last = (range.begin + range.width + shift_) / 4;
-        const int32_t begin = (first + skew + kSampledGroup - 1) / kSampledGroup * kSampledGroup - skew;
-        const int32_t groups = max(last - begin, 0) / kSampledGroup;
+        const int32_t begin = (first + skew + kLineVectors - 1) / kLineVectors * kLineVectors - skew;
+        const int32_t groups = max(last - begin, 0) / kLineVectors;
         const int32_t step = max(groups / kGroups, 1);
 
         uint4 words[kSampledVectors];
 #pragma unroll
         for (int32_t i = 0; i < kSampledVectors; ++i) {
-            const int32_t number = (i * kThreads + thread) / kSampledGroup;
+            const int32_t number = (i * kThreads + thread) / kLineVectors;
             const int32_t offset = (number * 0x9e37 & 0xffff) * step >> 16;
             words[i] = number < groups
-                           ? vectors_[begin + (number * step + offset) * kSampledGroup + thread % kSampledGroup]
+                           ? vectors_[begin + (number * step + offset) * kLineVectors + thread % kLineVectors]
                            : uint4{};
         }
         // Meanwhile the first of the pass that follows, and of what is behind the range.
-        const int32_t ahead = first + kSampledGroup * thread, behind = last + kSampledGroup * thread;
+        const int32_t ahead = first + kLineVectors * thread, behind = last + kLineVectors * thread;
         if (ahead < last) device::prefetch_l2(vectors_ + ahead);
         if (behind < (units_ + shift_) / 4) device::prefetch_l2(vectors_ + behind);
         __syncwarp();  // not after what waits for the sample
@@ -157,7 +161,7 @@ public:
         __syncthreads();
         const uint4 own = shared.bins[thread];
         shared.bins[thread] = uint4{};
-        const auto sampled = static_cast<uint32_t>(4 * kSampledGroup * min(groups, kGroups));
+        const auto sampled = static_cast<uint32_t>(4 * kLineVectors * min(groups, kGroups));
         const auto all = static_cast<uint32_t>(max(range.width, 1));
         const uint32_t expected = need * sampled / all;
         const float share_left = static_cast<float>(all - sampled) / static_cast<float>(all);
