@@ -143,7 +143,7 @@ public:
                            : uint4{};
         }
         // Meanwhile the first of the pass that follows, and of what is behind the range.
-        const int32_t ahead = first + kLineVectors * thread, behind = last + kLineVectors * thread;
+        const int32_t ahead = first + kLineVectors * thread, behind = max(first, last) + kLineVectors * thread;
         if (ahead < last) device::prefetch_l2(vectors_ + ahead);
         if (behind < (units_ + shift_) / 4) device::prefetch_l2(vectors_ + behind);
         __syncwarp();  // not after what waits for the sample
