@@ -119,6 +119,8 @@ TEST_P(SelectKvCuda, AgreesWithTheCpu) {
 std::vector<SelectCase> select_cases() {
     using R = SelectRule;
     using M = Masses;
+    const std::vector<int32_t> short_prefixes = {0, 1, 67, 1024, 1025, 4100, 16385, -1};
+    const std::vector<int32_t> tiny_prefixes = {2, 3, 4, 5, 6, 7, 8, 9};
     std::vector<SelectCase> cases = {
         {"OneUnit", 1, 1, 1, 1, 64, 1, R::kFixed, 1, M::kPeaked},
         {"OneUnitPartial", 1, 1, 1, 1, 64, 1, R::kFixed, 1, M::kPeaked, {63}},
@@ -149,6 +151,22 @@ std::vector<SelectCase> select_cases() {
         {"ManyRowsOfTokens", 9, 1, 4, 131104, 1, 1024, R::kFixed, 1024, M::kPeaked, {131072}, 4, 64},
         {"ManyRowsOfTokensTies", 9, 1, 4, 131104, 1, 1024, R::kFixed, 1024, M::kFew, {131072}, 4, 64},
         {"ManyRowsOfTokensAllListed", 9, 1, 4, 131104, 1, 131104, R::kFixed, 131000, M::kPeaked, {}, 4, 64},
+        {"StreamedRows", 7, 2, 4, 50001, 1, 1024, R::kFixed, 1024, M::kPeaked, {50001, 50000}, 4, 64, 0, 0.9, 1},
+        {"StreamedRowsFlat", 7, 2, 4, 50003, 1, 1024, R::kFixed, 1024, M::kFlat, {50003, 16500}, 5, 64, 0, 0.9, 2},
+        {"StreamedRowsMostListed", 5, 1, 4, 70000, 1, 2048, R::kFixed, 2048, M::kPeaked, {69997}, 3, 31, 0, 0.9, 3},
+        {"StreamedRowsShort", 2, 8, 2, 40000, 1, 1024, R::kFixed, 1024, M::kPeaked, short_prefixes, 4, 64, 0, 0.9, 1},
+        {"StreamedRowsTiny", 2, 8, 2, 40000, 1, 9, R::kFixed, 7, M::kFew, tiny_prefixes, 1, 1, 0, 0.9, 3},
+        {"StreamedRowsPartial", 9, 2, 2, 36000, 64, 300, R::kFixed, 300, M::kPeaked, {2303999, 448001}, 700, 900},
+        {"StreamedRowsNoBudget", 9, 2, 2, 36000, 16, 300, R::kFixed, 0, M::kPeaked, {576000, 555555}, 70, 90},
+        {"StreamedRowsForcedAlone", 9, 1, 4, 36000, 16, 100, R::kFixed, 100, M::kPeaked, {}, 1000, 1000},
+        {"StreamedRowsOverflow", 9, 1, 4, 36000, 1, 99, R::kFixed, 2000, M::kSparse, {35990}, 7, 70},
+        {"StreamedRowsEqual", 9, 1, 4, 36000, 1, 900, R::kFixed, 777, M::kEqual, {35001}, 4, 64, 0, 0.9, 1},
+        {"StreamedRowsZero", 9, 1, 4, 36000, 1, 900, R::kFixed, 777, M::kZero, {35001}},
+        {"StreamedRowsAllNan", 9, 1, 4, 36000, 1, 900, R::kFixed, 777, M::kAllNan, {}},
+        {"StreamedRowsAboveOne", 9, 1, 4, 36000, 1, 900, R::kFixed, 777, M::kLarge, {}, 0, 0, 0, 0.9, 2},
+        {"StreamedRowsBroken", 9, 1, 4, 36000, 1, 2048, R::kFixed, 2001, M::kBroken, {35999}, 4, 64, 0, 0.9, 1},
+        {"StreamedRowsInBlocksOfBits", 3, 1, 4, 300001, 1, 1500, R::kFixed, 1500, M::kPeaked, {290000}, 4, 64},
+        {"LongRowsThatAreNotStreamed", 9, 1, 4, 36000, 1, 2049, R::kFixed, 2049, M::kPeaked, {}, 4, 64},
         {"HalfOfTheUnits", 2, 2, 4, 2048, 1, 1100, R::kFixed, 1024, M::kPeaked, {}, 4, 64},
         {"LongInOneCluster", 1, 1, 1, 163000, 1, 1024, R::kFixed, 1024, M::kPeaked, {}},
         {"HeldInSharedMemory", 1, 1, 1, 400000, 1, 300000, R::kFixed, 250000, M::kPeaked, {}},

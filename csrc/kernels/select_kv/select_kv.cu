@@ -10,12 +10,15 @@
 //                   the bin where `need` is reached. Where this does not end it (many equal masses), and for the other
 //                   rules: histograms of ever smaller windows of all keys, then of places (search.cuh).
 //           Then a bit for each unit taken; sums over the bits are the places in the list, so it comes out in order.
+//           Rule "fixed" with long rows, more than can run at once in clusters: one CTA a row, which reads it once
+//           without holding it, after a sample of it gave the bound (stream.cuh).
 //           Parts tell each other their histograms, entries and sums (group.cuh), so all of them find the same unit.
 //           Rule "mass" first finds how many units reach p by histograms of masses; rule "joint" searches once for all
 //           heads, and again for a head whose list is longer than the capacity; rule "layer" adds up the scores of a
 //           request's layers in every CTA, which are L * Hkv numbers.
 // Memory    values in shared memory, up to 48K per CTA; of longer rows they are read again in each pass. 40 KB for
-//           histograms of 2048 bins, messages and the list. The workspace is not used.
+//           histograms of 2048 bins, messages and the list; 72 KB more for the list and bits of a streamed row. The
+//           workspace is not used.
 // Sync      messages between the CTAs of a cluster through distributed shared memory, counted by the receiver; no
 //           global atomics, nothing is read that another CTA wrote. Sums are integers, so their order is free.
 // Ceiling   reads mass once: 4 * L * B * Hkv * n bytes / 3.05 TB/s; short rows take the latency of one read, two
@@ -25,7 +28,7 @@
 #include "core/cuda/device_info.h"
 #include "core/cuda/launch.h"
 #include "kernels/kernel_list.h"
-#include "kernels/select_kv/search.cuh"
+#include "kernels/select_kv/stream.cuh"
 
 namespace mage::cuda {
 
@@ -594,18 +597,114 @@ __global__ void __launch_bounds__(kThreadsOf, kFixed || kAlone ? 1024 / kThreads
     write_list(args, shared, keys, group, list_row, head, prefix, choice);
 }
 
+// Rule kFixed, many long rows: one CTA each (stream.cuh).
+template <int kThreadsOf>
+__global__ void __launch_bounds__(kThreadsOf, 1024 / kThreadsOf)
+    mage_select_kv_stream_kernel(const __grid_constant__ SelectArgs args) {
+    extern __shared__ uint4 shared_memory[];
+    constexpr int kWarps = kThreadsOf / kWarp;
+    auto& shared = *reinterpret_cast<StreamShared<kThreadsOf>*>(shared_memory);
+    const int32_t thread = threadIdx.x;
+    const int32_t lane = thread % kWarp, warp = thread / kWarp;
+    const uint32_t row = blockIdx.x, heads = args.heads;
+    const auto head = static_cast<int32_t>(row % heads);
+    const auto request = static_cast<int32_t>(row / heads % args.requests);
+    const auto layer = static_cast<int32_t>(row / heads / args.requests);
+    if (thread == 0) {
+        shared.select.listed = 0;
+        shared.select.gathered = 0;
+    }
+    shared.select.bins[thread] = uint4{};
+    shared.words[2 * thread] = shared.words[2 * thread + 1] = uint4{};
+    __syncthreads();
+    device::dependency_wait();
+
+    const Prefix prefix = prefix_of(args, args.prefix_lens[request]);
+    const int32_t wanted = min(budget_units(args, prefix, args.budget), prefix.eligible);
+    const Budget budget(prefix, min(wanted, args.capacity));
+    const Range between = budget.between;
+    const auto need = static_cast<uint32_t>(budget.ranked);
+    const bool takes_all = budget.ranked >= between.width;
+    const Places places(args, between);
+    const RowStream<kThreadsOf> stream(
+        args.mass + layer * args.stride_layer + request * args.stride_request + head * args.stride_head, args.units);
+    uint32_t bound = 0;
+    if (need > 0 && !takes_all) bound = stream.guess_bound(shared.select, between, need);
+    device::dependency_release();
+
+    uint32_t own = 0;
+    if (bound > 0) own = stream.list_above(shared, between, bound);
+    // The forced units on both sides of the others.
+    int32_t* indices = args.indices + int64_t{row} * args.capacity;
+    const int32_t recents = budget.count - between.begin - budget.ranked;
+#pragma unroll 1
+    for (int32_t i = thread; i < between.begin; i += kThreadsOf) indices[i] = i;
+#pragma unroll 1
+    for (int32_t i = thread; i < recents; i += kThreadsOf)
+        indices[budget.count - recents + i] = between.begin + between.width + i;
+#pragma unroll 1
+    for (int32_t i = budget.count + thread; i < args.capacity; i += kThreadsOf) indices[i] = -1;
+    if (thread == 0) {
+        args.counts[row] = budget.count;
+        args.overflow[row] = wanted > args.capacity;
+        if (layer == 0 && head == 0) args.tail_start[request] = prefix.eligible << args.unit_shift;
+    }
+    const Sum outside = warp_sum(stream.outside(between));
+    if (lane == 0) shared.select.warp_sums[1][warp] = outside;
+    Pick pick = {0xffffffffu, 0u};
+    Listed listed = {};
+    bool is_listed = need == 0;
+    if (bound > 0) {
+        if (lane == 0) shared.select.warp_taken[warp] = own;
+        __syncthreads();
+        const uint32_t count = lane < kWarps ? shared.select.warp_taken[lane] : 0u;
+        is_listed = !__any_sync(kAllLanes, count > kStreamPart) && warp_sum(count) >= need;
+        if (is_listed) {
+            constexpr uint32_t kBins = 4 * kThreadsOf;
+            const uint32_t begin = warp * kStreamPart;
+            listed = {begin + lane, begin + own, kWarp};
+            Group<kThreadsOf> group(shared.select, 1, 0);
+            const Window window = {mass_key(bound),
+                                   mass_key(kInfinity),
+                                   kMantissaBits + kLog2<kPickOctaves> - kLog2<kBins>,
+                                   need,
+                                   0u,
+                                   false};
+            pick = search(shared.select, group, between, places, window, [&](auto&& visit) {
+                listed.each(shared.list, [&](uint32_t key, int32_t unit) { visit(key, unit, 0); });
+            });
+        }
+    }
+    if (!is_listed) {
+        const Window window = first_window<4 * kThreadsOf>(args, prefix.eligible, need);
+        pick = list_taken(shared, stream, between, places, window, takes_all);
+        listed = {static_cast<uint32_t>(thread), shared.select.listed, kThreadsOf};
+    }
+
+    Sum kept = 0;
+    if (need > 0) kept = warp_sum(write_taken(shared, between, listed, pick, indices + between.begin));
+    if (lane == 0) shared.select.warp_sums[0][warp] = kept;
+    __syncthreads();
+    if (warp != 0) return;
+    kept = warp_sum(lane < kWarps ? shared.select.warp_sums[0][lane] + shared.select.warp_sums[1][lane] : Sum{0});
+    if (lane == 0) args.kept_mass[row] = static_cast<float>(static_cast<double>(kept) * (1.0 / kFixedPoint));
+}
+
 // How rows are laid on CTAs.
 struct RowPlan {
     int32_t parts = 1;  // CTAs of a row
     int32_t span = 0;   // their units
     int32_t threads = kThreads;
     bool is_held = false;
+    bool is_streamed = false;
 };
 
 constexpr int kMostSharedMemory = 227 * 1024;  // of a block on Hopper
 constexpr int64_t kMostSlots =
     (kMostSharedMemory - static_cast<int64_t>(sizeof(SelectShared<kThreads>))) / static_cast<int64_t>(sizeof(float)) -
     8;
+// Two blocks that stream fit a multiprocessor: 228 KB, of which each block costs 1 KB more than it asks for.
+static_assert(2 * (sizeof(StreamShared<kThreads>) + 1024) <= 228 * 1024);
 constexpr int64_t kFewUnits = 8192;    // of a CTA, where all CTAs run at once
 constexpr int64_t kManyUnits = 16416;  // else
 constexpr int64_t kHopperMultiprocessors = 132;
@@ -621,11 +720,17 @@ RowPlan split(int64_t units, int64_t parts, bool is_held, int threads) {
     return plan;
 }
 
-// Rows of n units, by the CTAs that a row may have and the number of rows.
-RowPlan row_plan(int64_t rows, int64_t units, int64_t most_parts) {
+// Rows of n units, by the CTAs that a row may have and the number of rows; they may be streamed if a list has few
+// enough units.
+RowPlan row_plan(int64_t rows, int64_t units, int64_t most_parts, bool can_stream) {
     if (units <= kFewThreads * 8) return split(units, 1, true, kFewThreads);
     const int64_t many = std::min(most_parts, ceil_div(units, kFewUnits));
     const bool at_once = rows * many <= kHopperMultiprocessors;
+    if (can_stream && !at_once && units > kManyUnits && units <= kStreamUnits) {
+        RowPlan plan = split(units, 1, false, kThreads);
+        plan.is_streamed = true;
+        return plan;
+    }
     const int64_t parts = at_once ? many : std::min(most_parts, ceil_div(units, kManyUnits));
     return split(units, parts, ceil_div(units, parts) + kWarp <= kMostSlots, kThreads);
 }
@@ -640,6 +745,14 @@ void start(const SelectArgs& args, LaunchPlan plan, CudaStream stream) {
     plan.shared_bytes = static_cast<uint32_t>(sizeof(SelectShared<kThreadsOf>) + slots);
     core::allow_shared_memory(kOp, function, kMostSharedMemory);
     if (plan.cluster > 8) core::allow_large_clusters(kOp, function);
+    core::launch(kOp, kernel, plan, stream, args);
+}
+
+void start_stream(const SelectArgs& args, LaunchPlan plan, CudaStream stream) {
+    const auto kernel = &mage_select_kv_stream_kernel<kThreads>;
+    plan.block[0] = kThreads;
+    plan.shared_bytes = static_cast<uint32_t>(sizeof(StreamShared<kThreads>));
+    core::allow_shared_memory(kOp, reinterpret_cast<const void*>(kernel), kMostSharedMemory);
     core::launch(kOp, kernel, plan, stream, args);
 }
 
@@ -692,6 +805,7 @@ void run(const SelectKvParams& p, const RowPlan& rows_plan, bool all_heads, Cuda
     plan.cluster = static_cast<uint32_t>(args.cluster);
     plan.overlap = true;
     const bool is_fixed = p.rule == SelectRule::kFixed, is_alone = args.cluster == 1;
+    if (rows_plan.is_streamed) return start_stream(args, plan, stream);
     if (!rows_plan.is_held) return start<kThreads, false, false, false>(args, plan, stream);
     if (!is_fixed && is_alone) return start<kThreads, true, false, true>(args, plan, stream);
     if (!is_fixed) return start<kThreads, true, false, false>(args, plan, stream);
@@ -710,6 +824,8 @@ std::vector<KernelEntry> select_kv_kernels() {
         entry<kThreads, true, false, true>("mage_select_kv_kernel", kFewUnits),
         entry<kThreads, true, false, false>("mage_select_kv_cluster_kernel", kFewUnits),
         entry<kThreads, false, false, false>("mage_select_kv_long_kernel", 0),
+        {"mage_select_kv_fixed_stream_kernel", reinterpret_cast<const void*>(&mage_select_kv_stream_kernel<kThreads>),
+         kThreads, static_cast<int>(sizeof(StreamShared<kThreads>))},
     };
 }
 
@@ -732,7 +848,8 @@ void select_kv(const SelectKvParams& p, CudaStream stream) {
         return run(p, split(p.num_units, parts, false, kThreads), true, stream);
     }
     const int64_t rows = p.num_layers * p.num_requests * p.num_kv_heads;
-    run(p, row_plan(rows, p.num_units, is_joint ? kMaxGroup / p.num_kv_heads : kMaxGroup), false, stream);
+    const bool can_stream = p.rule == SelectRule::kFixed && std::min(p.k / p.granularity, p.capacity) <= kStreamNeed;
+    run(p, row_plan(rows, p.num_units, is_joint ? kMaxGroup / p.num_kv_heads : kMaxGroup, can_stream), false, stream);
 }
 
 }  // namespace mage::cuda
