@@ -3,10 +3,11 @@
 // Schedule  a row is 1 to 8 pieces by its length alone; a cluster of 1 to 8 CTAs has them, fewer where there are more
 //           rows, so that a few rows fill the GPU and many are one wave of CTAs. A CTA's threads take batches of 4
 //           vectors of 16 bytes, 256 apart, the next one loading while one is added. A batch is added with the largest
-//           logit so far as reference, and what was added before is rescaled where that grew. A thread remembers in
-//           which batch its largest logit stood first; who has the CTA's largest reads that batch once more to find the
-//           place. The parts of a piece's warps are joined, and those of the row's pieces, which are sent to the
-//           cluster's first CTA. So the sums of a row have one order, whoever computed its pieces.
+//           logit so far as reference, and what was added before is rescaled where that grew. A thread remembers the
+//           vector in which its largest logit stood first; a warp reads the first one with its largest logit once more
+//           to find the place, while its sums are joined. The parts of a piece's warps are joined, and those of the
+//           row's pieces, which are sent to the cluster's first CTA. So the sums of a row have one order, whoever
+//           computed its pieces.
 //           Vectors are counted from the row's first logit and not from a boundary of memory: the order is the same for
 //           every base and stride too. Where a row is not aligned to 16 bytes, a vector is shifted out of two aligned
 //           ones (the second is the neighbour's and hits L1), and those at the ends are read logit by logit.
@@ -45,6 +46,7 @@ constexpr int kHopperMultiprocessors = 132;
 constexpr float kLog2E = 1.44269504088896341f;
 constexpr float kLeast = -100.0f;  // e^x is 0 there; NaN and -inf are taken for it
 constexpr int32_t kNoToken = 0x7fffffff;
+constexpr uint32_t kNoVector = 0xffffffff;
 
 struct TokenConfidenceArgs {
     const char* logits;
@@ -53,9 +55,11 @@ struct TokenConfidenceArgs {
     float* prob;
     float* entropy;
     int32_t vocab_size;
-    uint32_t vectors;  // of a row, the last one may be a part
-    uint32_t pieces;   // of a row
-    uint32_t cluster;  // CTAs of a row, a divisor of pieces
+    uint32_t vectors;        // of a row, the last one may be a part
+    uint32_t pieces;         // of a row
+    uint32_t piece_vectors;  // of a piece, the last ones may have fewer
+    uint32_t own_pieces;     // of a CTA
+    uint32_t cluster_log2;   // of the CTAs of a row
 };
 
 // What is known of a part of a row: sum of e^(x - top), of e^(x - top) (x - top), and where top stands first.
@@ -140,6 +144,13 @@ struct Row {
         return *reinterpret_cast<const uint4*>(at);
     }
 
+    // NaN behind the last one.
+    __device__ __forceinline__ float logit(int32_t index) const {
+        if (index >= vocab_size) return NAN;
+        const T value = reinterpret_cast<const T*>(base)[index];
+        return static_cast<float>(value);
+    }
+
 private:
     // Rare, so a loop and no copies of its body: every logit pushes those before it down.
     __device__ __forceinline__ uint4 load_by_logit(uint32_t vector) const {
@@ -219,25 +230,6 @@ __device__ __forceinline__ T lanes_sum(T value) {
     return value;
 }
 
-// The first logit equal to `top` in the batch of vectors first, first + kThreads, ... below `end`.
-template <typename T, bool kAligned>
-__device__ __forceinline__ int32_t place_of(const Row<T, kAligned>& row, uint32_t first, uint32_t end, float top) {
-#pragma unroll 1
-    for (int i = 0; i < kBatch; ++i) {
-        const uint32_t vector = first + i * kThreads;
-        if (vector >= end) break;
-        float values[Logits<T>::kElements];
-        Logits<T>::unpack(row.load(vector), values);
-        int32_t found = kNoToken;
-#pragma unroll
-        for (int j = Logits<T>::kElements - 1; j >= 0; --j) {
-            if (values[j] == top) found = static_cast<int32_t>(vector * Logits<T>::kElements) + j;
-        }
-        if (found != kNoToken) return found;
-    }
-    return kNoToken;
-}
-
 // What a thread holds of a batch: vectors first, first + kThreads, ... below `end`.
 template <typename T, bool kAligned>
 __device__ __forceinline__ void load_batch(const Row<T, kAligned>& row, uint32_t first, uint32_t end,
@@ -248,13 +240,14 @@ __device__ __forceinline__ void load_batch(const Row<T, kAligned>& row, uint32_t
     }
 }
 
+// The largest logit of each vector of a batch.
 template <typename T>
-__device__ __forceinline__ float largest_of(const uint4 (&vectors)[kBatch], uint32_t first, uint32_t end, float top) {
+__device__ __forceinline__ void largest_of(const uint4 (&vectors)[kBatch], uint32_t first, uint32_t end,
+                                           float (&tops)[kBatch]) {
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-        if (first + i * kThreads < end) top = fmaxf(top, Logits<T>::largest(vectors[i]));
+        tops[i] = first + i * kThreads < end ? Logits<T>::largest(vectors[i]) : -INFINITY;
     }
-    return top;
 }
 
 template <typename T>
@@ -300,40 +293,49 @@ __global__ void __launch_bounds__(kThreads, 4)
     __shared__ alignas(8) uint64_t all_arrived;  // of it: the bytes of all pieces have come
     __shared__ int32_t shared_token, shared_ties;
 
-    const uint32_t rank = args.cluster > 1 ? device::cluster_rank() : 0;
-    const int64_t row_idx = blockIdx.x / args.cluster;
-    const uint32_t own_pieces = args.pieces / args.cluster, first_piece = rank * own_pieces;
-    const uint32_t piece_vectors = (args.vectors + args.pieces - 1) / args.pieces;
+    const bool in_cluster = args.cluster_log2 != 0;
+    const uint32_t rank = in_cluster ? device::cluster_rank() : 0;
+    const int64_t row_idx = blockIdx.x >> args.cluster_log2;
+    const uint32_t own_pieces = args.own_pieces, first_piece = rank * own_pieces;
     const Row<T, kAligned> row(args, row_idx);
     const uint32_t warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
     const uint32_t barrier = device::shared_address(&all_arrived);
     if (threadIdx.x == 0) {
         shared_token = kNoToken;
         shared_ties = 0;
-        if (args.cluster > 1) {
+        if (in_cluster) {
             device::mbarrier_init(barrier, 1);
             device::mbarrier_init_fence();
             if (rank == 0) device::mbarrier_arrive_expect(barrier, args.pieces * sizeof(Part));
         }
     }
     __syncthreads();  // whole warps arrive, so thread 0 is to be back with its own
-    if (args.cluster > 1) device::cluster_arrive();
+    if (in_cluster) device::cluster_arrive_relaxed();
     device::dependency_wait();
 
-    float best = -INFINITY;  // of all pieces of this CTA, and the batch that it came in first
-    uint32_t best_first = 0, best_end = 0;
+    float best = -INFINITY;  // of all pieces of this CTA, and the vector that it came in first
+    uint32_t best_vector = kNoVector;
+    float warp_best = -INFINITY, logit = NAN;  // a lane's logit of the first vector that has the warp's best
+    uint32_t vector = kNoVector;
     for (uint32_t piece = 0; piece < own_pieces; ++piece) {
-        const uint32_t begin = min((first_piece + piece) * piece_vectors, args.vectors);
-        const uint32_t end = min(begin + piece_vectors, args.vectors);
+        const uint32_t begin = min((first_piece + piece) * args.piece_vectors, args.vectors);
+        const uint32_t end = min(begin + args.piece_vectors, args.vectors);
         Sums own;
         uint4 vectors[kBatch], next[kBatch];
         uint32_t first = begin + threadIdx.x;
         const auto add = [&](const uint4(&batch)[kBatch], uint32_t from) {
-            const float top = largest_of<T>(batch, from, end, own.top);
+            float tops[kBatch];
+            largest_of<T>(batch, from, end, tops);
+            float top = own.top;
+#pragma unroll
+            for (int i = 0; i < kBatch; ++i) top = fmaxf(top, tops[i]);
             if (top > best) {
                 best = top;
-                best_first = from;
-                best_end = end;
+                best_vector = from + (kBatch - 1) * kThreads;
+#pragma unroll
+                for (int i = kBatch - 2; i >= 0; --i) {
+                    if (tops[i] == top) best_vector = from + i * kThreads;
+                }
             }
             own.raise(top);
             add_batch<T>(batch, from, end, &own);
@@ -355,7 +357,15 @@ __global__ void __launch_bounds__(kThreads, 4)
                 add(vectors, first);
             }
         }
-        own.raise(device::warp_max(own.top));
+        const float piece_top = device::warp_max(own.top);
+        warp_best = fmaxf(warp_best, piece_top);
+        if (piece + 1 == own_pieces) {  // it comes while the sums are joined
+            vector = __reduce_min_sync(kAllLanes, best == warp_best ? best_vector : kNoVector);
+            if (vector != kNoVector && lane < Row<T, kAligned>::kElements) {
+                logit = row.logit(static_cast<int32_t>(vector * Row<T, kAligned>::kElements + lane));
+            }
+        }
+        own.raise(piece_top);
         const float sum = lanes_sum<kWarp>(own.sum.sum - own.sum.lost);
         const float weighted = lanes_sum<kWarp>(own.weighted.sum - own.weighted.lost);
         if (lane == 0) warp_parts[piece][warp] = {sum, weighted, own.top, 0, {0, 0}};
@@ -369,15 +379,18 @@ __global__ void __launch_bounds__(kThreads, 4)
         top = fmaxf(top, i + lane < own_pieces * kWarps ? warp_parts[0][i + lane].top : -INFINITY);
     }
     top = device::warp_max(top);
-    if (best == top && best_end != 0) atomicMin(&shared_token, place_of(row, best_first, best_end, top));
     Part whole = warp < own_pieces ? joined<kWarps>(warp_parts[warp][lane % kWarps]) : Part{};
+    const uint32_t found = __ballot_sync(kAllLanes, logit == warp_best);
+    if (lane == 0 && found != 0 && warp_best == top) {
+        atomicMin(&shared_token, static_cast<int32_t>(vector * Row<T, kAligned>::kElements) + __ffs(found) - 1);
+    }
     __syncthreads();
     // Every CTA of the cluster runs, and the first one's barrier is ready.
-    if (args.cluster > 1) device::cluster_wait();
+    if (in_cluster) device::cluster_wait();
     // The first of equal logits may lie in another piece of this CTA than the one that names it: the least token wins.
     whole.token = whole.top == top ? shared_token : kNoToken;
     if (lane == 0 && warp < own_pieces) {
-        if (args.cluster > 1) {
+        if (in_cluster) {
             const auto* const words = reinterpret_cast<const uint4*>(&whole);
             const uint32_t to = device::cluster_address(device::shared_address(&pieces[first_piece + warp]), 0);
             const uint32_t remote = device::cluster_address(barrier, 0);
@@ -388,7 +401,7 @@ __global__ void __launch_bounds__(kThreads, 4)
         }
     }
     if (rank != 0) return;
-    if (args.cluster > 1) {
+    if (in_cluster) {
         device::mbarrier_wait(barrier, 0);
     } else {
         __syncthreads();
@@ -428,6 +441,13 @@ uint32_t pieces_of(int64_t vectors) {
     return pieces;
 }
 
+// Of a power of two.
+uint32_t log2_of(uint32_t value) {
+    uint32_t log2 = 0;
+    while (uint32_t{1} << log2 < value) ++log2;
+    return log2;
+}
+
 int64_t vectors_of(const TokenConfidenceParams& p) {
     const int64_t elements = kVectorBytes / dtype_bytes(p.dtype);
     return (p.vocab_size + elements - 1) / elements;
@@ -444,7 +464,9 @@ void confidence(const TokenConfidenceParams& p, const LaunchPlan& plan, CudaStre
     args.vocab_size = static_cast<int32_t>(p.vocab_size);
     args.vectors = static_cast<uint32_t>(vectors_of(p));
     args.pieces = pieces_of(args.vectors);
-    args.cluster = plan.cluster;
+    args.piece_vectors = (args.vectors + args.pieces - 1) / args.pieces;
+    args.own_pieces = args.pieces / plan.cluster;
+    args.cluster_log2 = log2_of(plan.cluster);
     const bool aligned =
         reinterpret_cast<uintptr_t>(p.logits) % kVectorBytes == 0 && args.row_bytes % kVectorBytes == 0;
     core::launch(kOp, aligned ? mage_token_confidence_kernel<T, true> : mage_token_confidence_kernel<T, false>, plan,
