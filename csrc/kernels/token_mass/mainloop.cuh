@@ -85,15 +85,17 @@ struct Piece {
     bool adds;                        // to what is in that slot
 };
 
-struct Start {
-    Walk walk;
-    int32_t total, workers, worker;
-};
-
 // A warp's walk and the range at hand; in shared memory, to spare registers.
 struct Walker {
     Walk walk;
     Range range;
+};
+
+struct Start {
+    Walker first;
+    bool any;  // a tile; else there is no first range
+    int32_t total, workers;
+    int32_t own_workers;  // of each stream; 0: the tiles of all streams are cut evenly
 };
 
 template <typename Config>
@@ -147,58 +149,101 @@ __device__ __forceinline__ float quad_max(float x) {
     return device::max_or_nan(x, __shfl_xor_sync(~0u, x, 2));
 }
 
+// The next range of a walk that is not at its end.
+__device__ __forceinline__ Range take_range(const TokenMassArgs& args, Walk* walk) {
+    while (walk->at >= walk->request_begin + walk->tiles * args.num_kv_heads) {
+        walk->request_begin += walk->tiles * args.num_kv_heads;
+        walk->tiles = tiles_of(args, ++walk->request);
+    }
+    const int32_t offset = walk->at - walk->request_begin;
+    Range range;
+    range.request = walk->request;
+    range.kv_head = offset / walk->tiles;
+    range.first = offset - range.kv_head * walk->tiles;
+    range.count = min(walk->tiles - range.first, walk->end - walk->at);
+    if (args.chunks > 1) range.count = min(range.count, kRunTiles);
+    range.begins = true;
+    walk->at += range.count;
+    return range;
+}
+
+// Of a worker whose tiles are all of one stream, as are those of the others.
+__device__ __forceinline__ void find_own(const TokenMassArgs& args, int32_t tiles, int32_t own_workers, Walk* walk,
+                                         Range* range) {
+    const int32_t worker = blockIdx.x, stream = worker / own_workers, part = worker - stream * own_workers;
+    if (stream >= args.num_requests * args.num_kv_heads) return;
+    const int32_t first = core::first_unit(tiles, own_workers, part);
+    const int32_t last = core::first_unit(tiles, own_workers, part + 1);
+    const int32_t request = args.num_requests == 1 ? 0 : stream / args.num_kv_heads;
+    const int32_t count = args.chunks > 1 ? min(last - first, kRunTiles) : last - first;
+    *walk = {stream * tiles + first + count, stream * tiles + last, request, request * args.num_kv_heads * tiles,
+             tiles};
+    *range = {request, stream - request * args.num_kv_heads, first, count, true};
+}
+
 // Finds the tiles of this CTA; one warp.
 __device__ __forceinline__ void find_start(const TokenMassArgs& args, Start* start) {
     const int32_t lane = threadIdx.x % kWarp, worker = blockIdx.x;
-    int32_t total = 0;
-    for (int32_t b = lane; b < args.num_requests; b += kWarp) total += tiles_of(args, b);
-    total = warp_sum(total) * args.num_kv_heads;
-    const int32_t workers = min(static_cast<int32_t>(gridDim.x), total);
+    const int32_t streams = args.num_requests * args.num_kv_heads;
     Walk walk = {0, 0, 0, 0, 0};
-    if (worker < workers) {
+    Range range = {0, 0, 0, 0, false};
+    int32_t total = 0, own_workers = 0;
+    if (args.alike) {
+        walk.tiles = tiles_of(args, 0);
+        total = walk.tiles * streams;
+        own_workers = own_workers_of(walk.tiles, streams, args.stream_workers, gridDim.x);
+    } else {
+        for (int32_t b = lane; b < args.num_requests; b += kWarp) total += tiles_of(args, b);
+        total = warp_sum(total) * args.num_kv_heads;
+    }
+    const int32_t workers = own_workers > 0 ? own_workers * streams : min(static_cast<int32_t>(gridDim.x), total);
+    if (own_workers > 0) {
+        find_own(args, walk.tiles, own_workers, &walk, &range);
+    } else if (worker < workers) {
         walk.at = core::first_unit(total, workers, worker);
         walk.end = core::first_unit(total, workers, worker + 1);
-    }
-    for (int32_t base = 0; base < args.num_requests && walk.at < walk.end; base += kWarp) {
-        const int32_t b = base + lane;
-        const int32_t own = b < args.num_requests ? tiles_of(args, b) * args.num_kv_heads : 0;
-        int32_t sum = own;
+        for (int32_t base = 0; !args.alike && base < args.num_requests; base += kWarp) {
+            const int32_t b = base + lane;
+            const int32_t own = b < args.num_requests ? tiles_of(args, b) * args.num_kv_heads : 0;
+            int32_t sum = own;
 #pragma unroll
-        for (int step = 1; step < kWarp; step *= 2) {
-            const int32_t other = __shfl_up_sync(~0u, sum, step);
-            if (lane >= step) sum += other;
+            for (int step = 1; step < kWarp; step *= 2) {
+                const int32_t other = __shfl_up_sync(~0u, sum, step);
+                if (lane >= step) sum += other;
+            }
+            const uint32_t past = __ballot_sync(~0u, walk.request_begin + sum > walk.at);
+            if (past != 0) {
+                const int32_t found = __ffs(past) - 1;
+                walk.request = base + found;
+                walk.request_begin += __shfl_sync(~0u, sum - own, found);
+                walk.tiles = tiles_of(args, walk.request);
+                break;
+            }
+            walk.request_begin += __shfl_sync(~0u, sum, kWarp - 1);
         }
-        const uint32_t past = __ballot_sync(~0u, walk.request_begin + sum > walk.at);
-        if (past != 0) {
-            const int32_t found = __ffs(past) - 1;
-            walk.request = base + found;
-            walk.request_begin += __shfl_sync(~0u, sum - own, found);
-            walk.tiles = tiles_of(args, walk.request);
-            break;
+        if (args.alike) {
+            walk.request = walk.at / (walk.tiles * args.num_kv_heads);
+            walk.request_begin = walk.request * walk.tiles * args.num_kv_heads;
         }
-        walk.request_begin += __shfl_sync(~0u, sum, kWarp - 1);
+        range = take_range(args, &walk);
     }
-    if (lane == 0) *start = {walk, total, workers, worker};
+    if (lane == 0) *start = {{walk, range}, range.count > 0, total, workers, own_workers};
 }
 
-// Goes on to the next range of a walk, if the worker has one more; one warp. Before the first one, `start` is where it
-// begins.
-__device__ __forceinline__ bool next_range(const TokenMassArgs& args, const Walk* start, Walker* walker) {
-    Walk walk = start != nullptr ? *start : walker->walk;
-    if (walk.at >= walk.end) return false;
-    while (walk.at >= walk.request_begin + walk.tiles * args.num_kv_heads) {
-        walk.request_begin += walk.tiles * args.num_kv_heads;
-        walk.tiles = tiles_of(args, ++walk.request);
-    }
-    const int32_t offset = walk.at - walk.request_begin;
+// Goes on to the next range of a walk, if the worker has one more; one warp. `start` is given before the first one.
+__device__ __forceinline__ bool next_range(const TokenMassArgs& args, const Start* start, Walker* walker) {
+    Walk walk;
     Range range;
-    range.request = walk.request;
-    range.kv_head = offset / walk.tiles;
-    range.first = offset - range.kv_head * walk.tiles;
-    range.count = min(walk.tiles - range.first, walk.end - walk.at);
-    if (args.chunks > 1) range.count = min(range.count, kRunTiles);
-    range.begins = start != nullptr || range.request != walker->range.request || range.kv_head != walker->range.kv_head;
-    walk.at += range.count;
+    if (start != nullptr) {
+        if (!start->any) return false;
+        walk = start->first.walk;
+        range = start->first.range;
+    } else {
+        walk = walker->walk;
+        if (walk.at >= walk.end) return false;
+        range = take_range(args, &walk);
+        range.begins = range.request != walker->range.request || range.kv_head != walker->range.kv_head;
+    }
     __syncwarp();  // all lanes have read
     if (threadIdx.x % kWarp == 0) *walker = {walk, range};
     __syncwarp();
@@ -329,7 +374,7 @@ struct Producer {
     }
 
     __device__ __forceinline__ void run() {
-        for (const Walk* start = &shared.start.walk; next_range(args, start, &walker); start = nullptr) {
+        for (const Start* start = &shared.start; next_range(args, start, &walker); start = nullptr) {
             end = end_of(args, range.request);
             for (int32_t chunk = 0; chunk < args.chunks; ++chunk) {
                 if (args.box_shift == 0) {
@@ -487,15 +532,17 @@ struct Loader {
     __device__ __forceinline__ void write_parts(const Range& range, int32_t walked, int32_t tiles) const {
         if (args.mode != MassMode::kTotals || range.first != 0 || thread != 0) return;
         const Start& start = shared.start;
+        const auto worker = static_cast<int32_t>(blockIdx.x);
         const int32_t last = walked - range.count + tiles - 1;
-        const int32_t count = core::worker_of(start.total, start.workers, last) - start.worker + 1;
-        args.parts[range.request * args.num_kv_heads + range.kv_head] = {start.worker, count};
+        const int32_t count =
+            start.own_workers > 0 ? start.own_workers : core::worker_of(start.total, start.workers, last) - worker + 1;
+        args.parts[range.request * args.num_kv_heads + range.kv_head] = {worker, count};
     }
 
     __device__ __forceinline__ void run() {
         Walker& walker = shared.walkers[1 + thread / kWarp];
         const Range& range = walker.range;
-        for (const Walk* start = &shared.start.walk; next_range(args, start, &walker); start = nullptr) {
+        for (const Start* start = &shared.start; next_range(args, start, &walker); start = nullptr) {
             const int32_t stream = range.request * args.num_kv_heads + range.kv_head;
             write_parts(range, walker.walk.at, walker.walk.tiles);
             const int32_t kept = args.mode == MassMode::kMean ? kept_rows(range.request) : 1;
@@ -520,7 +567,7 @@ struct Loader {
                     piece.first_row = first_row;
                     piece.rows = rows;
                     piece.factor = finished && kept > 0 ? 1.0f / static_cast<float>(kept) : 1.0f;
-                    piece.slot = stream + shared.start.worker;
+                    piece.slot = stream + static_cast<int32_t>(blockIdx.x);
                     piece.adds = !range.begins;
                 }
                 device::copies_wait();
@@ -728,7 +775,7 @@ struct Consumer {
     __device__ __forceinline__ void run() {
         const int32_t warpgroup = __shfl_sync(~0u, thread / kWarpgroup, 0);  // known to be the same in a warp
         uint32_t tiles_before = 0;
-        if (shared.start.walk.at >= shared.start.walk.end) return;
+        if (!shared.start.any) return;
         for (uint32_t count = 0;; ++count) {
             buffer = count % 2;
             device::mbarrier_wait(device::shared_address(&shared.full_q[buffer]), count / 2 % 2);
