@@ -25,7 +25,8 @@
 // Sync      full_k[stage]: the producer's expectation and the copies' bytes. empty_k[stage]: the warps of the warpgroup
 //           that has the tile; the producer waits for it, and the other warpgroup where it may have the stage next.
 //           full_q[buffer]: the loaders. empty_q[buffer]: all consumers. Named barriers: the loaders (all rows are
-//           there); the consumers (sums of all warps are there, and read).
+//           there); the same and the consumers, which bring those of the first piece; the consumers (sums of all warps
+//           are there, and read).
 // Ceiling   max(bytes of K / HBM, 2 * rows padded to 64, 128, 192, 224 or 256 * D * tokens / tensor cores, rows *
 //           tokens / 16 exponentials per clock and multiprocessor); NOTES.md has the numbers.
 namespace mage::cuda {
@@ -39,7 +40,7 @@ constexpr int kTile = core::kMassTile;
 constexpr int kSpan = 64;  // elements of a swizzled row of 128 bytes
 constexpr int kRowBytes = 128;
 constexpr int kAtomBytes = 8 * kRowBytes;
-constexpr int kLoaderBarrier = 1, kConsumerBarrier = 2;
+constexpr int kLoaderBarrier = 1, kConsumerBarrier = 2, kFirstBarrier = 3;
 constexpr int kRunTiles = 16;  // of a piece where it is walked once per chunk: K then comes from L2 the next time
 constexpr int kFillFloats = 4096;
 constexpr int kConsumerRegisters = 216, kProducerRegisters = 72;
@@ -389,6 +390,25 @@ struct Producer {
 
 // --- Loaders: three warps that bring the rows of each piece ----------------------------------------------------------
 
+// Asks for rows of a stream, by kAskers threads; those past the last are zeros.
+template <typename Config, int kAskers>
+__device__ __forceinline__ void ask_for_q(const TokenMassArgs& args, const uint8_t* q, const Range& range,
+                                          int32_t chunk, int32_t thread) {
+    using T = typename Config::T;
+    constexpr int kRows = Config::kRows, kChunks = Config::kDim / 8;  // of 16 bytes in a row
+    const int32_t first_row = chunk * args.chunk_rows, rows = min(args.chunk_rows, args.rows - first_row);
+    const int32_t part = thread % kChunks;
+    const T* base = static_cast<const T*>(args.q) + range.request * args.stride_q_request +
+                    int64_t{range.kv_head} * args.group * args.stride_q_head + part * 8;
+    const uint32_t to = device::shared_address(q) + part / 8 * (kRows * kRowBytes);
+#pragma unroll 4
+    for (int32_t i = thread / kChunks; i < kRows; i += kAskers / kChunks) {
+        const int32_t row = i < rows ? first_row + i : first_row, query = query_of(args, row);
+        const T* from = base + query * args.stride_q_query + (row - query * args.group) * args.stride_q_head;
+        device::copy_16_bytes(to + i * kRowBytes + ((part % 8) ^ (i % 8)) * 16, from, i < rows ? 16 : 0);
+    }
+}
+
 // Tokens past those that count have mass 0, or -inf as a logarithm. Their last tile is the consumers'.
 __device__ __forceinline__ void fill_rest(const TokenMassArgs& args) {
     if (args.mode == MassMode::kTotals || args.units != nullptr) return;
@@ -452,21 +472,6 @@ struct Loader {
             for (int i = 0; i < kAhead; ++i) total += values[i];
         }
         return total;
-    }
-
-    // Asks for the rows; those past the last are zeros.
-    __device__ __forceinline__ void ask_for_q(const Range& range, int32_t first_row, int32_t rows) const {
-        using T = typename Config::T;
-        const int32_t chunk = thread % kChunks;
-        const T* base = static_cast<const T*>(args.q) + range.request * args.stride_q_request +
-                        int64_t{range.kv_head} * args.group * args.stride_q_head + chunk * 8;
-        const uint32_t to = device::shared_address(shared.q[count % 2]) + chunk / 8 * (kRows * kRowBytes);
-#pragma unroll 4
-        for (int32_t i = thread / kChunks; i < kRows; i += kLoaders / kChunks) {
-            const int32_t row = i < rows ? first_row + i : first_row, query = query_of(args, row);
-            const T* from = base + query * args.stride_q_query + (row - query * args.group) * args.stride_q_head;
-            device::copy_16_bytes(to + i * kRowBytes + ((chunk % 8) ^ (i % 8)) * 16, from, i < rows ? 16 : 0);
-        }
     }
 
     // lse and limits of the rows, and the smallest limit that this warp has seen.
@@ -539,42 +544,54 @@ struct Loader {
         args.parts[range.request * args.num_kv_heads + range.kv_head] = {worker, count};
     }
 
+    // The first piece's rows are asked for by the consumers, which have nothing else to do yet, and meanwhile these
+    // warps ask for those of the second.
     __device__ __forceinline__ void run() {
         Walker& walker = shared.walkers[1 + thread / kWarp];
         const Range& range = walker.range;
-        for (const Start* start = &shared.start; next_range(args, start, &walker); start = nullptr) {
+        int32_t chunk = 0, kept = 1;
+        StreamParts parts = {0, 0};
+        for (bool more = next_range(args, &shared.start, &walker); more;) {
             const int32_t stream = range.request * args.num_kv_heads + range.kv_head;
-            write_parts(range, walker.walk.at, walker.walk.tiles);
-            const int32_t kept = args.mode == MassMode::kMean ? kept_rows(range.request) : 1;
-            StreamParts parts = {0, 0};
-            if (args.divides && end_of(args, range.request) > 0) parts = args.parts[stream];
-            for (int32_t chunk = 0; chunk < args.chunks; ++chunk) {
-                const int32_t first_row = chunk * args.chunk_rows;
-                const int32_t rows = min(args.chunk_rows, args.rows - first_row);
-                wait_for_room();
-                ask_for_q(range, first_row, rows);
-                const int32_t least = load_numbers(range, first_row, rows, parts);
-                Piece& piece = shared.pieces[count % 2];
-                if (lane == 0) {
-                    piece.least[thread / kWarp] = args.units != nullptr && args.kv_lens != nullptr ? 0 : least;
-                }
-                if (thread == 0) {
-                    const bool finished = chunk + 1 == args.chunks;
-                    piece.tiles = range.count;
-                    piece.last = finished && walker.walk.at == walker.walk.end;
-                    piece.first_tile = range.first;
-                    piece.stream = stream;
-                    piece.first_row = first_row;
-                    piece.rows = rows;
-                    piece.factor = finished && kept > 0 ? 1.0f / static_cast<float>(kept) : 1.0f;
-                    piece.slot = stream + static_cast<int32_t>(blockIdx.x);
-                    piece.adds = !range.begins;
-                }
+            if (chunk == 0) {
+                write_parts(range, walker.walk.at, walker.walk.tiles);
+                if (args.mode == MassMode::kMean) kept = kept_rows(range.request);
+                if (args.divides && end_of(args, range.request) > 0) parts = args.parts[stream];
+            }
+            const int32_t first_row = chunk * args.chunk_rows;
+            const int32_t rows = min(args.chunk_rows, args.rows - first_row);
+            const int32_t least = load_numbers(range, first_row, rows, parts);
+            Piece& piece = shared.pieces[count % 2];
+            if (lane == 0) {
+                piece.least[thread / kWarp] = args.units != nullptr && args.kv_lens != nullptr ? 0 : least;
+            }
+            const bool finished = chunk + 1 == args.chunks;
+            if (thread == 0) {
+                piece.tiles = range.count;
+                piece.last = finished && walker.walk.at == walker.walk.end;
+                piece.first_tile = range.first;
+                piece.stream = stream;
+                piece.first_row = first_row;
+                piece.rows = rows;
+                piece.factor = finished && kept > 0 ? 1.0f / static_cast<float>(kept) : 1.0f;
+                piece.slot = stream + static_cast<int32_t>(blockIdx.x);
+                piece.adds = !range.begins;
+            }
+            chunk = finished ? 0 : chunk + 1;
+            if (finished) more = next_range(args, nullptr, &walker);
+            if (count == 0) {
+                if (more) ask_for_q<Config, kLoaders>(args, shared.q[1], range, chunk, thread);
+                device::named_barrier(kFirstBarrier, kLoaders + kConsumers);
+            } else {
                 device::copies_wait();
                 device::named_barrier(kLoaderBarrier, kLoaders);
-                clear_rows(rows);
-                device::fence_async_shared();
-                publish();
+            }
+            clear_rows(rows);
+            device::fence_async_shared();
+            publish();
+            if (more && count > 1) {
+                wait_for_room();
+                ask_for_q<Config, kLoaders>(args, shared.q[count % 2], range, chunk, thread);
             }
         }
         fill_rest(args);
@@ -772,10 +789,18 @@ struct Consumer {
         if (lane == 0) device::mbarrier_arrive(device::shared_address(empty));
     }
 
+    // Rows of the first piece, see the loaders.
+    __device__ __forceinline__ void ask_for_first() const {
+        if (shared.start.any) ask_for_q<Config, kConsumers>(args, shared.q[0], shared.start.first.range, 0, thread);
+    }
+
     __device__ __forceinline__ void run() {
         const int32_t warpgroup = __shfl_sync(~0u, thread / kWarpgroup, 0);  // known to be the same in a warp
         uint32_t tiles_before = 0;
         if (!shared.start.any) return;
+        device::copies_wait();
+        device::fence_async_shared();
+        device::named_barrier_arrive(kFirstBarrier, kLoaders + kConsumers);
         for (uint32_t count = 0;; ++count) {
             buffer = count % 2;
             device::mbarrier_wait(device::shared_address(&shared.full_q[buffer]), count / 2 % 2);
@@ -861,8 +886,10 @@ __global__ void __launch_bounds__(kThreads, 1)
             Loader<Config>(args, shared).run();
         }
     } else {
+        Consumer<Config> consumer(args, shared);
+        consumer.ask_for_first();
         device::registers_grow<kConsumerRegisters>();
-        Consumer<Config>(args, shared).run();
+        consumer.run();
     }
 }
 
