@@ -43,6 +43,8 @@ struct TokenMassArgs {
     int32_t list_tiles;      // of every stream, with units
     bool alike;              // all streams have as many tiles: those of one request, or lists
     int32_t stream_workers;  // there are so many workers for each stream
+    // A stream's tiles, and its own workers (0: an even cut), if all requests are max_seq_len long.
+    int32_t guess_tiles, guess_workers;
     int32_t max_seq_len;
     int32_t page_shift;
     int32_t box_shift;  // a box of the copy engine has 1 << box_shift tokens

@@ -43,6 +43,8 @@ constexpr int kAtomBytes = 8 * kRowBytes;
 constexpr int kLoaderBarrier = 1, kConsumerBarrier = 2, kFirstBarrier = 3;
 constexpr int kRunTiles = 16;  // of a piece where it is walked once per chunk: K then comes from L2 the next time
 constexpr int kFillFloats = 4096;
+constexpr int kLine = 128;   // bytes, of L2
+constexpr int kSharers = 4;  // CTAs that bring the Q of a stream into L2
 constexpr int kConsumerRegisters = 216, kProducerRegisters = 72;
 static_assert(2 * kConsumerRegisters + kProducerRegisters <= 3 * 168, "a CTA shares what its 384 threads start with");
 constexpr float kLog2E = 1.4426950408889634f;
@@ -249,6 +251,63 @@ __device__ __forceinline__ bool next_range(const TokenMassArgs& args, const Star
     if (threadIdx.x % kWarp == 0) *walker = {walk, range};
     __syncwarp();
     return true;
+}
+
+// What this CTA reads first if all requests are max_seq_len long is brought into L2, by all warps but the first.
+// Nothing is read: launches before may still be writing it. CTAs of a stream share the lines of Q.
+template <typename Config>
+__device__ __forceinline__ void prefetch_first(const TokenMassArgs& args) {
+    const int32_t thread = threadIdx.x - kWarp, worker = blockIdx.x, streams = args.num_requests * args.num_kv_heads;
+    if (thread < 0) return;
+    int32_t stream, first, end;
+    if (args.guess_workers > 0) {
+        stream = worker / args.guess_workers;
+        const int32_t part = worker - stream * args.guess_workers;
+        first = core::first_unit(args.guess_tiles, args.guess_workers, part);
+        end = core::first_unit(args.guess_tiles, args.guess_workers, part + 1);
+    } else {
+        const int32_t at = core::first_unit(args.guess_tiles * streams, gridDim.x, worker);
+        stream = at / args.guess_tiles;
+        first = at - stream * args.guess_tiles;
+        end = first + core::first_unit(args.guess_tiles * streams, gridDim.x, worker + 1) - at;
+    }
+    if (stream >= streams) return;
+    end = min(end, args.guess_tiles);
+    const int32_t request = stream / args.num_kv_heads, head = (stream - request * args.num_kv_heads) * args.group;
+    constexpr int32_t kNumbers = kLine / 4;  // of 4 bytes in a line
+    if (thread < kLoaders) {
+        const int32_t* table = args.block_table + request * args.stride_table;
+        if (args.units == nullptr) {
+            const int32_t last = min(end * kTile, args.max_seq_len) - 1;
+            const int32_t page = (first * kTile >> args.page_shift) + thread * kNumbers;
+            if (page <= last >> args.page_shift) device::prefetch_l2(table + page);
+        } else {  // its candidates, and all pages: those of the candidates are not known
+            const int32_t last = min((end * kTile - 1) >> args.unit_shift, args.num_candidates - 1);
+            const int32_t candidate = (first * kTile >> args.unit_shift) + thread * kNumbers;
+            if (candidate <= last) device::prefetch_l2(args.units + int64_t{stream} * args.num_candidates + candidate);
+            if (int64_t{thread} * kNumbers << args.page_shift < args.max_seq_len)
+                device::prefetch_l2(table + thread * kNumbers);
+        }
+        const int64_t queries = int64_t{request} * args.num_queries;
+        if (thread * kNumbers < args.rows) {
+            device::prefetch_l2(args.lse + (int64_t{request} * args.num_heads + head) * args.num_queries +
+                                thread * kNumbers);
+        }
+        if (args.kv_lens != nullptr && thread * kNumbers < args.num_queries)
+            device::prefetch_l2(args.kv_lens + queries + thread * kNumbers);
+        if (args.row_mask != nullptr && thread * kLine < args.num_queries)
+            device::prefetch_l2(args.row_mask + queries + thread * kLine);
+    } else {
+        constexpr int32_t kLines = Config::kDim * 2 / kLine;  // of a row
+        const int32_t rows = min(args.chunk_rows, args.rows);
+        for (int32_t i = (thread - kLoaders) * kSharers + worker % kSharers; i < rows * kLines;
+             i += kConsumers * kSharers) {
+            const int32_t row = i / kLines, query = query_of(args, row);
+            device::prefetch_l2(static_cast<const uint16_t*>(args.q) + request * args.stride_q_request +
+                                query * args.stride_q_query + (head + row - query * args.group) * args.stride_q_head +
+                                i % kLines * (kLine / 2));
+        }
+    }
 }
 
 // Bits [0, count), for any count.
@@ -859,7 +918,13 @@ __global__ void __launch_bounds__(kThreads, 1)
     auto& shared =
         *reinterpret_cast<TokenMassShared<Config>*>(raw_shared + (-device::shared_address(raw_shared) & 1023));
     const int32_t warp = threadIdx.x / kWarp;
-    if (threadIdx.x == 0) {
+    if (warp == 0) {
+        for (int32_t b = threadIdx.x * (kLine / 4); b < args.num_requests; b += kWarp * (kLine / 4)) {
+            device::prefetch_l2(args.seq_lens + b);
+            if (args.prefix_lens != nullptr) device::prefetch_l2(args.prefix_lens + b);
+        }
+    }
+    if (threadIdx.x == kWarp) {
         device::prefetch_tensor_map(&k_map);
 #pragma unroll
         for (int i = 0; i < Config::kStages; ++i) {
@@ -873,6 +938,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         }
         device::mbarrier_init_fence();
     }
+    prefetch_first<Config>(args);
     device::dependency_wait();
     device::dependency_release();
     if (warp == 0) find_start(args, &shared.start);
