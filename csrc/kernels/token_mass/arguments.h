@@ -2,6 +2,7 @@
 
 #include <cstdint>
 
+#include "core/attention_schedule.h"
 #include "core/token_mass_plan.h"
 
 // What the kernel of token_mass is given. Strides in elements.
@@ -16,6 +17,15 @@ struct StreamParts {
     int32_t worker, count;
 };
 
+// Workers of each stream, where all streams have as many tiles: as many as there are for each, if none then gets more
+// tiles than by an even cut over all of them, and no worker has two streams; else 0.
+MAGE_BOTH int32_t own_workers_of(int32_t tiles, int32_t streams, int32_t stream_workers, int32_t workers) {
+    const int32_t own = stream_workers < tiles ? stream_workers : tiles;
+    if (own == 0) return 0;
+    const int32_t most = (tiles - 1) / own + 1;
+    return int64_t{most - 1} * workers < int64_t{tiles} * streams ? own : 0;
+}
+
 struct TokenMassArgs {
     const void* q;  // [B, Q, H, D]
     int64_t stride_q_request, stride_q_query, stride_q_head;
@@ -29,8 +39,12 @@ struct TokenMassArgs {
     const int32_t* units;        // [B, Hkv, C] or null: all of [0, length)
     int64_t num_pages;
     int32_t num_candidates;
-    int32_t unit_shift;  // g = 1 << unit_shift
-    int32_t list_tiles;  // of every stream, with units
+    int32_t unit_shift;      // g = 1 << unit_shift
+    int32_t list_tiles;      // of every stream, with units
+    bool alike;              // all streams have as many tiles: those of one request, or lists
+    int32_t stream_workers;  // there are so many workers for each stream
+    // A stream's tiles, and its own workers (0: an even cut), if all requests are max_seq_len long.
+    int32_t guess_tiles, guess_workers;
     int32_t max_seq_len;
     int32_t page_shift;
     int32_t box_shift;  // a box of the copy engine has 1 << box_shift tokens

@@ -25,7 +25,8 @@
 // Sync      full_k[stage]: the producer's expectation and the copies' bytes. empty_k[stage]: the warps of the warpgroup
 //           that has the tile; the producer waits for it, and the other warpgroup where it may have the stage next.
 //           full_q[buffer]: the loaders. empty_q[buffer]: all consumers. Named barriers: the loaders (all rows are
-//           there); the consumers (sums of all warps are there, and read).
+//           there); the same and the consumers, which bring those of the first piece; the consumers (sums of all warps
+//           are there, and read).
 // Ceiling   max(bytes of K / HBM, 2 * rows padded to 64, 128, 192, 224 or 256 * D * tokens / tensor cores, rows *
 //           tokens / 16 exponentials per clock and multiprocessor); NOTES.md has the numbers.
 namespace mage::cuda {
@@ -39,9 +40,11 @@ constexpr int kTile = core::kMassTile;
 constexpr int kSpan = 64;  // elements of a swizzled row of 128 bytes
 constexpr int kRowBytes = 128;
 constexpr int kAtomBytes = 8 * kRowBytes;
-constexpr int kLoaderBarrier = 1, kConsumerBarrier = 2;
+constexpr int kLoaderBarrier = 1, kConsumerBarrier = 2, kFirstBarrier = 3;
 constexpr int kRunTiles = 16;  // of a piece where it is walked once per chunk: K then comes from L2 the next time
 constexpr int kFillFloats = 4096;
+constexpr int kLine = 128;   // bytes, of L2
+constexpr int kSharers = 4;  // CTAs that bring the Q of a stream into L2
 constexpr int kConsumerRegisters = 216, kProducerRegisters = 72;
 static_assert(2 * kConsumerRegisters + kProducerRegisters <= 3 * 168, "a CTA shares what its 384 threads start with");
 constexpr float kLog2E = 1.4426950408889634f;
@@ -85,15 +88,17 @@ struct Piece {
     bool adds;                        // to what is in that slot
 };
 
-struct Start {
-    Walk walk;
-    int32_t total, workers, worker;
-};
-
 // A warp's walk and the range at hand; in shared memory, to spare registers.
 struct Walker {
     Walk walk;
     Range range;
+};
+
+struct Start {
+    Walker first;
+    bool any;  // a tile; else there is no first range
+    int32_t total, workers;
+    int32_t own_workers;  // of each stream; 0: the tiles of all streams are cut evenly
 };
 
 template <typename Config>
@@ -147,62 +152,162 @@ __device__ __forceinline__ float quad_max(float x) {
     return device::max_or_nan(x, __shfl_xor_sync(~0u, x, 2));
 }
 
+// The next range of a walk that is not at its end.
+__device__ __forceinline__ Range take_range(const TokenMassArgs& args, Walk* walk) {
+    while (walk->at >= walk->request_begin + walk->tiles * args.num_kv_heads) {
+        walk->request_begin += walk->tiles * args.num_kv_heads;
+        walk->tiles = tiles_of(args, ++walk->request);
+    }
+    const int32_t offset = walk->at - walk->request_begin;
+    Range range;
+    range.request = walk->request;
+    range.kv_head = offset / walk->tiles;
+    range.first = offset - range.kv_head * walk->tiles;
+    range.count = min(walk->tiles - range.first, walk->end - walk->at);
+    if (args.chunks > 1) range.count = min(range.count, kRunTiles);
+    range.begins = true;
+    walk->at += range.count;
+    return range;
+}
+
+// Of a worker whose tiles are all of one stream, as are those of the others.
+__device__ __forceinline__ void find_own(const TokenMassArgs& args, int32_t tiles, int32_t own_workers, Walk* walk,
+                                         Range* range) {
+    const int32_t worker = blockIdx.x, stream = worker / own_workers, part = worker - stream * own_workers;
+    if (stream >= args.num_requests * args.num_kv_heads) return;
+    const int32_t first = core::first_unit(tiles, own_workers, part);
+    const int32_t last = core::first_unit(tiles, own_workers, part + 1);
+    const int32_t request = args.num_requests == 1 ? 0 : stream / args.num_kv_heads;
+    const int32_t count = args.chunks > 1 ? min(last - first, kRunTiles) : last - first;
+    *walk = {stream * tiles + first + count, stream * tiles + last, request, request * args.num_kv_heads * tiles,
+             tiles};
+    *range = {request, stream - request * args.num_kv_heads, first, count, true};
+}
+
 // Finds the tiles of this CTA; one warp.
 __device__ __forceinline__ void find_start(const TokenMassArgs& args, Start* start) {
     const int32_t lane = threadIdx.x % kWarp, worker = blockIdx.x;
-    int32_t total = 0;
-    for (int32_t b = lane; b < args.num_requests; b += kWarp) total += tiles_of(args, b);
-    total = warp_sum(total) * args.num_kv_heads;
-    const int32_t workers = min(static_cast<int32_t>(gridDim.x), total);
+    const int32_t streams = args.num_requests * args.num_kv_heads;
     Walk walk = {0, 0, 0, 0, 0};
-    if (worker < workers) {
+    Range range = {0, 0, 0, 0, false};
+    int32_t total = 0, own_workers = 0;
+    if (args.alike) {
+        walk.tiles = tiles_of(args, 0);
+        total = walk.tiles * streams;
+        own_workers = own_workers_of(walk.tiles, streams, args.stream_workers, gridDim.x);
+    } else {
+        for (int32_t b = lane; b < args.num_requests; b += kWarp) total += tiles_of(args, b);
+        total = warp_sum(total) * args.num_kv_heads;
+    }
+    const int32_t workers = own_workers > 0 ? own_workers * streams : min(static_cast<int32_t>(gridDim.x), total);
+    if (own_workers > 0) {
+        find_own(args, walk.tiles, own_workers, &walk, &range);
+    } else if (worker < workers) {
         walk.at = core::first_unit(total, workers, worker);
         walk.end = core::first_unit(total, workers, worker + 1);
-    }
-    for (int32_t base = 0; base < args.num_requests && walk.at < walk.end; base += kWarp) {
-        const int32_t b = base + lane;
-        const int32_t own = b < args.num_requests ? tiles_of(args, b) * args.num_kv_heads : 0;
-        int32_t sum = own;
+        for (int32_t base = 0; !args.alike && base < args.num_requests; base += kWarp) {
+            const int32_t b = base + lane;
+            const int32_t own = b < args.num_requests ? tiles_of(args, b) * args.num_kv_heads : 0;
+            int32_t sum = own;
 #pragma unroll
-        for (int step = 1; step < kWarp; step *= 2) {
-            const int32_t other = __shfl_up_sync(~0u, sum, step);
-            if (lane >= step) sum += other;
+            for (int step = 1; step < kWarp; step *= 2) {
+                const int32_t other = __shfl_up_sync(~0u, sum, step);
+                if (lane >= step) sum += other;
+            }
+            const uint32_t past = __ballot_sync(~0u, walk.request_begin + sum > walk.at);
+            if (past != 0) {
+                const int32_t found = __ffs(past) - 1;
+                walk.request = base + found;
+                walk.request_begin += __shfl_sync(~0u, sum - own, found);
+                walk.tiles = tiles_of(args, walk.request);
+                break;
+            }
+            walk.request_begin += __shfl_sync(~0u, sum, kWarp - 1);
         }
-        const uint32_t past = __ballot_sync(~0u, walk.request_begin + sum > walk.at);
-        if (past != 0) {
-            const int32_t found = __ffs(past) - 1;
-            walk.request = base + found;
-            walk.request_begin += __shfl_sync(~0u, sum - own, found);
-            walk.tiles = tiles_of(args, walk.request);
-            break;
+        if (args.alike) {
+            walk.request = walk.at / (walk.tiles * args.num_kv_heads);
+            walk.request_begin = walk.request * walk.tiles * args.num_kv_heads;
         }
-        walk.request_begin += __shfl_sync(~0u, sum, kWarp - 1);
+        range = take_range(args, &walk);
     }
-    if (lane == 0) *start = {walk, total, workers, worker};
+    if (lane == 0) *start = {{walk, range}, range.count > 0, total, workers, own_workers};
 }
 
-// Goes on to the next range of a walk, if the worker has one more; one warp. Before the first one, `start` is where it
-// begins.
-__device__ __forceinline__ bool next_range(const TokenMassArgs& args, const Walk* start, Walker* walker) {
-    Walk walk = start != nullptr ? *start : walker->walk;
-    if (walk.at >= walk.end) return false;
-    while (walk.at >= walk.request_begin + walk.tiles * args.num_kv_heads) {
-        walk.request_begin += walk.tiles * args.num_kv_heads;
-        walk.tiles = tiles_of(args, ++walk.request);
-    }
-    const int32_t offset = walk.at - walk.request_begin;
+// Goes on to the next range of a walk, if the worker has one more; one warp. `start` is given before the first one.
+__device__ __forceinline__ bool next_range(const TokenMassArgs& args, const Start* start, Walker* walker) {
+    Walk walk;
     Range range;
-    range.request = walk.request;
-    range.kv_head = offset / walk.tiles;
-    range.first = offset - range.kv_head * walk.tiles;
-    range.count = min(walk.tiles - range.first, walk.end - walk.at);
-    if (args.chunks > 1) range.count = min(range.count, kRunTiles);
-    range.begins = start != nullptr || range.request != walker->range.request || range.kv_head != walker->range.kv_head;
-    walk.at += range.count;
+    if (start != nullptr) {
+        if (!start->any) return false;
+        walk = start->first.walk;
+        range = start->first.range;
+    } else {
+        walk = walker->walk;
+        if (walk.at >= walk.end) return false;
+        range = take_range(args, &walk);
+        range.begins = range.request != walker->range.request || range.kv_head != walker->range.kv_head;
+    }
     __syncwarp();  // all lanes have read
     if (threadIdx.x % kWarp == 0) *walker = {walk, range};
     __syncwarp();
     return true;
+}
+
+// What this CTA reads first if all requests are max_seq_len long is brought into L2, by all warps but the first.
+// Nothing is read: launches before may still be writing it. CTAs of a stream share the lines of Q.
+template <typename Config>
+__device__ __forceinline__ void prefetch_first(const TokenMassArgs& args) {
+    const int32_t thread = threadIdx.x - kWarp, worker = blockIdx.x, streams = args.num_requests * args.num_kv_heads;
+    if (thread < 0) return;
+    int32_t stream, first, end;
+    if (args.guess_workers > 0) {
+        stream = worker / args.guess_workers;
+        const int32_t part = worker - stream * args.guess_workers;
+        first = core::first_unit(args.guess_tiles, args.guess_workers, part);
+        end = core::first_unit(args.guess_tiles, args.guess_workers, part + 1);
+    } else {
+        const int32_t at = core::first_unit(args.guess_tiles * streams, gridDim.x, worker);
+        stream = at / args.guess_tiles;
+        first = at - stream * args.guess_tiles;
+        end = first + core::first_unit(args.guess_tiles * streams, gridDim.x, worker + 1) - at;
+    }
+    if (stream >= streams) return;
+    end = min(end, args.guess_tiles);
+    const int32_t request = stream / args.num_kv_heads, head = (stream - request * args.num_kv_heads) * args.group;
+    constexpr int32_t kNumbers = kLine / 4;  // of 4 bytes in a line
+    if (thread < kLoaders) {
+        const int32_t* table = args.block_table + request * args.stride_table;
+        if (args.units == nullptr) {
+            const int32_t last = min(end * kTile, args.max_seq_len) - 1;
+            const int32_t page = (first * kTile >> args.page_shift) + thread * kNumbers;
+            if (page <= last >> args.page_shift) device::prefetch_l2(table + page);
+        } else {  // its candidates, and all pages: those of the candidates are not known
+            const int32_t last = min((end * kTile - 1) >> args.unit_shift, args.num_candidates - 1);
+            const int32_t candidate = (first * kTile >> args.unit_shift) + thread * kNumbers;
+            if (candidate <= last) device::prefetch_l2(args.units + int64_t{stream} * args.num_candidates + candidate);
+            if (int64_t{thread} * kNumbers << args.page_shift < args.max_seq_len)
+                device::prefetch_l2(table + thread * kNumbers);
+        }
+        const int64_t queries = int64_t{request} * args.num_queries;
+        if (thread * kNumbers < args.rows) {
+            device::prefetch_l2(args.lse + (int64_t{request} * args.num_heads + head) * args.num_queries +
+                                thread * kNumbers);
+        }
+        if (args.kv_lens != nullptr && thread * kNumbers < args.num_queries)
+            device::prefetch_l2(args.kv_lens + queries + thread * kNumbers);
+        if (args.row_mask != nullptr && thread * kLine < args.num_queries)
+            device::prefetch_l2(args.row_mask + queries + thread * kLine);
+    } else {
+        constexpr int32_t kLines = Config::kDim * 2 / kLine;  // of a row
+        const int32_t rows = min(args.chunk_rows, args.rows);
+        for (int32_t i = (thread - kLoaders) * kSharers + worker % kSharers; i < rows * kLines;
+             i += kConsumers * kSharers) {
+            const int32_t row = i / kLines, query = query_of(args, row);
+            device::prefetch_l2(static_cast<const uint16_t*>(args.q) + request * args.stride_q_request +
+                                query * args.stride_q_query + (head + row - query * args.group) * args.stride_q_head +
+                                i % kLines * (kLine / 2));
+        }
+    }
 }
 
 // Bits [0, count), for any count.
@@ -329,7 +434,7 @@ struct Producer {
     }
 
     __device__ __forceinline__ void run() {
-        for (const Walk* start = &shared.start.walk; next_range(args, start, &walker); start = nullptr) {
+        for (const Start* start = &shared.start; next_range(args, start, &walker); start = nullptr) {
             end = end_of(args, range.request);
             for (int32_t chunk = 0; chunk < args.chunks; ++chunk) {
                 if (args.box_shift == 0) {
@@ -343,6 +448,25 @@ struct Producer {
 };
 
 // --- Loaders: three warps that bring the rows of each piece ----------------------------------------------------------
+
+// Asks for rows of a stream, by kAskers threads; those past the last are zeros.
+template <typename Config, int kAskers>
+__device__ __forceinline__ void ask_for_q(const TokenMassArgs& args, const uint8_t* q, const Range& range,
+                                          int32_t chunk, int32_t thread) {
+    using T = typename Config::T;
+    constexpr int kRows = Config::kRows, kChunks = Config::kDim / 8;  // of 16 bytes in a row
+    const int32_t first_row = chunk * args.chunk_rows, rows = min(args.chunk_rows, args.rows - first_row);
+    const int32_t part = thread % kChunks;
+    const T* base = static_cast<const T*>(args.q) + range.request * args.stride_q_request +
+                    int64_t{range.kv_head} * args.group * args.stride_q_head + part * 8;
+    const uint32_t to = device::shared_address(q) + part / 8 * (kRows * kRowBytes);
+#pragma unroll 4
+    for (int32_t i = thread / kChunks; i < kRows; i += kAskers / kChunks) {
+        const int32_t row = i < rows ? first_row + i : first_row, query = query_of(args, row);
+        const T* from = base + query * args.stride_q_query + (row - query * args.group) * args.stride_q_head;
+        device::copy_16_bytes(to + i * kRowBytes + ((part % 8) ^ (i % 8)) * 16, from, i < rows ? 16 : 0);
+    }
+}
 
 // Tokens past those that count have mass 0, or -inf as a logarithm. Their last tile is the consumers'.
 __device__ __forceinline__ void fill_rest(const TokenMassArgs& args) {
@@ -409,21 +533,6 @@ struct Loader {
         return total;
     }
 
-    // Asks for the rows; those past the last are zeros.
-    __device__ __forceinline__ void ask_for_q(const Range& range, int32_t first_row, int32_t rows) const {
-        using T = typename Config::T;
-        const int32_t chunk = thread % kChunks;
-        const T* base = static_cast<const T*>(args.q) + range.request * args.stride_q_request +
-                        int64_t{range.kv_head} * args.group * args.stride_q_head + chunk * 8;
-        const uint32_t to = device::shared_address(shared.q[count % 2]) + chunk / 8 * (kRows * kRowBytes);
-#pragma unroll 4
-        for (int32_t i = thread / kChunks; i < kRows; i += kLoaders / kChunks) {
-            const int32_t row = i < rows ? first_row + i : first_row, query = query_of(args, row);
-            const T* from = base + query * args.stride_q_query + (row - query * args.group) * args.stride_q_head;
-            device::copy_16_bytes(to + i * kRowBytes + ((chunk % 8) ^ (i % 8)) * 16, from, i < rows ? 16 : 0);
-        }
-    }
-
     // lse and limits of the rows, and the smallest limit that this warp has seen.
     __device__ __forceinline__ int32_t load_numbers(const Range& range, int32_t first_row, int32_t rows,
                                                     const StreamParts& parts) const {
@@ -487,47 +596,61 @@ struct Loader {
     __device__ __forceinline__ void write_parts(const Range& range, int32_t walked, int32_t tiles) const {
         if (args.mode != MassMode::kTotals || range.first != 0 || thread != 0) return;
         const Start& start = shared.start;
+        const auto worker = static_cast<int32_t>(blockIdx.x);
         const int32_t last = walked - range.count + tiles - 1;
-        const int32_t count = core::worker_of(start.total, start.workers, last) - start.worker + 1;
-        args.parts[range.request * args.num_kv_heads + range.kv_head] = {start.worker, count};
+        const int32_t count =
+            start.own_workers > 0 ? start.own_workers : core::worker_of(start.total, start.workers, last) - worker + 1;
+        args.parts[range.request * args.num_kv_heads + range.kv_head] = {worker, count};
     }
 
+    // The first piece's rows are asked for by the consumers, which have nothing else to do yet, and meanwhile these
+    // warps ask for those of the second.
     __device__ __forceinline__ void run() {
         Walker& walker = shared.walkers[1 + thread / kWarp];
         const Range& range = walker.range;
-        for (const Walk* start = &shared.start.walk; next_range(args, start, &walker); start = nullptr) {
+        int32_t chunk = 0, kept = 1;
+        StreamParts parts = {0, 0};
+        for (bool more = next_range(args, &shared.start, &walker); more;) {
             const int32_t stream = range.request * args.num_kv_heads + range.kv_head;
-            write_parts(range, walker.walk.at, walker.walk.tiles);
-            const int32_t kept = args.mode == MassMode::kMean ? kept_rows(range.request) : 1;
-            StreamParts parts = {0, 0};
-            if (args.divides && end_of(args, range.request) > 0) parts = args.parts[stream];
-            for (int32_t chunk = 0; chunk < args.chunks; ++chunk) {
-                const int32_t first_row = chunk * args.chunk_rows;
-                const int32_t rows = min(args.chunk_rows, args.rows - first_row);
-                wait_for_room();
-                ask_for_q(range, first_row, rows);
-                const int32_t least = load_numbers(range, first_row, rows, parts);
-                Piece& piece = shared.pieces[count % 2];
-                if (lane == 0) {
-                    piece.least[thread / kWarp] = args.units != nullptr && args.kv_lens != nullptr ? 0 : least;
-                }
-                if (thread == 0) {
-                    const bool finished = chunk + 1 == args.chunks;
-                    piece.tiles = range.count;
-                    piece.last = finished && walker.walk.at == walker.walk.end;
-                    piece.first_tile = range.first;
-                    piece.stream = stream;
-                    piece.first_row = first_row;
-                    piece.rows = rows;
-                    piece.factor = finished && kept > 0 ? 1.0f / static_cast<float>(kept) : 1.0f;
-                    piece.slot = stream + shared.start.worker;
-                    piece.adds = !range.begins;
-                }
+            if (chunk == 0) {
+                write_parts(range, walker.walk.at, walker.walk.tiles);
+                if (args.mode == MassMode::kMean) kept = kept_rows(range.request);
+                if (args.divides && end_of(args, range.request) > 0) parts = args.parts[stream];
+            }
+            const int32_t first_row = chunk * args.chunk_rows;
+            const int32_t rows = min(args.chunk_rows, args.rows - first_row);
+            const int32_t least = load_numbers(range, first_row, rows, parts);
+            Piece& piece = shared.pieces[count % 2];
+            if (lane == 0) {
+                piece.least[thread / kWarp] = args.units != nullptr && args.kv_lens != nullptr ? 0 : least;
+            }
+            const bool finished = chunk + 1 == args.chunks;
+            if (thread == 0) {
+                piece.tiles = range.count;
+                piece.last = finished && walker.walk.at == walker.walk.end;
+                piece.first_tile = range.first;
+                piece.stream = stream;
+                piece.first_row = first_row;
+                piece.rows = rows;
+                piece.factor = finished && kept > 0 ? 1.0f / static_cast<float>(kept) : 1.0f;
+                piece.slot = stream + static_cast<int32_t>(blockIdx.x);
+                piece.adds = !range.begins;
+            }
+            chunk = finished ? 0 : chunk + 1;
+            if (finished) more = next_range(args, nullptr, &walker);
+            if (count == 0) {
+                if (more) ask_for_q<Config, kLoaders>(args, shared.q[1], range, chunk, thread);
+                device::named_barrier(kFirstBarrier, kLoaders + kConsumers);
+            } else {
                 device::copies_wait();
                 device::named_barrier(kLoaderBarrier, kLoaders);
-                clear_rows(rows);
-                device::fence_async_shared();
-                publish();
+            }
+            clear_rows(rows);
+            device::fence_async_shared();
+            publish();
+            if (more && count > 1) {
+                wait_for_room();
+                ask_for_q<Config, kLoaders>(args, shared.q[count % 2], range, chunk, thread);
             }
         }
         fill_rest(args);
@@ -725,10 +848,18 @@ struct Consumer {
         if (lane == 0) device::mbarrier_arrive(device::shared_address(empty));
     }
 
+    // Rows of the first piece, see the loaders.
+    __device__ __forceinline__ void ask_for_first() const {
+        if (shared.start.any) ask_for_q<Config, kConsumers>(args, shared.q[0], shared.start.first.range, 0, thread);
+    }
+
     __device__ __forceinline__ void run() {
         const int32_t warpgroup = __shfl_sync(~0u, thread / kWarpgroup, 0);  // known to be the same in a warp
         uint32_t tiles_before = 0;
-        if (shared.start.walk.at >= shared.start.walk.end) return;
+        if (!shared.start.any) return;
+        device::copies_wait();
+        device::fence_async_shared();
+        device::named_barrier_arrive(kFirstBarrier, kLoaders + kConsumers);
         for (uint32_t count = 0;; ++count) {
             buffer = count % 2;
             device::mbarrier_wait(device::shared_address(&shared.full_q[buffer]), count / 2 % 2);
@@ -787,7 +918,13 @@ __global__ void __launch_bounds__(kThreads, 1)
     auto& shared =
         *reinterpret_cast<TokenMassShared<Config>*>(raw_shared + (-device::shared_address(raw_shared) & 1023));
     const int32_t warp = threadIdx.x / kWarp;
-    if (threadIdx.x == 0) {
+    if (warp == 0) {
+        for (int32_t b = threadIdx.x * (kLine / 4); b < args.num_requests; b += kWarp * (kLine / 4)) {
+            device::prefetch_l2(args.seq_lens + b);
+            if (args.prefix_lens != nullptr) device::prefetch_l2(args.prefix_lens + b);
+        }
+    }
+    if (threadIdx.x == kWarp) {
         device::prefetch_tensor_map(&k_map);
 #pragma unroll
         for (int i = 0; i < Config::kStages; ++i) {
@@ -801,6 +938,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         }
         device::mbarrier_init_fence();
     }
+    prefetch_first<Config>(args);
     device::dependency_wait();
     device::dependency_release();
     if (warp == 0) find_start(args, &shared.start);
@@ -814,8 +952,10 @@ __global__ void __launch_bounds__(kThreads, 1)
             Loader<Config>(args, shared).run();
         }
     } else {
+        Consumer<Config> consumer(args, shared);
+        consumer.ask_for_first();
         device::registers_grow<kConsumerRegisters>();
-        Consumer<Config>(args, shared).run();
+        consumer.run();
     }
 }
 

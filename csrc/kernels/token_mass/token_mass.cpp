@@ -66,9 +66,17 @@ void launch_pass(const TokenMassParams& p, const core::TokenMassPlan& plan, Toke
                                                    p.dtype, int32_t{1} << args.box_shift);
     const TokenMassVariant& variant = variant_of(p.dtype, p.head_dim, plan.shape);
     core::allow_shared_memory(kOp, reinterpret_cast<const void*>(variant.kernel), variant.shared_bytes);
-    const int64_t workers = std::min<int64_t>(core::multiprocessors(kOp), core::kMaxSms);
+    const int64_t workers = std::min(std::min<int64_t>(core::multiprocessors(kOp), core::kMaxSms), tiles);
+    const auto streams = static_cast<int32_t>(p.num_requests * p.num_kv_heads);
+    args.alike = args.units != nullptr || args.num_requests == 1;
+    args.stream_workers = static_cast<int32_t>(workers / streams);
+    args.guess_tiles = static_cast<int32_t>(tiles / streams);
+    if (args.alike) {
+        args.guess_workers =
+            own_workers_of(args.guess_tiles, streams, args.stream_workers, static_cast<int32_t>(workers));
+    }
     LaunchPlan launch;
-    launch.grid[0] = static_cast<uint32_t>(std::min(workers, tiles));
+    launch.grid[0] = static_cast<uint32_t>(workers);
     launch.block[0] = static_cast<uint32_t>(variant.threads);
     launch.shared_bytes = static_cast<uint32_t>(variant.shared_bytes);
     launch.overlap = true;
