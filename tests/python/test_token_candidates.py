@@ -294,7 +294,7 @@ def test_cuda_what_a_forward_emits(case, name):
 @pytest.mark.parametrize("rule", ["fixed", "joint"])
 def test_cuda_lists_are_those_of_the_cpu(rule, levels):
     """Bit for bit, but for kept_mass, whose last part is a sum of torch."""
-    config = SelectionConfig(rule=rule, k=77, g=1, sinks=4, recents=34, candidates=6 * UNIT)
+    config = SelectionConfig(rule=rule, k=77, g=1, sinks=4, recents=34, candidates=8 * UNIT)
     for seed in range(4):
         masses, lens = make_masses(seed, levels)
         masses[0, :, :, ::37] *= 30

@@ -615,7 +615,7 @@ struct Loader {
             if (chunk == 0) {
                 write_parts(range, walker.walk.at, walker.walk.tiles);
                 if (args.mode == MassMode::kMean) kept = kept_rows(range.request);
-                if (args.divides && end_of(args, range.request) > 0) parts = args.parts[stream];
+                parts = args.divides && end_of(args, range.request) > 0 ? args.parts[stream] : StreamParts{0, 0};
             }
             const int32_t first_row = chunk * args.chunk_rows;
             const int32_t rows = min(args.chunk_rows, args.rows - first_row);
