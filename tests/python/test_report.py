@@ -404,8 +404,7 @@ def test_an_unknown_suite_and_odd_texts(write):
     assert "Evaluation of &lt;b&gt;&amp;&quot;&#x27;\u21b5" in text
 
 
-@pytest.mark.skipif(browser.chromium() is None, reason="chromium is not installed")
-def test_recall_of_earlier_weights_is_a_figure_of_its_own(write, tmp_path):
+def test_recall_of_earlier_weights_is_a_figure_of_its_own(write):
     rows = _recall()
     early = [{**row, "weights": name} for name in ("stage-0", "stage-1") for row in rows if row["control"] == "none"]
     files = figures.read([write("eval/recall", early + rows)])
@@ -420,6 +419,7 @@ def test_recall_of_earlier_weights_is_a_figure_of_its_own(write, tmp_path):
     assert "earlier weights stage-1" in page and "recall_progress" not in page
 
 
+@pytest.mark.skipif(browser.chromium() is None, reason="chromium is not installed")
 def test_report_in_a_browser(write, tmp_path):
     paths = [write(suite, make()) for suite, make in SUITES.items()]
     assert cli.main(["eval", "report", "--files", *map(str, paths), "--out", str(tmp_path / "report.html")]) == 0
