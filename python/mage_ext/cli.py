@@ -904,12 +904,13 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
         default=512,
         help="prefix tokens read per layer and KV head in sparse steps (default %(default)s)",
     )
-    note("-g", "--g", type=int, default=32, help="tokens per selected unit: 1, 16, 32 or 64")
+    note("-g", "--g", type=int, default=32, help="tokens per selected unit: 1, 16, 32 or 64 (default %(default)s)")
     note(
         "--candidates",
         type=int,
         metavar="N",
-        help="with g 1 and rule fixed or joint: choose among the N tokens of the heaviest units (default: all tokens)",
+        help="with g 1 and rule fixed or joint: choose among the N tokens of the heaviest units of 16; whole units, at "
+        "least two more than k takes (default: all tokens)",
     )
     note(
         "--score", default="mean", help="of a unit: the mean over the block's rows, or their max, for k of a few units"

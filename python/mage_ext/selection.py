@@ -53,11 +53,14 @@ class SelectionConfig:
         capacity: width of the lists in units; None: whatever the rule can need (see capacity_units).
         score: "mean" over the rows or "max", the largest share any row gives.
         score_rows: "all" rows of the block or "open" (rows whose logits an undecided position consumes). Rows of known
-            positions are computed anew in every forward, so what they read must be listed: the default counts them.
+            positions are computed anew in every forward, so what they read must be listed: the default counts them. A
+            forward that sends a sub-block alone (sub_block_cache, exact_steps above 1) has no other rows than its own.
         norm: shares of the whole "context" or of the "prefix" alone.
         candidates: of g = 1 with rule "fixed" or "joint": tokens per layer and KV head whose masses are looked at,
             those of the units of CANDIDATE_UNIT tokens with the most mass (see `token_candidates`). Whole units, at
-            least two more than k takes; None: all tokens.
+            least two more than k takes; None: all tokens. On CUDA it saves `token_mass` of all tokens. With norm
+            "prefix" nothing is saved: `token_mass` then reads the whole prefix for its sums. With score "max"
+            kept_mass is not that of all tokens: what is behind the prefix counts by units.
 
     Raises:
         ValueError: naming the field, what it must be and what came.
@@ -102,7 +105,7 @@ class SelectionConfig:
             self._check_candidates()
 
     def _check_candidates(self) -> None:
-        _check_count("candidates", self.candidates, 0)
+        _check_count("candidates", self.candidates, CANDIDATE_UNIT)
         if self.g != 1 or self.rule not in ("fixed", "joint"):
             raise ValueError(
                 'SelectionConfig: candidates must be None but for g = 1 with rule "fixed" or "joint", '
@@ -110,6 +113,9 @@ class SelectionConfig:
             )
         # Sinks, recents and the unit that the prefix ends in take up to two units more than k tokens fill.
         least = (-(-self.k // CANDIDATE_UNIT) + 2) * CANDIDATE_UNIT
+        if least > ops.MAX_UNITS:
+            most = ops.MAX_UNITS - 2 * CANDIDATE_UNIT
+            raise ValueError(f"SelectionConfig: k must be at most {most} with candidates, got {self.k}")
         if self.candidates % CANDIDATE_UNIT or not least <= self.candidates <= ops.MAX_UNITS:
             raise ValueError(
                 f"SelectionConfig: candidates must be a multiple of {CANDIDATE_UNIT} in [{least}, {ops.MAX_UNITS}] "

@@ -227,7 +227,7 @@ def rows_of_step(
         narrow: sub-blocks alone are sent. later: not the block's first step, under the sub-block cache.
         fused: the block before is sent, too, and committed. both_kinds: requests that carry lists are sparse, the
             others exact.
-        all_rows_count: for mass; else those whose logits an undecided position consumes.
+        all_rows_count: of those sent, for mass; else those whose logits an undecided position consumes.
     """
     (num_places, size), sub, device = tokens.shape, sub_block_size, tokens.device
     live, first_open = flags[:, 0], flags[:, 1]
@@ -246,6 +246,8 @@ def rows_of_step(
         live = live & ~first_open
         candidates = candidates & live[:, None]
         tokens, positions = tokens.gather(1, window), drawn_positions
+        if row_mask is not None:
+            row_mask = row_mask.gather(1, window)
         first_row = sub_start
         writes = ((written(live, start + sub_start.int()), None),)
     elif later:
@@ -254,6 +256,10 @@ def rows_of_step(
             (written(first_open, start), None),
             (written(live & ~first_open, start + sub_start.int()), sub_start),
         )
+        # And the same rows count as if each were alone.
+        of_sub_block = torch.arange(size, device=device) // sub == sub_start[:, None] // sub
+        counts = torch.ones_like(mass_rows) if row_mask is None else row_mask
+        row_mask = counts & (first_open[:, None] | of_sub_block)
     else:
         writes = ((written(live, start), None),)
     if fused:

@@ -79,7 +79,9 @@ def write(
 def cost_line(result: Result) -> str:
     """One line of what a result took."""
     stats = result.stats
+    proven = f", {100 * sum(stats.proven) / len(stats.proven):.0f} % of the lists proven" if stats.proven else ""
     return (
         f"{stats.new_tokens} tokens in {stats.num_forwards} forwards ({stats.tokens_per_forward:.2f} per forward), "
         f"{stats.seconds:.2f} s after prefill, {100 * stats.kv_share:.1f} % of the K/V that exact attention reads"
+        f"{proven}"
     )

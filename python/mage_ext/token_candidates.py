@@ -53,7 +53,11 @@ def candidate_units(unit_mass: Tensor, whole_lens: Tensor, config: SelectionConf
 
     Returns:
         [B, Hkv, C], int32, contiguous; C = config.candidates / CANDIDATE_UNIT, or n if that is less.
+
+    Raises:
+        ValueError: config has no candidates. TypeError: it is none. Both of `select_kv`, naming the argument.
     """
+    _check_config("candidate_units", config)
     sinks, recents = _forced(config)
     size = max(1, min(config.candidates // CANDIDATE_UNIT, unit_mass.shape[-1]))
     units, *_ = ops.select_kv(
@@ -86,14 +90,14 @@ def select_tokens(
         has no equal that is left out. Where it does not, a list may be the same nevertheless.
 
     Raises:
-        TypeError: naming the argument. ValueError: config has no candidates.
+        TypeError: naming the argument. ValueError: config has no candidates, or tensors of other shapes than
+            `Candidates` names.
     """
     check_type("select_tokens", "candidates", candidates, Candidates, "a Candidates")
-    check_tensor("select_tokens", "prefix_lens", prefix_lens)
-    check_type("select_tokens", "config", config, SelectionConfig, "a SelectionConfig")
-    if config.candidates is None:
-        raise ValueError("select_tokens: config must have candidates, got None")
+    _check_config("select_tokens", config)
     unit, units, mass = CANDIDATE_UNIT, candidates.units, candidates.token_mass
+    _check_candidates(candidates)
+    check_tensor("select_tokens", "prefix_lens", prefix_lens, tuple(units.shape[1:2]), torch.int32)
     num_layers, _, num_kv_heads, num_candidates = units.shape
     num_units = candidates.unit_mass.shape[-1]
     prefix_lens = prefix_lens.clamp(0, num_units * unit)
@@ -146,6 +150,25 @@ def select_tokens(
         proven = as_heavy.sum((-2, -1), keepdim=True) == taken
         proven = proven & (least > most.amax(-2, keepdim=True) * (1 + ROUNDING))
     return selection, (complete | proven).squeeze(-1)
+
+
+def _check_candidates(candidates: Candidates) -> None:
+    owner, heads = "select_tokens", ()
+    for name, dtype in (("units", torch.int32), ("token_mass", torch.float32), ("unit_mass", torch.float32)):
+        tensor, name = getattr(candidates, name), f"candidates.{name}"
+        check_tensor(owner, name, tensor, dtype=dtype)
+        if tensor.dim() != 4:
+            raise ValueError(f"{owner}: {name} must have 4 dimensions, got shape {list(tensor.shape)}")
+        heads = heads or tuple(tensor.shape[:3])
+        tokens = candidates.units.shape[3] * CANDIDATE_UNIT
+        last = tokens if name.endswith("token_mass") else tensor.shape[3]
+        check_tensor(owner, name, tensor, (*heads, last))
+
+
+def _check_config(owner: str, config: SelectionConfig) -> None:
+    check_type(owner, "config", config, SelectionConfig, "a SelectionConfig")
+    if config.candidates is None:
+        raise ValueError(f"{owner}: config must have candidates, got None")
 
 
 def _forced(config: SelectionConfig) -> tuple[int, int]:

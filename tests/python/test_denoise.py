@@ -280,6 +280,31 @@ def test_sub_block_cache_equals_its_own_twin(variant, mode):
     assert [r.tokens for r in whole] != [r.tokens for r in results]
 
 
+@pytest.mark.parametrize("score_rows", ["all", "open"])
+@pytest.mark.parametrize("variant", ["fast_dllm_v2", "sdar_b16"])
+def test_lists_of_a_sub_block_alone_equal_the_twin(variant, score_rows):
+    """The forward that selects is the second one, and may send a sub-block: its rows alone count."""
+    model = _model(variant, num_layers=2)
+    config = DenoiseConfig(
+        mode="mage",
+        max_new_tokens=50,
+        sampler=_sampler(variant, "low_confidence_dynamic"),
+        sub_block_size=8,
+        sub_block_cache=True,
+        exact_steps=2,
+        selection=SelectionConfig(k=16, g=16, score_rows=score_rows),
+        dense_layers=(0,),
+    )
+    prompts = _prompts(model.config, [9, 33, 44, 64, 70])
+    sent = set()
+    results, margins = _generate(model, prompts, config)
+    for prompt in prompts:
+        generate(model, [prompt], config, callback=lambda info: sent.add((info.kind, info.rows)))
+    assert ("select", 8) in sent
+    for result, plain in _same(results, [plain_generate(model, prompt, config) for prompt in prompts], margins):
+        assert result.stats.forwards["sparse"] == sum(step.sparse for step in plain.steps) > 0
+
+
 # --------------------------------------------------------------------------- mode mage
 
 _RULES = {
@@ -466,6 +491,18 @@ def test_candidates_beside_other_options(fields):
         assert result.stats.forwards == twin.stats.forwards and result.stats.forwards["sparse"] > 0
         assert set(result.stats.proven) == {1.0}
         torch.testing.assert_close(torch.tensor(result.stats.kept_mass), torch.tensor(twin.stats.kept_mass))
+
+
+@pytest.mark.parametrize("rule", ["fixed_max", "layer_max", "joint_candidates"])
+def test_every_rule_selects_from_the_rows_of_a_sub_block(rule):
+    """With open rows: the mask is that of the rows sent."""
+    model = _model("fast_dllm_v2")
+    sampler = SamplerConfig(name="sequential", tokens_per_step=2)
+    config = _mage("fast_dllm_v2", _RULES[rule], sub_block_cache=True, exact_steps=2)
+    config = dataclasses.replace(config, sampler=sampler)
+    sent = set()
+    (result,) = generate(model, _prompts(model.config, [70]), config, callback=lambda i: sent.add((i.kind, i.rows)))
+    assert ("select", 8) in sent and result.stats.forwards["sparse"] > 0
 
 
 @pytest.mark.parametrize("refresh", _REFRESH)

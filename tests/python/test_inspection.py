@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 
-from mage_ext import cli
+from mage_ext import cli, terminal
 from mage_ext.denoise import DenoiseConfig, generate, prefill
 from mage_ext.evaluation import inspection, method_comparison, pages
 from mage_ext.evaluation.inspection import Inspection, inspect_block, quantise
@@ -100,6 +100,12 @@ def test_a_block_is_that_of_the_loop(variant, config, block):
     for step, info in enumerate(infos):
         decided = [at == step for at in found.decided_at]
         assert decided == info.decided[0].tolist()
+    if config.selection.candidates is not None:
+        (proven,) = whole.stats.proven[block : block + 1]
+        assert found.proven == pytest.approx(proven)
+        told = f"out of 96 candidates ({100 * proven:.0f} % of the lists proven)"
+        assert told in inspection.page(found, _tokenizer(), {})
+        assert terminal.cost_line(whole).endswith(" % of the lists proven")
     lists = infos[-1].selection
     assert found.tail_start == int(lists.tail_start[0]) and len(found.layers) == lists.num_layers
     for index in range(lists.num_layers):

@@ -371,7 +371,7 @@ def test_load_names_what_is_wrong(tmp_path):
         ("score must be one of mean, max, got 'sum'", {"score": "sum"}),
         ("score_rows must be one of open, all, got 'some'", {"score_rows": "some"}),
         ("norm must be one of context, prefix, got None", {"norm": None}),
-        ("candidates must be an integer >= 0, got 4096.0", {"k": 64, "g": 1, "candidates": 4096.0}),
+        ("candidates must be an integer >= 16, got 4096.0", {"k": 64, "g": 1, "candidates": 4096.0}),
         ('candidates must be None but .*, got 4096 with g = 16 and rule "fixed"', {"g": 16, "candidates": 4096}),
         ('candidates must be .*, got 4096 with g = 1 and rule "mass"', {"rule": "mass", "g": 1, "candidates": 4096}),
         (
@@ -383,6 +383,8 @@ def test_load_names_what_is_wrong(tmp_path):
             {"k": 64, "g": 1, "candidates": 130},
         ),
         (r"candidates must be a multiple of 16 in .*, got 4194320", {"g": 1, "candidates": 2**22 + 16}),
+        ("candidates must be an integer >= 16, got -16", {"k": 64, "g": 1, "candidates": -16}),
+        ("k must be at most 4194272 with candidates, got 4194304", {"k": 2**22, "g": 1, "candidates": 2**22}),
     ],
 )
 def test_config_names_the_bad_field(message, kwargs):

@@ -205,6 +205,21 @@ def test_names_what_is_wrong():
         select_tokens(candidates, lens, None)
     with pytest.raises(ValueError, match="select_tokens: config must have candidates, got None"):
         select_tokens(candidates, lens, SelectionConfig(g=1))
+    with pytest.raises(ValueError, match="candidate_units: config must have candidates, got None"):
+        candidate_units(masses[0], lens, SelectionConfig(g=1))
+    with pytest.raises(TypeError, match="candidate_units: config must be a SelectionConfig, got None"):
+        candidate_units(masses[0], lens, None)
+    with pytest.raises(TypeError, match=r"select_tokens: prefix_lens must be int32, got torch\.int64"):
+        select_tokens(candidates, lens.long(), config)
+    for name, value, told in (
+        ("units", None, "units must be a tensor, got None"),
+        ("units", candidates.units.long(), "units must be int32, got torch.int64"),
+        ("units", candidates.units[0], "units must have 4 dimensions, got shape "),
+        ("token_mass", candidates.token_mass[..., 1:], "token_mass must have shape .*, got "),
+        ("unit_mass", candidates.unit_mass[:, :, :1], "unit_mass must have shape .*, got "),
+    ):
+        with pytest.raises((TypeError, ValueError), match=f"select_tokens: candidates.{told}"):
+            select_tokens(dataclasses.replace(candidates, **{name: value}), lens, config)
     with pytest.raises(ValueError, match=f"select: config must have no candidates, .*, got {6 * UNIT}"):
         select(masses, lens, config)
 

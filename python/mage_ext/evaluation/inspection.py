@@ -48,6 +48,7 @@ class Inspection:
             over the rows that config.selection.score_rows names.
         lists: [layers that select, Hkv, units], bool: which units of g tokens the lists of the first forward hold.
         tail_start: first token that is attended without being listed.
+        proven: with candidates, the share of the lists that are proven to be those of all tokens; else None.
     """
 
     config: DenoiseConfig
@@ -60,6 +61,7 @@ class Inspection:
     masses: Tensor
     lists: Tensor
     tail_start: int
+    proven: float | None = None
 
     def listed(self) -> Tensor:
         """[L, Hkv, S], bool: the tokens that a list holds; none in dense layers."""
@@ -93,12 +95,14 @@ class _Observed:
 
     Fields (of the block that is running):
         masses: one list per forward, of one tensor [Hkv, n], float32, per layer. lists: of the first forward.
-        start: tokens before it. is_sparse: whether its later forwards read the lists.
+        proven: share of them that are proven to be those of all tokens, with candidates. start: tokens before it.
+        is_sparse: whether its later forwards read the lists.
     """
 
     def __init__(self, config: DenoiseConfig, layers: dict[int, int], known: int, token_shift: bool):
         self.masses: list[list[Tensor]] = []
         self.lists: BlockSelection | None = None
+        self.proven: float | None = None
         self.start, self.is_sparse = -1, False
         self._config, self._layers, self._known, self._shift = config, layers, known, int(token_shift)
         self._row_mask: Tensor | None = None
@@ -144,7 +148,8 @@ class _Observed:
                 if candidates is None:
                     self.lists = selection.select(mass, forward.prefix_lens, self._config.selection, votes=votes)
                 else:
-                    self.lists, _ = select_tokens(candidates, forward.prefix_lens, self._config.selection)
+                    self.lists, proven = select_tokens(candidates, forward.prefix_lens, self._config.selection)
+                    self.proven = proven.float().mean().item()
         elif self.is_sparse:
             lists = self.lists.layer(index)
             out = forward.attend_lists(q, k_cache, v_cache, forward.seq_lens, lists, self._config.selection.g)
@@ -229,6 +234,7 @@ def inspect_block(
         masses=masses[: len(infos)],
         lists=units,
         tail_start=int(lists.tail_start[0]),
+        proven=method.proven,
     )
 
 
@@ -296,6 +302,8 @@ def page(inspection: Inspection, tokenizer: Tokenizer, facts: dict[str, str]) ->
         what = "The prefix is no longer than the budget, so every forward reads everything."
     else:
         what = "Every forward reads everything; the lists are those that MAGE would have used."
+    if inspection.proven is not None:
+        budget += f" out of {chosen.candidates} candidates ({100 * inspection.proven:.0f} % of the lists proven)"
     facts = {
         **facts,
         "mode": config.mode,

@@ -153,13 +153,14 @@ def plain_generate(model: Transformer, prompt: list[int], config: DenoiseConfig,
             while any(known[i] is None for i in range(sub_begin, sub_begin + sub)) and ended(known) is None:
                 send_all = not config.sub_block_cache or step == 0 or known[sub_begin] is None
                 rows = list(range(begin + size)) if send_all else list(range(sub_begin, sub_begin + sub))
-                sparse = not exact and not (selects and step == 0)
+                sparse = not exact and not (selects and step < config.exact_steps)
                 shown = [model.config.mask_id if token is None else token for token in known]
                 logits = window.forward(
                     shown, rows, _allowed(model, config, rows, begin, lists if sparse else None, tail)
                 )
-                if selects and step == 0:
-                    mass = _mass(model, window, begin, list(counted_rows), selection.g)
+                if selects and step == config.exact_steps - 1:
+                    counted = [rows.index(begin + row) for row in counted_rows if begin + row in rows]
+                    mass = _mass(window, counted, selection.g)
                     lists = _top_units(mass, begin, selection.k, selection.g, config.dense_layers)
                     tail, age = begin // selection.g * selection.g, 0
                 candidates = [i for i in range(sub_begin, sub_begin + sub) if known[i] is None]
@@ -183,7 +184,7 @@ def plain_generate(model: Transformer, prompt: list[int], config: DenoiseConfig,
         result.commits += 1
         age += 1
         if lists is not None and config.refresh == "kept_mass":
-            mass = _mass(model, window, begin, list(range(size)), selection.g)
+            mass = _mass(window, list(range(begin, begin + size)), selection.g)
             drifted = _kept(mass, lists, tail // selection.g) < config.refresh_bound
         if shift:
             tokens.append(_best(model, logits[-1]))
@@ -227,9 +228,8 @@ def _allowed(
     return allowed
 
 
-def _mass(model: Transformer, window: PlainWindow, begin: int, counted_rows: list[int], g: int) -> Tensor:
-    """[layers, Hkv, units]: mean share of every unit over the counted rows of the block and the heads of a group."""
-    rows = [begin + row for row in counted_rows]
+def _mass(window: PlainWindow, rows: list[int], g: int) -> Tensor:
+    """[layers, Hkv, units]: mean share of every unit over some of the rows sent and the heads of a group."""
     shares = torch.stack([share[:, :, rows].mean((1, 2)) for share in window.shares])
     padding = -shares.shape[-1] % g
     return torch.nn.functional.pad(shares, (0, padding)).unflatten(-1, (-1, g)).sum(-1)
