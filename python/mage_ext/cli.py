@@ -977,7 +977,7 @@ def make_parser() -> argparse.ArgumentParser:
     needle.set_defaults(run=_eval)
     compared = suites.add_parser("methods", help="all methods at equal K, and how far MAGE's lists hold in a block")
     names = ["exact", "mage", "quest", "tidal", "sparsed", "recency", "random"]
-    variants = ["oracle", "carry", "mage_max", "mage_open", "mage_prefix", "v1", "joint", "mass"]
+    variants = ["oracle", "carry", "mage_max", "mage_open", "mage_prefix", "v1", "joint", "mass", "two_level"]
     choices = names + variants
     told = f"exact always runs; the others are held against it. Of {' '.join(names + variants)}"
     tasks = ["needle", "four_keys", "four_of_eight", "lines", "four_lines"]

@@ -154,6 +154,7 @@ def test_variants_layers_and_dense_layers_read_their_own_pairs():
         _against_mage("mage_open", 25, 0),
         _against_mage("v1", 30, 0),
         _against_mage("joint", 2, 1),
+        _against_mage("two_level", 1, 2),
     ]
     times = [
         {"case": {"model": "7B", "K": 512, "g": g, "batch": batch}, "us": us}
@@ -164,6 +165,8 @@ def test_variants_layers_and_dense_layers_read_their_own_pairs():
     assert "score: largest row for mean, facts: better in 1" in variants.text
     assert "rows: open ones for all, facts: better in 0, no difference shown in 0, worse in 1 of 1" in variants.text
     assert "norm:" not in variants.text
+    told = "candidates: single tokens in two levels for one, facts: better in 0, no difference shown in 1"
+    assert told in variants.text
     assert (
         "units of 32 for 1, equal bytes, facts: better in 0, no difference shown in 0, worse in 1 of 1" in variants.text
     )

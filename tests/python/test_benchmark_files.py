@@ -308,7 +308,7 @@ def test_runs_score_what_generate_writes(loaded, config, tmp_path):
         loaded,
         items,
         wanted,
-        ["exact", "mage", "quest"],
+        ["exact", "mage", "quest", "two_level"],  # the last one is of single tokens
         batch=2,
         keep=lambda task, method, items, outcome: kept.update({method: outcome}),
     )

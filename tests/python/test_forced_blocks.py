@@ -90,14 +90,15 @@ def test_rows_of_open_positions():
 
 
 @pytest.mark.parametrize("variant", ["sdar_b16", "llama_shift"])
-@pytest.mark.parametrize("name", ["mage", "v1", "mage_open", "sparsed", "recency"])
+@pytest.mark.parametrize("name", ["mage", "v1", "mage_open", "sparsed", "recency", "two_level"])
 def test_lists_are_those_of_the_loop(variant, name):
     loaded = _loaded(variant)
     model, size, shift = loaded.model, loaded.config.block_size, loaded.config.token_shift
     prompts = [ids[:80] for ids in _ids(2, 80)]
     base = DenoiseConfig(max_new_tokens=size, sampler=SAMPLER, ignore_eos=True)
     state = prefill(model, prompts, base)
-    (config,) = comparison.configs(model, state.batch.cache, Setting(32, 16, 1), base, [name]).values()
+    setting = Setting(6, 1, 1) if name == "two_level" else Setting(32, 16, 1)
+    (config,) = comparison.configs(model, state.batch.cache, setting, base, [name]).values()
     seen = {}
 
     def note(info):
@@ -181,7 +182,8 @@ def test_every_method_is_measured(variant):
     rows = found.rows(96)
     assert json.loads(json.dumps(rows)) == rows
     by = {(row["method"], row["K"], row["g"], row["t"]): row for row in rows}
-    assert len(by) == len(rows) == 3 + 4 * len(ALL_METHODS[1:]) * 3  # of four forwards sparsed has one exact one
+    # Of four forwards sparsed has one exact one; two_level is of single tokens.
+    assert len(by) == len(rows) == 3 + (4 * len(ALL_METHODS[1:]) - 2) * 3
     for (name, _, _, share), row in by.items():
         assert row["n"] == 3 and row["tokens"] == 96 and row["masked"] == round(share * (size - shift))
         assert row["delta"] == pytest.approx(row["score"] - row["exact"], abs=1e-6)
@@ -238,7 +240,7 @@ def test_every_method_is_measured_on_cuda(variant):
     wanted = comparison.settings([16, 128], [1, 16], [1])
     found = forced_blocks.measure(loaded, _ids(4, 208), wanted, ALL_METHODS, (1.0, 0.5), SAMPLER)
     rows = found.rows(192)
-    assert len(rows) == 2 + 4 * len(ALL_METHODS[1:]) * 2
+    assert len(rows) == 2 + (4 * len(ALL_METHODS[1:]) - 2) * 2
     by = {(row["method"], row["K"], row["g"], row["t"]): row for row in rows}
     for (name, *_), row in by.items():
         assert math.isfinite(row["score"]) and 0 <= row["agreement"] <= 1

@@ -185,7 +185,7 @@ def test_variants_differ_from_mage_in_what_their_names_say():
     state = prefill(loaded.model, _prompts(loaded.model, (40,)))
     base = DenoiseConfig(sampler=SAMPLER)
     found = comparison.configs(loaded.model, state.batch.cache, Setting(32, 16, 1), base, comparison.ALL_METHODS)
-    assert tuple(found) == comparison.ALL_METHODS
+    assert tuple(found) == tuple(name for name in comparison.ALL_METHODS if name != "two_level")
     mage = found["mage"]
     for name, changes in (
         ("mage_max", dict(score="max")),
@@ -200,6 +200,11 @@ def test_variants_differ_from_mage_in_what_their_names_say():
     assert found["carry"] == dataclasses.replace(mage, refresh="blocks", refresh_blocks=2)
     only = comparison.configs(loaded.model, state.batch.cache, Setting(32, 16, 1), base, ["v1"])
     assert only == {"v1": found["v1"]}
+    for k, candidates in ((64, 512), (6, 48), (1, 48)):
+        names = ["two_level", "mage"]
+        found = comparison.configs(loaded.model, state.batch.cache, Setting(k, 1, 1), base, names)
+        selection = dataclasses.replace(found["mage"].selection, candidates=candidates)
+        assert found["two_level"] == dataclasses.replace(found["mage"], selection=selection)
 
 
 def _attend_own_top(config, tokens, K):

@@ -408,6 +408,7 @@ def _of_variants(rows: _Rows) -> _Kinds:
         ("mage_max", "score: largest row for mean"),
         ("mage_open", "rows: open ones for all"),
         ("mage_prefix", "norm: prefix for context"),
+        ("two_level", "candidates: single tokens in two levels for one"),
     ):
         cells = _facts(_of(facts, name), "p_mage", "mage_only", "method_only")
         kinds.append((told, cells, _prose(_of(prose, name), "over_mage")))

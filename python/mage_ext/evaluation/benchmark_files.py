@@ -28,7 +28,7 @@ import torch
 from mage_ext.denoise import DenoiseConfig, generate, prefill
 from mage_ext.evaluation import benchmark_metrics as metrics
 from mage_ext.evaluation.forced_blocks import bootstrap
-from mage_ext.evaluation.method_comparison import METHODS, Setting, configs
+from mage_ext.evaluation.method_comparison import METHODS, Setting, configs, methods_at
 from mage_ext.models.huggingface import LoadedModel
 from mage_ext.models.tokenizer import Tokenizer
 from mage_ext.sampling import SamplerConfig
@@ -285,7 +285,8 @@ def run(
     for task in dict.fromkeys(item.task for item in items):
         own = [item for item in items if item.task == task]
         outcomes: dict[tuple[Setting | None, str], Outcome] = {(None, "exact"): Outcome([], [], [], [])}
-        outcomes |= {(setting, name): Outcome([], [], [], []) for setting in wanted for name in names}
+        for setting in wanted:
+            outcomes |= {(setting, name): Outcome([], [], [], []) for name in methods_at(setting, names)}
         for begin in range(0, len(own), batch):
             _run_batch(loaded, own[begin : begin + batch], outcomes, sampler)
             if tell is not None:

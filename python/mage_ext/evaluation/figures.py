@@ -54,6 +54,7 @@ COLORS = {
     "mage_prefix": "#bcbd22",
     "joint": "#c5b0d5",
     "mass": "#ffbb78",
+    "two_level": "#dbdb8d",
     "probe1": "#f7b6d2",
     "probe5": "#9edae5",
     "FA3": "#c44e52",

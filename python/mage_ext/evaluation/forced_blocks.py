@@ -43,6 +43,7 @@ from mage_ext.models.transformer import Transformer
 from mage_ext.paged_forward import NOT_WRITTEN, AttentionMethod, Emission, PagedForward, Write
 from mage_ext.sampling import SamplerConfig
 from mage_ext.selection import BlockSelection
+from mage_ext.token_candidates import select_tokens
 
 SHARES = (1.0, 0.75, 0.5, 0.25)
 _UNIT = 64  # the bound of all lengths is a multiple of the largest unit
@@ -118,6 +119,9 @@ class ForcedBlocks:
         chosen = config.selection
         emission = Emission(chosen, None if chosen.score_rows == "all" else row_mask, self.start)
         self.hidden(tokens, layers=layers, emission=emission)
+        candidates = emission.candidates()
+        if candidates is not None:
+            return select_tokens(candidates, self.start, chosen)[0]
         choose = config.select_override or selection.select
         return choose(emission.mass(), self.start, chosen, votes=emission.stacked_votes())
 

@@ -27,11 +27,11 @@ from mage_ext.models.huggingface import LoadedModel
 from mage_ext.models.transformer import Transformer
 from mage_ext.paged_forward import Emission, PagedForward
 from mage_ext.sampling import SamplerConfig
-from mage_ext.selection import BlockSelection, SelectionConfig
+from mage_ext.selection import CANDIDATE_UNIT, BlockSelection, SelectionConfig
 
 METHODS = baselines.METHODS
 # What else is compared on demand; see `configs`.
-VARIANTS = ("oracle", "carry", "mage_max", "mage_open", "mage_prefix", "v1", "joint", "mass")
+VARIANTS = ("oracle", "carry", "mage_max", "mage_open", "mage_prefix", "v1", "joint", "mass", "two_level")
 ALL_METHODS = METHODS + VARIANTS
 # Asked facts, and distractors of the same form. The contexts of _REGISTERS are lines alone; those of _VARIABLES hide
 # chains of 1 to 4 hops, that of frequent_words is a list whose three most frequent words are asked for.
@@ -51,6 +51,7 @@ _FLOORS, _FLOOR_SINKS = ("recency", "random"), 4
 # Methods whose lists change with every forward, or whose scores are no shares: their lists keep no mass of their own.
 _NO_KEPT_MASS = ("quest", "tidal", "oracle", "mage_max")
 _MASS_SHARE = 0.95
+_CANDIDATES_OF_K = 8  # times K tokens are looked at by "two_level"
 
 Settings = Mapping[str, Any]  # of a method: what differs from its default, see `baselines.methods`
 
@@ -108,15 +109,18 @@ def configs(
         v1           MAGE v1: rule "layer", ranked by votes of the rows, K on average over the layers
         joint        rule "joint": the KV heads of a layer share their budgets
         mass         rule "mass": the fewest units that keep 95 %, at most K
+        two_level    MAGE out of candidates, 8 K tokens of the heaviest units; with g = 1 alone
 
     Args:
         model, cache: as `baselines.methods` takes them. setting: budget, units and dense layers.
-        base: sampler and length; its mode, selection and dense layers are replaced. names: of ALL_METHODS.
+        base: sampler and length; its mode, selection and dense layers are replaced. names: of ALL_METHODS; one that
+            `methods_at` leaves out has no configuration.
         settings: of METHODS by name, as `baselines.methods` takes them; the other methods are not touched by them.
     Raises:
         ValueError: an unknown name, a page that is no multiple of g, or a dense layer that the model lacks.
     """
     check_choices("configs", "names", names, ALL_METHODS)
+    names = methods_at(setting, names)
     chosen = SelectionConfig(k=setting.K, g=setting.g)
     config = dataclasses.replace(base, selection=chosen, dense_layers=tuple(range(setting.dense_layers)))
     own = [name for name in names if name in METHODS]
@@ -133,9 +137,18 @@ def configs(
         "mass": {"rule": "mass", "p": _MASS_SHARE, "capacity": setting.K // setting.g},
     }.items():
         found[name] = dataclasses.replace(mage, selection=dataclasses.replace(chosen, **changes))
+    if "two_level" in names:
+        units = max(_CANDIDATES_OF_K * setting.K, setting.K + 3 * CANDIDATE_UNIT) // CANDIDATE_UNIT
+        wide = dataclasses.replace(chosen, candidates=units * CANDIDATE_UNIT)
+        found["two_level"] = dataclasses.replace(mage, selection=wide)
     found["carry"] = dataclasses.replace(mage, refresh="blocks", refresh_blocks=2)
     found["oracle"] = dataclasses.replace(mage, mode="method", method=OwnLists(chosen))
     return {name: found[name] for name in names}
+
+
+def methods_at(setting: Setting, names: Sequence[str]) -> list[str]:
+    """The names of ALL_METHODS that there are at a setting: "two_level" is of single tokens."""
+    return [name for name in names if name != "two_level" or setting.g == 1]
 
 
 def make_case(maker: needles.CaseMaker, task: str, seed: int, tokens: int) -> tuple[Case, list[int]]:
