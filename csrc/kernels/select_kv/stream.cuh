@@ -11,7 +11,8 @@ namespace mage::cuda {
 
 namespace {
 
-constexpr uint32_t kStreamPart = 448;         // entries of a warp
+constexpr uint32_t kStreamList = 7168;        // entries of the list
+constexpr uint32_t kListChunk = kWarp;        // of them, taken by a warp at a time
 constexpr int32_t kStreamNeed = 2048;         // most units ranked; a list of these must fit in any case
 constexpr int64_t kStreamUnits = 1 << 19;     // of a row: of more the sample says too little
 constexpr int32_t kStreamDepth = 6;           // loads of 16 bytes in flight, of a thread
@@ -26,24 +27,20 @@ constexpr int32_t kWordsOfThread = 8;
 template <int kThreads>
 struct StreamShared {
     SelectShared<kThreads> select;
-    Sum list[kThreads / kWarp * kStreamPart];  // a part per warp, or one after the other
+    Sum list[kStreamList];  // in no order; an entry of 0 stands for no unit
     uint4 words[kThreads * kWordsOfThread / 4];
+    uint32_t chunks_end;  // of the list; 0 at first
 };
 
-// The entries of a list that a thread visits.
-struct Listed {
-    uint32_t begin, end, step;
-
-    // visit(key, unit)
-    template <typename Visit>
-    __device__ __forceinline__ void each(const Sum* list, Visit&& visit) const {
+// visit(key, unit) for the thread's of the first `end` entries of the list; unit -1 is none.
+template <int kThreads, typename Visit>
+__device__ __forceinline__ void each_listed(const StreamShared<kThreads>& shared, uint32_t end, Visit&& visit) {
 #pragma unroll 1
-        for (uint32_t i = begin; i < end; i += step) {
-            const Sum entry = list[i];
-            visit(static_cast<uint32_t>(entry >> 32), static_cast<int32_t>(~static_cast<uint32_t>(entry)));
-        }
+    for (uint32_t i = threadIdx.x; i < end; i += kThreads) {
+        const Sum entry = shared.list[i];
+        visit(static_cast<uint32_t>(entry >> 32), static_cast<int32_t>(~static_cast<uint32_t>(entry)));
     }
-};
+}
 
 // A row, read by all threads in vectors of 16 bytes, which lie on 16 bytes: the first and the last may hold less than
 // four units.
@@ -172,29 +169,55 @@ public:
         return kLeastBound + ((kBins - 1 - found.position) << kShift);
     }
 
-    // Lists the units of the range whose mass has at least the bits `bound` > 0, each warp in its part of the list.
-    // Returns the number of the warp's, of which the first kStreamPart are listed.
+    // Lists the units of the range whose mass has at least the bits `bound` > 0. A warp takes room for them in chunks,
+    // and leaves what it does not need of its last one empty; returns how much that is. shared.chunks_end counts what
+    // is taken: where it ends up beyond the list, not all are listed.
     __device__ __forceinline__ uint32_t list_above(StreamShared<kThreads>& shared, const Range& range,
                                                    uint32_t bound) const {
-        Sum* part = shared.list + threadIdx.x / kWarp * kStreamPart;
-        const uint32_t lanes_below = (1u << threadIdx.x % kWarp) - 1;
-        const uint32_t to_key = mass_key(bound) - bound;
-        uint32_t count = 0;
+        constexpr uint32_t kToKey = 2;  // from the bits of a mass above 0
+        const uint32_t lane = threadIdx.x % kWarp, lanes_below = (1u << lane) - 1;
+        uint32_t least = bound;  // beyond all masses where there is no room
+        Sum* chunk = shared.list;
+        uint32_t used = 0, room = 0;  // of the chunk
         each<kStreamDepth>(range, [&](const uint4& words, int32_t unit) {
-            if (!__any_sync(kAllLanes, max(max(words.x, words.y), max(words.z, words.w)) >= bound)) return;
-            const uint32_t values[4] = {words.x, words.y, words.z, words.w};
-#pragma unroll
-            for (int32_t i = 0; i < 4; ++i) {
-                const bool is_above = values[i] - bound <= kInfinity - bound && range.contains(unit + i);
+            if (!__any_sync(kAllLanes, max(max(words.x, words.y), max(words.z, words.w)) >= least)) return;
+            uint32_t next = used;
+            const auto list = [&](uint32_t value, int32_t i, Sum* to, bool is_late) {
+                const bool is_above = value - bound <= kInfinity - bound && range.contains(unit + i);
                 const uint32_t above = __ballot_sync(kAllLanes, is_above);
-                if (above == 0) continue;
-                const uint32_t at = count + __popc(above & lanes_below);
-                if (is_above && at < kStreamPart)
-                    part[at] = entry_of(values[i] + to_key, static_cast<uint32_t>(unit + i));
-                count += __popc(above);
+                if (above == 0) return;
+                const uint32_t at = next + __popc(above & lanes_below);
+                if (is_above && (at >= room) == is_late)
+                    to[at] = entry_of(value + kToKey, static_cast<uint32_t>(unit + i));
+                next += __popc(above);
+            };
+            list(words.x, 0, chunk, false);
+            list(words.y, 1, chunk, false);
+            list(words.z, 2, chunk, false);
+            list(words.w, 3, chunk, false);
+            if (__builtin_expect(next > room, false)) {
+                const uint32_t more = (next - room + kListChunk - 1) / kListChunk * kListChunk;
+                uint32_t first = 0;
+                if (lane == 0) first = atomicAdd(&shared.chunks_end, more);
+                first = __shfl_sync(kAllLanes, first, 0);
+                if (first + more > kStreamList) {
+                    least = 0xffffffffu;
+                    return;
+                }
+                // Those that found no room.
+                next = used;
+#pragma unroll 1
+                for (int32_t i = 0; i < 4; ++i)
+                    list(i < 2 ? (i == 0 ? words.x : words.y) : (i == 2 ? words.z : words.w), i,
+                         shared.list + first - room, true);
+                chunk = shared.list + first;
+                next -= room;
+                room = more;
             }
+            used = next;
         });
-        return count;
+        if (lane < room - used) chunk[used + lane] = 0;
+        return room - used;
     }
 
     // visit(key, unit) for the units of the range.
@@ -259,10 +282,10 @@ __device__ __forceinline__ Pick list_taken(StreamShared<kThreads>& shared, RowSt
     return pick;
 }
 
-// The units of a list that are taken, in order, to `indices`; returns what this thread's have. shared.words is 0
-// before.
+// The units of the first `listed` entries of the list that are taken, in order, to `indices`; returns what this
+// thread's have. shared.words is 0 before.
 template <int kThreads>
-__device__ __forceinline__ Sum write_taken(StreamShared<kThreads>& shared, const Range& range, const Listed& listed,
+__device__ __forceinline__ Sum write_taken(StreamShared<kThreads>& shared, const Range& range, uint32_t listed,
                                            const Pick& pick, int32_t* indices) {
     constexpr int32_t kBlock = kThreads * kWordsOfThread * kWarp;
     static_assert(sizeof(shared.select.group_bins) == sizeof(uint16_t) * kThreads * kWordsOfThread);
@@ -279,7 +302,7 @@ __device__ __forceinline__ Sum write_taken(StreamShared<kThreads>& shared, const
             __syncthreads();
         }
         const auto each_taken = [&](auto&& visit) {
-            listed.each(shared.list, [&](uint32_t key, int32_t unit) {
+            each_listed(shared, listed, [&](uint32_t key, int32_t unit) {
                 const auto at = static_cast<uint32_t>(unit - block);
                 if (at < kBlock && pick.takes(key, static_cast<uint32_t>(unit))) visit(key, unit, at);
             });
