@@ -17,8 +17,9 @@ constexpr int32_t kStreamNeed = 2048;         // most units ranked; a list of th
 constexpr int64_t kStreamUnits = 1 << 19;     // of a row: of more the sample says too little
 constexpr int32_t kStreamDepth = 6;           // loads of 16 bytes in flight, of a thread
 constexpr int32_t kSampledVectors = 8;        // of a thread
+constexpr int32_t kSampledGroup = 4;          // vectors that lie together
 constexpr int32_t kLineVectors = 8;           // of 128 bytes
-constexpr uint32_t kSampleSlack = 64;         // units of the sample beyond twice of what is expected
+constexpr uint32_t kSampleSlack = 64;         // units of the sample beyond 3/2 of what is expected
 constexpr uint32_t kLeastBound = 0x1f800000;  // 2^-64, as bits
 constexpr uint32_t kSampleOctaves = 64;       // of its histogram, from there on
 constexpr uint32_t kPickOctaves = 4;          // of the first histogram of the list
@@ -115,28 +116,29 @@ public:
         return sum;
     }
 
-    // Bits of a mass that more than `need` units of the range reach, to judge by groups of 128 bytes of which one out
-    // of `step` is read, each at another place.
+    // Bits of a mass that more than `need` units of the range reach, to judge by groups of 64 bytes: the range in as
+    // many equal parts as are read, and one out of each, each at another place.
     __device__ __forceinline__ uint32_t guess_bound(SelectShared<kThreads>& shared, const Range& range,
                                                     uint32_t need) const {
         constexpr uint32_t kBins = 4 * kThreads;
         constexpr uint32_t kShift = kMantissaBits + kLog2<kSampleOctaves> - kLog2<kBins>;
-        constexpr int32_t kGroups = kSampledVectors * kThreads / kLineVectors;
+        constexpr int32_t kGroups = kSampledVectors * kThreads / kSampledGroup;
         const auto thread = static_cast<int32_t>(threadIdx.x);
-        // Groups that lie on 128 bytes, whole and in the range.
-        const auto skew = static_cast<int32_t>(reinterpret_cast<uintptr_t>(vectors_) / sizeof(uint4) % kLineVectors);
+        // Groups that lie on 64 bytes, whole and in the range.
+        const auto skew = static_cast<int32_t>(reinterpret_cast<uintptr_t>(vectors_) / sizeof(uint4) % kSampledGroup);
         const int32_t first = (range.begin + shift_ + 3) / 4, last = (range.begin + range.width + shift_) / 4;
-        const int32_t begin = (first + skew + kLineVectors - 1) / kLineVectors * kLineVectors - skew;
-        const int32_t groups = max(last - begin, 0) / kLineVectors;
-        const int32_t step = max(groups / kGroups, 1);
+        const int32_t begin = (first + skew + kSampledGroup - 1) / kSampledGroup * kSampledGroup - skew;
+        const int32_t groups = max(last - begin, 0) / kSampledGroup;
+        const auto spread = static_cast<uint32_t>(max(groups, kGroups));
 
         uint4 words[kSampledVectors];
 #pragma unroll
         for (int32_t i = 0; i < kSampledVectors; ++i) {
-            const int32_t number = (i * kThreads + thread) / kLineVectors;
-            const int32_t offset = (number * 0x9e37 & 0xffff) * step >> 16;
-            words[i] = number < groups
-                           ? vectors_[begin + (number * step + offset) * kLineVectors + thread % kLineVectors]
+            const uint32_t number = (i * kThreads + threadIdx.x) / kSampledGroup;
+            const uint32_t part = number * spread / kGroups, part_end = (number + 1) * spread / kGroups;
+            const uint32_t group = part + ((number * 0x9e37 & 0xffff) * (part_end - part) >> 16);
+            words[i] = number < static_cast<uint32_t>(groups)
+                           ? vectors_[begin + group * kSampledGroup + thread % kSampledGroup]
                            : uint4{};
         }
         // Meanwhile the first of the pass that follows, and of what is behind the range.
@@ -158,12 +160,13 @@ public:
         __syncthreads();
         const uint4 own = shared.bins[thread];
         shared.bins[thread] = uint4{};
-        const auto sampled = static_cast<uint32_t>(4 * kLineVectors * min(groups, kGroups));
+        const auto sampled = static_cast<uint32_t>(4 * kSampledGroup * min(groups, kGroups));
         const auto all = static_cast<uint32_t>(max(range.width, 1));
         const uint32_t expected = need * sampled / all;
-        const float share_left = static_cast<float>(all - sampled) / static_cast<float>(all);
-        const uint32_t wanted =
-            expected + 1 + static_cast<uint32_t>(static_cast<float>(expected + kSampleSlack) * share_left);
+        // The less is left out, the less can be missing.
+        const float twice_left = 2.0f * static_cast<float>(all - sampled) / static_cast<float>(all);
+        const float slack = static_cast<float>(expected / 2 + kSampleSlack) * fminf(twice_left, 1.0f);
+        const uint32_t wanted = expected + 1 + static_cast<uint32_t>(slack);
         Found found;
         if (find_bin<uint32_t>(shared, own, wanted, &found) < wanted) return kLeastBound;
         return kLeastBound + ((kBins - 1 - found.position) << kShift);
