@@ -5,9 +5,10 @@
 Times are those of cuda_timing.py: cold (masses of more than 200 MB take turns) and warm (one set, as the exact forward
 may leave it in L2). floor = masses and results once at 3.05 TB/s, in both columns. Rows are all layers and KV heads of
 a model, or with layers = 1 those of one layer; n = ceil((P + 32) / g), k = 1024 tokens, of which 4 are sinks and 64
-recents; masses are softmax(3 * normal). The peer finds the same number of units, but neither puts them in order nor
-adds up their masses, and knows no rules: with "layer", "mass" and "joint" it stands as a reference. All five results of
-every case are checked against the CPU, bit for bit.
+recents; masses are softmax(3 * normal), in a row with runs softmax(1.5 * normal of the run + 0.3 * normal). The peer
+finds the same number of units, but neither puts them in order nor adds up their masses, and knows no rules: with
+"layer", "mass" and "joint" it stands as a reference. All five results of every case are checked against the CPU, bit
+for bit.
 """
 
 import argparse
@@ -42,6 +43,7 @@ class SelectShape:
     g: int
     rule: str
     layers: int
+    runs: int | None = None  # units of a run whose masses are alike; None: each by itself
 
     @property
     def size(self) -> tuple[int, int, int, int]:
@@ -69,12 +71,14 @@ class SelectShape:
     @property
     def case(self) -> dict:
         case = {"model": self.model, "batch": self.batch, "context": self.context, "Q": Q, "K": K, "g": self.g}
+        case |= {"runs": self.runs} if self.runs else {}
         return case | {"rule": self.rule, "layers": self.layers, "rows": self.rows, "n": self.size[3]}
 
     @property
     def name(self) -> str:
         layers = "" if self.layers == LAYERS[self.model] else f" L={self.layers}"
-        return f"{self.model} {self.batch}x{short(self.context)} g={self.g} {self.rule}{layers}"
+        runs = f" runs={self.runs}" if self.runs else ""
+        return f"{self.model} {self.batch}x{short(self.context)} g={self.g} {self.rule}{layers}{runs}"
 
 
 def all_shapes() -> list[SelectShape]:
@@ -82,7 +86,8 @@ def all_shapes() -> list[SelectShape]:
     shapes = [SelectShape(m, b, tokens_of(context), g, "fixed", LAYERS[m]) for m, b, context, g in grid]
     shapes += [SelectShape("7B", 1, tokens_of("128K"), 64, rule, LAYERS["7B"]) for rule in ("layer", "mass", "joint")]
     shapes += [SelectShape("7B", 1, tokens_of(context), 1, "fixed", 1) for context in CONTEXTS]
-    return shapes + [SelectShape("7B", 1, tokens_of(context), 1, "fixed", LAYERS["7B"]) for context in CONTEXTS]
+    shapes += [SelectShape("7B", 1, tokens_of(context), 1, "fixed", LAYERS["7B"]) for context in CONTEXTS]
+    return [*shapes, SelectShape("7B", 1, tokens_of("128K"), 1, "fixed", LAYERS["7B"], runs=128)]
 
 
 def matches(shape: SelectShape, pattern: str) -> bool:
@@ -100,8 +105,12 @@ def matches(shape: SelectShape, pattern: str) -> bool:
 def make_mass(shape: SelectShape, count: int, seed: int, device: str = "cuda") -> Tensor:
     """Masses [count, L, B, Hkv, n] that sum to 1 over n."""
     random = torch.Generator(device).manual_seed(seed)
-    mass = torch.empty(count, *shape.size, device=device).normal_(generator=random).mul_(3)
+    mass = torch.empty(count, *shape.size, device=device).normal_(generator=random).mul_(0.3 if shape.runs else 3)
     for one in mass:
+        if shape.runs:
+            runs = torch.empty(*shape.size[:-1], math.ceil(shape.size[-1] / shape.runs), device=device)
+            heights = runs.normal_(generator=random).mul_(1.5)
+            one.add_(heights.repeat_interleave(shape.runs, -1)[..., : shape.size[-1]])
         one.sub_(one.logsumexp(-1, keepdim=True)).exp_()
     return mass
 

@@ -38,7 +38,7 @@
 // Cost: reads mass once from memory (rule mass: up to three more passes from cache), O(L * B * Hkv * n). On a GPU one
 // launch, and one read as long as a cluster of multiprocessors holds a row: 760000 units, with rule kJoint and its Hkv
 // heads in one cluster 760000 / Hkv, with more than 16 of them nothing. A longer row is read once in each pass, and so
-// is one of many long rows of rule kFixed whose heavy units lie in long runs, or which has too few that are not zero.
+// is one of many long rows of rule kFixed in which too many units are alike, or too few are not zero.
 namespace mage {
 
 enum class SelectRule : int32_t { kFixed = 0, kLayer = 1, kMass = 2, kJoint = 3 };

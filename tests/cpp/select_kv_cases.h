@@ -75,8 +75,10 @@ enum class Masses {
     kBroken,  // NaN, infinities, negatives, both zeros, denormals and values above 1 among them
     kAllNan,
     kLarge,  // above 1, as no op gives them
+    kRuns,   // softmax of normal logits: 1.5 for 128 units together and 0.3 for each
+    kSpans,  // 512 of every 2048 units are heavy, 2048 in all: 128 of each of the same few warps
 };
-constexpr int kMasses = 9;
+constexpr int kMasses = 11;
 
 struct SelectCase {
     std::string name;
@@ -98,6 +100,7 @@ inline void fill_masses(Masses masses, float* row, int64_t units, std::mt19937& 
     const auto uniform = [&] { return static_cast<float>(random() % (1 << 20)) / (1 << 20); };
     std::normal_distribution<float> normal;
     double sum = 0.0;
+    float run = 0.0f;
     for (int64_t i = 0; i < units; ++i) {
         float& mass = row[i];
         switch (masses) {
@@ -130,6 +133,13 @@ inline void fill_masses(Masses masses, float* row, int64_t units, std::mt19937& 
                 break;
             case Masses::kLarge:
                 mass = 1.0f + 100.0f * uniform();
+                break;
+            case Masses::kRuns:
+                if (i % 128 == 0) run = 1.5f * normal(random);
+                sum += mass = std::exp(run + 0.3f * normal(random));
+                break;
+            case Masses::kSpans:
+                sum += mass = std::exp(0.3f * normal(random)) * (i < 8192 && i % 2048 < 512 ? 100.0f : 1.0f);
                 break;
         }
     }

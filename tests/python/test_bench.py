@@ -159,13 +159,13 @@ def test_peer_of_votes_agrees(bench):
 def test_rows_of_selections(bench):
     shapes = bench.select.all_shapes()
     assert (
-        len({json.dumps(shape.case) for shape in shapes}) == len({shape.name for shape in shapes}) == len(shapes) == 31
+        len({json.dumps(shape.case) for shape in shapes}) == len({shape.name for shape in shapes}) == len(shapes) == 32
     )
     shape = next(shape for shape in shapes if shape.name == "7B 1x128K g=64 fixed")
     assert shape.size == (28, 1, 4, 2049) and shape.case["rows"] == 112
     assert shape.floor_us == pytest.approx((4 * 112 * 2049 + 112 * (4 * 16 + 9)) / 3.05e12 * 1e6)
     names = [s.name for s in shapes if bench.select.matches(s, "7B:1:128K:1")]
-    assert names == ["7B 1x128K g=1 fixed L=1", "7B 1x128K g=1 fixed"]
+    assert names == ["7B 1x128K g=1 fixed L=1", "7B 1x128K g=1 fixed", "7B 1x128K g=1 fixed runs=128"]
     with pytest.raises(ValueError, match="MODEL:BATCH:CONTEXT:G:RULE, got '1:2:3:4:5:6'"):
         bench.select.matches(shape, "1:2:3:4:5:6")
 

@@ -613,6 +613,7 @@ __global__ void __launch_bounds__(kThreadsOf, 1024 / kThreadsOf)
     if (thread == 0) {
         shared.select.listed = 0;
         shared.select.gathered = 0;
+        shared.chunks_end = 0;
     }
     shared.select.bins[thread] = uint4{};
     shared.words[2 * thread] = shared.words[2 * thread + 1] = uint4{};
@@ -632,8 +633,8 @@ __global__ void __launch_bounds__(kThreadsOf, 1024 / kThreadsOf)
     if (need > 0 && !takes_all) bound = stream.guess_bound(shared.select, between, need);
     device::dependency_release();
 
-    uint32_t own = 0;
-    if (bound > 0) own = stream.list_above(shared, between, bound);
+    uint32_t empty = 0;
+    if (bound > 0) empty = stream.list_above(shared, between, bound);
     // The forced units on both sides of the others.
     int32_t* indices = args.indices + int64_t{row} * args.capacity;
     const int32_t recents = budget.count - between.begin - budget.ranked;
@@ -652,17 +653,16 @@ __global__ void __launch_bounds__(kThreadsOf, 1024 / kThreadsOf)
     const Sum outside = warp_sum(stream.outside(between));
     if (lane == 0) shared.select.warp_sums[1][warp] = outside;
     Pick pick = {0xffffffffu, 0u};
-    Listed listed = {};
+    uint32_t listed = 0;
     bool is_listed = need == 0;
     if (bound > 0) {
-        if (lane == 0) shared.select.warp_taken[warp] = own;
+        if (lane == 0) shared.select.warp_taken[warp] = empty;
         __syncthreads();
-        const uint32_t count = lane < kWarps ? shared.select.warp_taken[lane] : 0u;
-        is_listed = !__any_sync(kAllLanes, count > kStreamPart) && warp_sum(count) >= need;
+        listed = shared.chunks_end;
+        is_listed =
+            listed <= kStreamList && listed - warp_sum(lane < kWarps ? shared.select.warp_taken[lane] : 0u) >= need;
         if (is_listed) {
             constexpr uint32_t kBins = 4 * kThreadsOf;
-            const uint32_t begin = warp * kStreamPart;
-            listed = {begin + lane, begin + own, kWarp};
             Group<kThreadsOf> group(shared.select, 1, 0);
             const Window window = {mass_key(bound),
                                    mass_key(kInfinity),
@@ -671,14 +671,14 @@ __global__ void __launch_bounds__(kThreadsOf, 1024 / kThreadsOf)
                                    0u,
                                    false};
             pick = search(shared.select, group, between, places, window, [&](auto&& visit) {
-                listed.each(shared.list, [&](uint32_t key, int32_t unit) { visit(key, unit, 0); });
+                each_listed(shared, listed, [&](uint32_t key, int32_t unit) { visit(key, unit, 0); });
             });
         }
     }
     if (!is_listed) {
         const Window window = first_window<4 * kThreadsOf>(args, prefix.eligible, need);
         pick = list_taken(shared, stream, between, places, window, takes_all);
-        listed = {static_cast<uint32_t>(thread), shared.select.listed, kThreadsOf};
+        listed = shared.select.listed;
     }
 
     Sum kept = 0;

@@ -11,13 +11,15 @@ namespace mage::cuda {
 
 namespace {
 
-constexpr uint32_t kStreamPart = 448;         // entries of a warp
+constexpr uint32_t kStreamList = 7168;        // entries of the list
+constexpr uint32_t kListChunk = kWarp;        // of them, taken by a warp at a time
 constexpr int32_t kStreamNeed = 2048;         // most units ranked; a list of these must fit in any case
 constexpr int64_t kStreamUnits = 1 << 19;     // of a row: of more the sample says too little
 constexpr int32_t kStreamDepth = 6;           // loads of 16 bytes in flight, of a thread
 constexpr int32_t kSampledVectors = 8;        // of a thread
+constexpr int32_t kSampledGroup = 4;          // vectors that lie together
 constexpr int32_t kLineVectors = 8;           // of 128 bytes
-constexpr uint32_t kSampleSlack = 64;         // units of the sample beyond twice of what is expected
+constexpr uint32_t kSampleSlack = 64;         // units of the sample beyond 3/2 of what is expected
 constexpr uint32_t kLeastBound = 0x1f800000;  // 2^-64, as bits
 constexpr uint32_t kSampleOctaves = 64;       // of its histogram, from there on
 constexpr uint32_t kPickOctaves = 4;          // of the first histogram of the list
@@ -26,24 +28,20 @@ constexpr int32_t kWordsOfThread = 8;
 template <int kThreads>
 struct StreamShared {
     SelectShared<kThreads> select;
-    Sum list[kThreads / kWarp * kStreamPart];  // a part per warp, or one after the other
+    Sum list[kStreamList];  // in no order; an entry of 0 stands for no unit
     uint4 words[kThreads * kWordsOfThread / 4];
+    uint32_t chunks_end;  // of the list; 0 at first
 };
 
-// The entries of a list that a thread visits.
-struct Listed {
-    uint32_t begin, end, step;
-
-    // visit(key, unit)
-    template <typename Visit>
-    __device__ __forceinline__ void each(const Sum* list, Visit&& visit) const {
+// visit(key, unit) for the thread's of the first `end` entries of the list; unit -1 is none.
+template <int kThreads, typename Visit>
+__device__ __forceinline__ void each_listed(const StreamShared<kThreads>& shared, uint32_t end, Visit&& visit) {
 #pragma unroll 1
-        for (uint32_t i = begin; i < end; i += step) {
-            const Sum entry = list[i];
-            visit(static_cast<uint32_t>(entry >> 32), static_cast<int32_t>(~static_cast<uint32_t>(entry)));
-        }
+    for (uint32_t i = threadIdx.x; i < end; i += kThreads) {
+        const Sum entry = shared.list[i];
+        visit(static_cast<uint32_t>(entry >> 32), static_cast<int32_t>(~static_cast<uint32_t>(entry)));
     }
-};
+}
 
 // A row, read by all threads in vectors of 16 bytes, which lie on 16 bytes: the first and the last may hold less than
 // four units.
@@ -118,28 +116,29 @@ public:
         return sum;
     }
 
-    // Bits of a mass that more than `need` units of the range reach, to judge by groups of 128 bytes of which one out
-    // of `step` is read, each at another place.
+    // Bits of a mass that more than `need` units of the range reach, to judge by groups of 64 bytes: the range in as
+    // many equal parts as are read, and one out of each, each at another place.
     __device__ __forceinline__ uint32_t guess_bound(SelectShared<kThreads>& shared, const Range& range,
                                                     uint32_t need) const {
         constexpr uint32_t kBins = 4 * kThreads;
         constexpr uint32_t kShift = kMantissaBits + kLog2<kSampleOctaves> - kLog2<kBins>;
-        constexpr int32_t kGroups = kSampledVectors * kThreads / kLineVectors;
+        constexpr int32_t kGroups = kSampledVectors * kThreads / kSampledGroup;
         const auto thread = static_cast<int32_t>(threadIdx.x);
-        // Groups that lie on 128 bytes, whole and in the range.
-        const auto skew = static_cast<int32_t>(reinterpret_cast<uintptr_t>(vectors_) / sizeof(uint4) % kLineVectors);
+        // Groups that lie on 64 bytes, whole and in the range.
+        const auto skew = static_cast<int32_t>(reinterpret_cast<uintptr_t>(vectors_) / sizeof(uint4) % kSampledGroup);
         const int32_t first = (range.begin + shift_ + 3) / 4, last = (range.begin + range.width + shift_) / 4;
-        const int32_t begin = (first + skew + kLineVectors - 1) / kLineVectors * kLineVectors - skew;
-        const int32_t groups = max(last - begin, 0) / kLineVectors;
-        const int32_t step = max(groups / kGroups, 1);
+        const int32_t begin = (first + skew + kSampledGroup - 1) / kSampledGroup * kSampledGroup - skew;
+        const int32_t groups = max(last - begin, 0) / kSampledGroup;
+        const auto spread = static_cast<uint32_t>(max(groups, kGroups));
 
         uint4 words[kSampledVectors];
 #pragma unroll
         for (int32_t i = 0; i < kSampledVectors; ++i) {
-            const int32_t number = (i * kThreads + thread) / kLineVectors;
-            const int32_t offset = (number * 0x9e37 & 0xffff) * step >> 16;
-            words[i] = number < groups
-                           ? vectors_[begin + (number * step + offset) * kLineVectors + thread % kLineVectors]
+            const uint32_t number = (i * kThreads + threadIdx.x) / kSampledGroup;
+            const uint32_t part = number * spread / kGroups, part_end = (number + 1) * spread / kGroups;
+            const uint32_t group = part + ((number * 0x9e37 & 0xffff) * (part_end - part) >> 16);
+            words[i] = number < static_cast<uint32_t>(groups)
+                           ? vectors_[begin + group * kSampledGroup + thread % kSampledGroup]
                            : uint4{};
         }
         // Meanwhile the first of the pass that follows, and of what is behind the range.
@@ -161,40 +160,67 @@ public:
         __syncthreads();
         const uint4 own = shared.bins[thread];
         shared.bins[thread] = uint4{};
-        const auto sampled = static_cast<uint32_t>(4 * kLineVectors * min(groups, kGroups));
+        const auto sampled = static_cast<uint32_t>(4 * kSampledGroup * min(groups, kGroups));
         const auto all = static_cast<uint32_t>(max(range.width, 1));
         const uint32_t expected = need * sampled / all;
-        const float share_left = static_cast<float>(all - sampled) / static_cast<float>(all);
-        const uint32_t wanted =
-            expected + 1 + static_cast<uint32_t>(static_cast<float>(expected + kSampleSlack) * share_left);
+        // The less is left out, the less can be missing.
+        const float twice_left = 2.0f * static_cast<float>(all - sampled) / static_cast<float>(all);
+        const float slack = static_cast<float>(expected / 2 + kSampleSlack) * fminf(twice_left, 1.0f);
+        const uint32_t wanted = expected + 1 + static_cast<uint32_t>(slack);
         Found found;
         if (find_bin<uint32_t>(shared, own, wanted, &found) < wanted) return kLeastBound;
         return kLeastBound + ((kBins - 1 - found.position) << kShift);
     }
 
-    // Lists the units of the range whose mass has at least the bits `bound` > 0, each warp in its part of the list.
-    // Returns the number of the warp's, of which the first kStreamPart are listed.
+    // Lists the units of the range whose mass has at least the bits `bound` > 0. A warp takes room for them in chunks,
+    // and leaves what it does not need of its last one empty; returns how much that is. shared.chunks_end counts what
+    // is taken: where it ends up beyond the list, not all are listed.
     __device__ __forceinline__ uint32_t list_above(StreamShared<kThreads>& shared, const Range& range,
                                                    uint32_t bound) const {
-        Sum* part = shared.list + threadIdx.x / kWarp * kStreamPart;
-        const uint32_t lanes_below = (1u << threadIdx.x % kWarp) - 1;
-        const uint32_t to_key = mass_key(bound) - bound;
-        uint32_t count = 0;
+        constexpr uint32_t kToKey = 2;  // from the bits of a mass above 0
+        const uint32_t lane = threadIdx.x % kWarp, lanes_below = (1u << lane) - 1;
+        uint32_t least = bound;  // beyond all masses where there is no room
+        Sum* chunk = shared.list;
+        uint32_t used = 0, room = 0;  // of the chunk
         each<kStreamDepth>(range, [&](const uint4& words, int32_t unit) {
-            if (!__any_sync(kAllLanes, max(max(words.x, words.y), max(words.z, words.w)) >= bound)) return;
-            const uint32_t values[4] = {words.x, words.y, words.z, words.w};
-#pragma unroll
-            for (int32_t i = 0; i < 4; ++i) {
-                const bool is_above = values[i] - bound <= kInfinity - bound && range.contains(unit + i);
+            if (!__any_sync(kAllLanes, max(max(words.x, words.y), max(words.z, words.w)) >= least)) return;
+            uint32_t next = used;
+            const auto list = [&](uint32_t value, int32_t i, Sum* to, bool is_late) {
+                const bool is_above = value - bound <= kInfinity - bound && range.contains(unit + i);
                 const uint32_t above = __ballot_sync(kAllLanes, is_above);
-                if (above == 0) continue;
-                const uint32_t at = count + __popc(above & lanes_below);
-                if (is_above && at < kStreamPart)
-                    part[at] = entry_of(values[i] + to_key, static_cast<uint32_t>(unit + i));
-                count += __popc(above);
+                if (above == 0) return;
+                const uint32_t at = next + __popc(above & lanes_below);
+                if (is_above && (at >= room) == is_late)
+                    to[at] = entry_of(value + kToKey, static_cast<uint32_t>(unit + i));
+                next += __popc(above);
+            };
+            list(words.x, 0, chunk, false);
+            list(words.y, 1, chunk, false);
+            list(words.z, 2, chunk, false);
+            list(words.w, 3, chunk, false);
+            if (__builtin_expect(next > room, false)) {
+                const uint32_t more = (next - room + kListChunk - 1) / kListChunk * kListChunk;
+                uint32_t first = 0;
+                if (lane == 0) first = atomicAdd(&shared.chunks_end, more);
+                first = __shfl_sync(kAllLanes, first, 0);
+                if (first + more > kStreamList) {
+                    least = 0xffffffffu;
+                    return;
+                }
+                // Those that found no room.
+                next = used;
+#pragma unroll 1
+                for (int32_t i = 0; i < 4; ++i)
+                    list(i < 2 ? (i == 0 ? words.x : words.y) : (i == 2 ? words.z : words.w), i,
+                         shared.list + first - room, true);
+                chunk = shared.list + first;
+                next -= room;
+                room = more;
             }
+            used = next;
         });
-        return count;
+        if (lane < room - used) chunk[used + lane] = 0;
+        return room - used;
     }
 
     // visit(key, unit) for the units of the range.
@@ -259,10 +285,10 @@ __device__ __forceinline__ Pick list_taken(StreamShared<kThreads>& shared, RowSt
     return pick;
 }
 
-// The units of a list that are taken, in order, to `indices`; returns what this thread's have. shared.words is 0
-// before.
+// The units of the first `listed` entries of the list that are taken, in order, to `indices`; returns what this
+// thread's have. shared.words is 0 before.
 template <int kThreads>
-__device__ __forceinline__ Sum write_taken(StreamShared<kThreads>& shared, const Range& range, const Listed& listed,
+__device__ __forceinline__ Sum write_taken(StreamShared<kThreads>& shared, const Range& range, uint32_t listed,
                                            const Pick& pick, int32_t* indices) {
     constexpr int32_t kBlock = kThreads * kWordsOfThread * kWarp;
     static_assert(sizeof(shared.select.group_bins) == sizeof(uint16_t) * kThreads * kWordsOfThread);
@@ -279,7 +305,7 @@ __device__ __forceinline__ Sum write_taken(StreamShared<kThreads>& shared, const
             __syncthreads();
         }
         const auto each_taken = [&](auto&& visit) {
-            listed.each(shared.list, [&](uint32_t key, int32_t unit) {
+            each_listed(shared, listed, [&](uint32_t key, int32_t unit) {
                 const auto at = static_cast<uint32_t>(unit - block);
                 if (at < kBlock && pick.takes(key, static_cast<uint32_t>(unit))) visit(key, unit, at);
             });
