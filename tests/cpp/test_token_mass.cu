@@ -318,6 +318,17 @@ TEST(TokenMassCudaLists, EqualTheFullPassBitForBit) {
     }
 }
 
+// The third request's prefix is empty, and a CTA has it behind streams that are not: their sums are not its.
+TEST(TokenMassCudaLists, OfAnEmptyPrefixBehindAFullOne) {
+    MAGE_NEEDS_GPU();
+    AttentionBuffers buffers(small_case(32, 7, {700, 400, 300, 333}));
+    for (const MassScore score : {MassScore::kMean, MassScore::kMax, MassScore::kRows}) {
+        TokensOnDevice m(buffers, {score, MassNorm::kPrefix, false, 64, 49});
+        m.run();
+        expect_naive_tokens(m);
+    }
+}
+
 TEST(TokenMassCudaRuns, AreBitwiseEqual) {
     MAGE_NEEDS_GPU();
     for (const RowCount& r : kRowCounts) {
