@@ -24,4 +24,9 @@ inline void check_range(const char* op, const char* name, int64_t value, int64_t
     MAGE_CHECK(value >= low && value <= high, op, ": ", name, " must be in [", low, ", ", high, "], got ", value);
 }
 
+inline void check_page_size(const char* op, const char* name, int64_t tokens) {
+    MAGE_CHECK(tokens == 1 || tokens == 16 || tokens == 32 || tokens == 64 || tokens == 128 || tokens == 256, op, ": ",
+               name, " must have pages of 1, 16, 32, 64, 128 or 256 tokens, got ", tokens);
+}
+
 }  // namespace mage::core

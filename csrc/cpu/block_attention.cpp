@@ -23,6 +23,7 @@ int64_t block_attention_workspace(int64_t num_requests, int64_t num_queries, int
 
 void check_block_attention(const BlockAttentionParams& p, const char* op) {
     cpu::check_attention_dims(op, p);
+    core::check_page_size(op, "k_cache", p.pages.page_size);
     MAGE_CHECK(p.max_seq_len <= int64_t{p.pages.max_pages} * p.pages.page_size, op,
                ": block_table must have pages for max_seq_len = ", p.max_seq_len, " tokens, got ", p.pages.max_pages,
                " pages of ", p.pages.page_size);

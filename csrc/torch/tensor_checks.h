@@ -150,9 +150,7 @@ inline PagedPool check_pool(const char* op, const char* name, const Tensor& pool
     check_device(op, name, pool, like);
     check_rank(op, name, pool, 4);
     check_dtype(op, name, pool, like.scalar_type());
-    const int64_t page = pool.size(1);
-    MAGE_CHECK(page == 1 || page == 16 || page == 32 || page == 64 || page == 128 || page == 256, op, ": ", name,
-               " must have pages of 1, 16, 32, 64, 128 or 256 tokens, got ", page);
+    core::check_page_size(op, name, pool.size(1));
     check_vector_rows(op, name, pool);
     return {pool.const_data_ptr(), used_stride(pool, 0), used_stride(pool, 1), used_stride(pool, 2)};
 }

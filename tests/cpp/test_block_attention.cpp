@@ -54,6 +54,9 @@ TEST(BlockAttentionErrors, NameTheArgument) {
     bad.max_seq_len = 145;
     expect_error(bad, "block_attention: block_table must have pages for max_seq_len = 145 tokens, got 9 pages of 16");
     bad = buffers.params;
+    bad.pages.page_size = 48;
+    expect_error(bad, "block_attention: k_cache must have pages of 1, 16, 32, 64, 128 or 256 tokens, got 48");
+    bad = buffers.params;
     bad.split_tokens = 32;
     expect_error(bad, "block_attention: split_tokens must be 0 or a positive multiple of 64, got 32");
     bad = buffers.params;

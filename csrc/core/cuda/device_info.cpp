@@ -41,8 +41,8 @@ int active_clusters(const char* op, const void* kernel, int ctas, int threads, i
     int device = 0;
     MAGE_CUDA_CHECK(op, cudaGetDevice(&device));
     const std::lock_guard lock(mutex);
-    const auto [entry, is_new] = known.try_emplace({kernel, device, ctas}, 0);
-    if (!is_new) return entry->second;
+    const std::tuple key(kernel, device, ctas);
+    if (const auto entry = known.find(key); entry != known.end()) return entry->second;
     allow_shared_memory(op, kernel, bytes);
     allow_large_clusters(op, kernel);
     cudaLaunchConfig_t config = {};
@@ -54,11 +54,12 @@ int active_clusters(const char* op, const void* kernel, int ctas, int threads, i
     attribute.val.clusterDim = {static_cast<unsigned>(ctas), 1, 1};
     config.attrs = &attribute;
     config.numAttrs = 1;
-    if (cudaOccupancyMaxActiveClusters(&entry->second, kernel, &config) != cudaSuccess) {
-        entry->second = 0;
+    int count = 0;
+    if (cudaOccupancyMaxActiveClusters(&count, kernel, &config) != cudaSuccess) {
+        count = 0;
         cudaGetLastError();  // the size is not possible here, which is the answer
     }
-    return entry->second;
+    return known[key] = count;
 }
 
 }  // namespace mage::core

@@ -12,16 +12,15 @@ using Encode = decltype(&cuTensorMapEncodeTiled);
 
 // The driver's function, found at run time: libcuda is never linked.
 Encode encode_function(const char* op) {
-    static Encode encode = nullptr;
-    if (encode == nullptr) {
+    static const Encode encode = [op] {
         void* address = nullptr;
         cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
         MAGE_CUDA_CHECK(op, cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &address, 12000,
                                                              cudaEnableDefault, &result));
         MAGE_CHECK(result == cudaDriverEntryPointSuccess && address != nullptr, op,
                    ": the driver must offer cuTensorMapEncodeTiled (CUDA 12), got none");
-        encode = reinterpret_cast<Encode>(address);
-    }
+        return reinterpret_cast<Encode>(address);
+    }();
     return encode;
 }
 
