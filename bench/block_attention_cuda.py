@@ -25,6 +25,9 @@ DEFAULT_EMISSIONS = "none,mass64,mass16"
 
 BATCHES = ((1, "4K"), (1, "16K"), (1, "32K"), (1, "128K"), (4, "32K"), (16, "32K"))
 SUB_BLOCK_BATCHES = ((1, "4K"), (1, "32K"), (1, "128K"), (16, "32K"))  # Q = 8
+# The other head dim and the other dtype that have kernels.
+OTHER_BATCHES = [("135M", torch.bfloat16, *batch) for batch in ((1, "4K"), (1, "32K"), (16, "32K"))]
+OTHER_BATCHES += [("7B", torch.float16, 1, "32K"), ("7B", torch.float16, 1, "128K"), ("135M", torch.float16, 1, "32K")]
 MIXED_REQUESTS = 16
 # Wanted speed of block_attention_mass, g = 64 and Q = 32, over a peer that emits nothing; in the order of BATCHES.
 WANTED = {
@@ -44,13 +47,13 @@ def mixed_contexts() -> tuple[int, ...]:
 
 
 def all_shapes() -> list[Shape]:
-    """Rows of the table, by model: blocks of 32, sub-blocks of 8, a batch of mixed lengths."""
+    """Rows of the table, by model: blocks of 32, sub-blocks of 8, a batch of mixed lengths; then OTHER_BATCHES."""
     shapes = []
     for model in WANTED:
         shapes += [Shape(model, (tokens_of(context),) * batch) for batch, context in BATCHES]
         shapes += [Shape(model, (tokens_of(context),) * batch, q_len=8) for batch, context in SUB_BLOCK_BATCHES]
         shapes.append(Shape(model, mixed_contexts()))
-    return shapes
+    return shapes + [Shape(m, (tokens_of(context),) * batch, dtype=dtype) for m, dtype, batch, context in OTHER_BATCHES]
 
 
 def matches(shape: Shape, pattern: str) -> bool:
@@ -72,6 +75,8 @@ def matches(shape: Shape, pattern: str) -> bool:
 
 def wanted_speed(shape: Shape, emission: str) -> float | None:
     if emission != "mass64" or shape.q_len != 32 or shape.mixed:
+        return None
+    if shape.model not in WANTED or shape.dtype != torch.bfloat16:
         return None
     batches = [(batch, tokens_of(context)) for batch, context in BATCHES]
     return WANTED[shape.model][batches.index((shape.batch, shape.contexts[0]))]

@@ -9,6 +9,7 @@ from torch import Tensor
 from mage_ext.evaluation.speed import HBM_BYTES_PER_S, MMA_FLOPS_PER_S, MMA_ROWS
 
 MODELS = {"7B": (28, 4, 128), "1.5B": (12, 2, 128), "8B": (32, 8, 128)}  # H, Hkv, D
+HEADS = MODELS | {"135M": (9, 3, 64)}
 COLD_BYTES = 220e6  # of KV in all sets together; the L2 has 50 MB
 DTYPE = torch.bfloat16
 
@@ -21,11 +22,12 @@ class Shape:
     contexts: tuple[int, ...]
     q_len: int = 32
     page: int = 64
+    dtype: torch.dtype = DTYPE
 
     @property
     def heads(self) -> tuple[int, int, int]:
         """H, Hkv, D."""
-        return MODELS[self.model]
+        return HEADS[self.model]
 
     @property
     def batch(self) -> int:
@@ -52,7 +54,7 @@ class Shape:
     @property
     def kv_bytes(self) -> int:
         _, kv_heads, dim = self.heads
-        return 2 * sum(self.lengths) * kv_heads * dim * DTYPE.itemsize
+        return 2 * sum(self.lengths) * kv_heads * dim * self.dtype.itemsize
 
     def partial_bytes(self, g: int) -> int:
         """The float32 sums of every row over every unit of g tokens."""
@@ -62,7 +64,7 @@ class Shape:
         """Least time of attention that also writes one sum per row and unit of g tokens (None: that emits nothing)."""
         heads, kv_heads, dim = self.heads
         q_values = self.batch * self.q_len * heads * dim
-        moved = self.kv_bytes + 2 * q_values * DTYPE.itemsize + 4 * self.batch * heads * self.q_len
+        moved = self.kv_bytes + 2 * q_values * self.dtype.itemsize + 4 * self.batch * heads * self.q_len
         if g is not None:
             moved += self.partial_bytes(g)
         padded_rows = math.ceil(self.rows / MMA_ROWS) * MMA_ROWS
@@ -74,13 +76,18 @@ class Shape:
         contexts = f"{self.batch}x{short(self.contexts[0])}"
         if self.mixed:
             contexts = f"{self.batch} of {short(min(self.contexts))}..{short(max(self.contexts))}"
-        return f"{self.model} {contexts} Q={self.q_len}"
+        dtype = "" if self.dtype == DTYPE else f" {self.dtype_name}"
+        return f"{self.model} {contexts} Q={self.q_len}{dtype}"
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
 
     @property
     def case(self) -> dict:
         """Keys of a result file. A batch of mixed lengths has all its `contexts` in place of one `context`."""
         context = {"contexts": list(self.contexts)} if self.mixed else {"context": self.contexts[0]}
-        case = {"model": self.model, "D": self.heads[2], "dtype": "bfloat16", "batch": self.batch, **context}
+        case = {"model": self.model, "D": self.heads[2], "dtype": self.dtype_name, "batch": self.batch, **context}
         return case | {"Q": self.q_len, "page": self.page}
 
 
@@ -104,7 +111,7 @@ def num_sets(shape: Shape) -> int:
 
 
 def make_sets(shape: Shape, count: int, seed: int, device: str = "cuda", layout: str = "nhd") -> list[KvSet]:
-    """Random bfloat16 drawn in place; every request's pages lie scattered over the pool, unused table entries are 0.
+    """Random numbers drawn in place; every request's pages lie scattered over the pool, unused table entries are 0.
 
     layout: "nhd", or "hnd": pools whose pages hold one head after the other.
     """
@@ -113,7 +120,7 @@ def make_sets(shape: Shape, count: int, seed: int, device: str = "cuda", layout:
     pages_of = [math.ceil(length / shape.page) for length in shape.lengths]
 
     def normal(*size):
-        return torch.empty(size, dtype=DTYPE, device=device).normal_(generator=random)
+        return torch.empty(size, dtype=shape.dtype, device=device).normal_(generator=random)
 
     def pool(pages):
         if layout == "hnd":

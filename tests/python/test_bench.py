@@ -75,7 +75,8 @@ def test_rows_cover_targets_and_are_distinct(bench):
 @pytest.mark.parametrize(
     "pattern, names",
     [
-        ("7B:1:32K:32", ["7B 1x32K Q=32"]),
+        ("7B:1:32K:32", ["7B 1x32K Q=32", "7B 1x32K Q=32 float16"]),
+        ("135M:16", ["135M 16x32K Q=32"]),
         ("8B:16", ["8B 16x32K Q=32", "8B 16x32K Q=8", "8B 16 of 1K..128K Q=32"]),
         ("1.5b:*:131072", ["1.5B 1x128K Q=32", "1.5B 1x128K Q=8"]),
         ("7B::mixed", ["7B 16 of 1K..128K Q=32"]),
@@ -228,7 +229,7 @@ class FakePeer:
 def test_table_on_the_cpu_with_the_timer_replaced(bench, monkeypatch, capsys, tmp_path):
     """Everything but the clock: inputs, checks of our results and of the peers', table, missed targets, file."""
     rows = bench.rows
-    shapes = [bench.sets.Shape("1.5B", (224,)), bench.sets.Shape("8B", (160, 96), q_len=8)]
+    shapes = [bench.sets.Shape("135M", (224,), dtype=torch.float16), bench.sets.Shape("8B", (160, 96), q_len=8)]
     us = {"none": 10.0, "mass64": 10.5, "mass16": 13.0, "rows64": 10.5, ("FA3", "splits=0"): 15.0}
     monkeypatch.setattr(bench.sets, "COLD_BYTES", 1)
     monkeypatch.setattr(rows, "all_shapes", lambda: shapes)
@@ -249,6 +250,7 @@ def test_table_on_the_cpu_with_the_timer_replaced(bench, monkeypatch, capsys, tm
     assert result == json.loads(path.read_text()) and len(result["rows"]) == 2 * 2 * 4
     first = result["rows"][1]
     assert first["case"]["emit"] == "mass" and first["case"]["cache"] == "cold" and first["case"]["context"] == 224
+    assert (first["case"]["dtype"], first["case"]["D"]) == ("float16", 64)
     assert (first["peer"], first["peer_us"], first["ratio"]) == ("FA3", 15.0, 1.429)
     assert first["absent"].keys() == {"FA3 splits=1"} and "off by" in first["absent"]["FA3 splits=1"]
     assert result["rows"][-1]["case"]["contexts"] == [160, 96]
