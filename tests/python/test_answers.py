@@ -56,13 +56,14 @@ def test_without_rows_every_answer_says_so():
         "methods",
         "tuned",
         "variants",
+        "carried",
         "layers",
         "dense",
         "finetuning",
         "speed",
     ]
     assert all(each.text == "Not measured in these files." and not each.rows for each in found)
-    assert len(lines(found)) == 8
+    assert len(lines(found)) == 9
 
 
 def test_recall_is_held_against_the_papers_range():
@@ -154,6 +155,8 @@ def test_variants_layers_and_dense_layers_read_their_own_pairs():
         _against_mage("mage_open", 25, 0),
         _against_mage("v1", 30, 0),
         _against_mage("joint", 2, 1),
+        _against_mage("joint", 0, 0, K=128),
+        _against_mage("carry", 30, 0),
         _against_mage("two_level", 1, 2),
     ]
     times = [
@@ -172,8 +175,13 @@ def test_variants_layers_and_dense_layers_read_their_own_pairs():
     )
     assert "takes 1.20 to 1.50 times as long with single tokens as with units of 64 (2 timed cases)" in variants.text
     layers = _ask("layers", *files)
-    assert "v1 (votes, budgets by layer), facts: better in 0, no difference shown in 0, worse in 1" in layers.text
-    assert "no difference shown in 1" in layers.text
+    told = (
+        "v1 (votes and budgets by layer together), facts: better in 0, no difference shown in 0, worse in 1 of 1 cells,"
+    )
+    assert told in layers.text
+    assert "better in 0, no difference shown in 2, worse in 0 of 2 cells (in 1 no case differs)" in layers.text
+    told = "kept for every second block, for lists of its own, facts: better in 0, no difference shown in 0, worse in 1"
+    assert told in _ask("carried", *files).text
     assert "2 dense layers for none, facts: better in 1" in _ask("dense", *files).text
 
 

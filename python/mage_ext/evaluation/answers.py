@@ -4,7 +4,8 @@
     methods       is MAGE better than Quest, Tidal and SparseD at every K, and where not
     tuned         the same with every method tuned by as many trials
     variants      which score, rows, norm and granularity win at equal bytes and at equal time
-    layers        what budgets by layer (MAGE v1, "joint") add
+    carried       what lists kept from the block before cost
+    layers        what votes with budgets by layer (MAGE v1) and budgets shared by heads ("joint") add
     dense         what dense layers add
     finetuning    what fine-tuning with sparse forwards adds over its control
     speed         which times have accuracy behind them at the same units and share of the prefix
@@ -12,9 +13,10 @@
 
 A cell is a task, length, number of forwards and setting at which exact attention finds at least 80 %, or a share masked
 of held-out prose. Tests are paired by case: McNemar's exact one for found facts, for prose a normal one from the
-bootstrap interval of the paired difference. All cells of an answer are one family, at 5 % (Holm 1979). What holds is
-"better" or "worse"; the rest is "no difference shown", which is not the same as equal. With files of another training
-seed, a cell that is better or worse with the first one is a "tie" where the other's gain has not the same sign.
+bootstrap interval of the paired difference. Cells of facts in which no case differs are counted apart: in most of them
+both find all or nothing. All cells of an answer are one family, at 5 % (Holm 1979). What holds is "better" or "worse";
+the rest is "no difference shown", which is not the same as equal. With files of another training seed, a cell that is
+better or worse with the first one is a "tie" where the other's gain has not the same sign.
 
 Test: pytest tests/python/test_answers.py
 """
@@ -53,13 +55,14 @@ class Answer:
 @dataclass(frozen=True)
 class _Cell:
     """A paired comparison of row with other: gain > 0 where row is better, with its 95 % interval. p: two-sided.
-    other_gain: with the other training seed, where the case was measured with it."""
+    alike: no case differs. other_gain: with the other training seed, where the case was measured with it."""
 
     row: Row
     gain: float
     low: float
     high: float
     p: float
+    alike: bool = False
     sign: str = ""
     other_gain: float | None = None
 
@@ -166,7 +169,7 @@ def _facts(rows: Sequence[Row], p: str, other_only: str, own_only: str) -> list[
                 told = f"{own_only} = {own} and {other_only} = {other} of {row['method']} at {_place(row)}"
                 raise ValueError(f"files: {told} must fit score = {row['score']} of n = {n}")
             low, high = paired_difference(both, own, other, n - both - own - other)
-            cells.append(_Cell(row, (own - other) / n, low, high, row[p]))
+            cells.append(_Cell(row, (own - other) / n, low, high, row[p], own + other == 0))
     return cells
 
 
@@ -198,7 +201,7 @@ def _judged(cells: Sequence[_Cell]) -> list[_Cell]:
 
 
 def _reversed(cells: Sequence[_Cell]) -> list[_Cell]:
-    return [_Cell(cell.row, -cell.gain, -cell.high, -cell.low, cell.p) for cell in cells]
+    return [dataclasses.replace(cell, gain=-cell.gain, low=-cell.high, high=-cell.low) for cell in cells]
 
 
 def _beside(cells: Sequence[_Cell], others: Sequence[_Cell]) -> list[_Cell]:
@@ -210,7 +213,8 @@ def _beside(cells: Sequence[_Cell], others: Sequence[_Cell]) -> list[_Cell]:
 def _counts(cells: Sequence[_Cell]) -> str:
     signs = (*_SIGNS, TIE) if any(cell.sign == TIE for cell in cells) else _SIGNS
     told = [f"{sign} in {sum(cell.sign == sign for cell in cells)}" for sign in signs]
-    return f"{', '.join(told)} of {len(cells)}"
+    alike = sum(cell.alike for cell in cells)
+    return f"{', '.join(told)} of {len(cells)} cells{f' (in {alike} no case differs)' * bool(alike)}"
 
 
 def _signed(value: float, digits: int) -> str:
@@ -279,7 +283,7 @@ def _compared(
             if not mine:
                 continue
             what = "prose" if is_prose else "facts"
-            parts.append(f"{name}, {what}: {_counts(mine)} cells, {_gains(mine, is_prose)}.")
+            parts.append(f"{name}, {what}: {_counts(mine)}, {_gains(mine, is_prose)}.")
             table += [_line(cell, name, bool(other)) for cell in mine]
     if not parts:
         return None
@@ -352,6 +356,10 @@ def _interval(row: Row) -> str:
     return f"{100 * row['score']:.1f} [{100 * row['ci_low']:.1f}, {100 * row['ci_high']:.1f}]"
 
 
+def _listed(numbers: set[int]) -> str:
+    return ", ".join(map(str, sorted(numbers)))
+
+
 def _range(shares: Sequence[float]) -> str:
     return f"{100 * min(shares):.1f} to {100 * max(shares):.1f}"
 
@@ -402,17 +410,14 @@ def _number(text: str) -> int:
 
 
 def _of_variants(rows: _Rows) -> _Kinds:
-    facts, prose = rows.get("eval/methods", []), rows.get("eval/prose", [])
-    kinds = []
-    for name, told in (
-        ("mage_max", "score: largest row for mean"),
-        ("mage_open", "rows: open ones for all"),
-        ("mage_prefix", "norm: prefix for context"),
-        ("two_level", "candidates: single tokens in two levels for one"),
-    ):
-        cells = _facts(_of(facts, name), "p_mage", "mage_only", "method_only")
-        kinds.append((told, cells, _prose(_of(prose, name), "over_mage")))
-    own = _of(facts, "mage"), _of(prose, "mage")
+    names = {
+        "mage_max": "score: largest row for mean",
+        "mage_open": "rows: open ones for all",
+        "mage_prefix": "norm: prefix for context",
+        "two_level": "candidates: single tokens in two levels for one",
+    }
+    kinds = _against_mage(rows, names)
+    own = _of(rows.get("eval/methods", []), "mage"), _of(rows.get("eval/prose", []), "mage")
     for g in sorted({row["g"] for part in own for row in part if row["g"] > 1}):
         cells = _facts([row for row in own[0] if row["g"] == g], "p_g1", "g1_only", "units_only")
         kinds.append(
@@ -449,13 +454,30 @@ def _unit_times(rows: _Rows) -> list[str]:
     ]
 
 
-def _of_layers(rows: _Rows) -> _Kinds:
+def _against_mage(rows: _Rows, names: dict[str, str]) -> _Kinds:
+    """Methods that are compared with MAGE, and what to call each."""
     facts, prose = rows.get("eval/methods", []), rows.get("eval/prose", [])
-    kinds = []
-    for name, told in (("v1", "v1 (votes, budgets by layer)"), ("joint", "joint (heads share a layer's budget)")):
-        cells = _facts(_of(facts, name), "p_mage", "mage_only", "method_only")
-        kinds.append((told, cells, _prose(_of(prose, name), "over_mage")))
-    return kinds
+    return [
+        (
+            told,
+            _facts(_of(facts, name), "p_mage", "mage_only", "method_only"),
+            _prose(_of(prose, name), "over_mage"),
+        )
+        for name, told in names.items()
+    ]
+
+
+def _of_carried(rows: _Rows) -> _Kinds:
+    return _against_mage(rows, {"carry": "lists kept for every second block, for lists of its own"})
+
+
+def _carried(rows: _Rows, other: _Rows) -> Any:
+    return _compared(_of_carried, rows, other)
+
+
+def _of_layers(rows: _Rows) -> _Kinds:
+    names = {"v1": "v1 (votes and budgets by layer together)", "joint": "joint (heads share a layer's budget)"}
+    return _against_mage(rows, names)
 
 
 def _layers(rows: _Rows, other: _Rows) -> Any:
@@ -522,7 +544,7 @@ def _finetuning(rows: _Rows, other: _Rows) -> Any:
     parts, table = [], []
     if judged:
         found = list(judged.values())
-        parts.append(f"Tuned against control, facts: {_counts(found)} cells, {_gains(found, False)}.")
+        parts.append(f"Tuned against control, facts: {_counts(found)}, {_gains(found, False)}.")
     for by in pairs:
         control, tuned = by["control"], by["tuned"]
         place = f"{tuned['task']}, {tuned['tokens']} tokens, K = {tuned['K']}, g = {tuned['g']}, "
@@ -572,6 +594,7 @@ def _speed(rows: _Rows, other: _Rows) -> Any:
     if not timed:
         return None
     measured, beside = (_reliable(_of(part.get("eval/methods", []), "mage")) for part in (rows, other))
+    found_at, timed_at = set(), {row["case"]["T"] for row in timed if row["case"].get("T")}
     places = {
         id(row): f"{_place(row)}{', other training seed' * (part is beside)}"
         for part in (measured, beside)
@@ -592,6 +615,7 @@ def _speed(rows: _Rows, other: _Rows) -> Any:
         ]
         # Without facts at that number of dense layers, those at others are told, and count for nothing.
         behind = [row for row in at_share if row["dense_layers"] == dense] or at_share
+        found_at |= {row["T"] for row in behind}
         ratios = [row["ratio"] for row in inside]
         told = [f"{100 * share:.2f} %", str(g), str(dense), f"{min(ratios):.2f} to {max(ratios):.2f}", str(len(inside))]
         if not behind:
@@ -621,6 +645,8 @@ def _speed(rows: _Rows, other: _Rows) -> Any:
     if nearly:
         text += f"{len(nearly)} have such facts with another number of dense layers alone: {'; '.join(nearly)}. "
     text += f"{sum(line[-1] == 'none measured' for line in table)} have none measured at that share and g. "
+    if found_at and timed_at:
+        text += f"Facts are of T = {_listed(found_at)}, times of T = {_listed(timed_at)}. "
     text += "Accuracy is of this model at its lengths, times are of other shapes: no claim about those models' answers."
     head = (
         "K / context",
@@ -673,7 +699,8 @@ _QUESTIONS = {
     "methods": ("Is MAGE better than Quest, Tidal and SparseD at every K?", _methods),
     "tuned": ("And with all of them tuned?", lambda rows, other: tuning.answer(rows, other, _methods)),
     "variants": ("Which score, rows, norm and granularity win at equal bytes and at equal time?", _variants),
-    "layers": ("What do budgets by layer add?", _layers),
+    "carried": ("What do lists kept from the block before cost?", _carried),
+    "layers": ("What do budgets by layer add, with votes or with heads that share them?", _layers),
     "dense": ("What do dense layers add?", _dense),
     "finetuning": ("What does fine-tuning add over its control?", _finetuning),
     "speed": ("Which speed has accuracy behind it at the same share of the prefix?", _speed),

@@ -1,9 +1,9 @@
 """Every method tuned with the same number of trials on a development split, and the comparison of the tuned methods.
 
 A trial is one setting of a method for all cells (task, length, K, g, dense layers); the first is the method's default.
-`TRIALS` is fixed before anything is measured. A method's winner has the highest mean score over the cells; of equal
-ones the earliest, so a default stays unless another setting is better. What a setting reads beside its K is not held
-against it, but told: kv_share.
+`TRIALS` has as many for each. A method's winner has the highest mean score over the cells; of equal ones the earliest,
+so a default stays unless another setting is better. What a setting reads beside its K is not held against it, but told:
+kv_share.
 
 Rows of `mage eval tune` (eval/tune.json), one per method, trial and cell, beside those of exact attention:
 
