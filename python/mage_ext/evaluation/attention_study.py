@@ -74,7 +74,7 @@ from mage_ext.denoise import DenoiseConfig, DenoiseState, generate, prefill
 from mage_ext.evaluation import needles
 from mage_ext.evaluation.baselines import Quest
 from mage_ext.evaluation.forced_blocks import ForcedBlocks, bootstrap, prose, rows_of
-from mage_ext.evaluation.method_comparison import STATIC, TASKS, check_choices, make_case
+from mage_ext.evaluation.method_comparison import STATIC, TASKS, check_choices, compare_lists, make_case
 from mage_ext.models.builtin import load_base
 from mage_ext.models.huggingface import LoadedModel
 from mage_ext.models.transformer import Transformer, rotary, rotate
@@ -386,39 +386,6 @@ class _TwoWay:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Lists and what they share
-
-
-def listed(lists: BlockSelection, num_units: int) -> Tensor:
-    """[L, A, Hkv, num_units], bool: units that are listed."""
-    indices = torch.where(lists.indices >= 0, lists.indices, num_units).long()
-    found = torch.zeros(*indices.shape[:3], num_units + 1, dtype=torch.bool, device=indices.device)
-    return found.scatter_(-1, indices, True)[..., :-1]
-
-
-def attended(lists: BlockSelection, num_units: int) -> Tensor:
-    """[L, A, Hkv, num_units], bool: units that are attended: listed ones and all from the tail on."""
-    unit = torch.arange(num_units, device=lists.indices.device) * lists.g
-    return listed(lists, num_units) | (unit >= lists.tail_start.view(1, -1, 1, 1))
-
-
-def compare_lists(lists: BlockSelection, own: BlockSelection, mass: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What lists share with the own lists of a forward.
-
-    Args:
-        lists, own: of the same g. mass: [L, A, Hkv, n], float32, of the forward.
-    Returns:
-        recall: share of the units in `own` that `lists` attend. kept, kept_own: mass that `lists` and `own` attend as a
-        share of all; free: the part of it from the tail of `own` on. Each [L, A, Hkv], float32; where nothing is listed
-        in `own` (or there is no mass) 0.
-    """
-    num_units = mass.shape[-1]
-    held, wanted = attended(lists, num_units), listed(own, num_units)
-    whole = mass.sum(-1).clamp(min=torch.finfo(mass.dtype).tiny)
-    recall = (held & wanted).sum(-1) / wanted.sum(-1).clamp(min=1)
-    kept = torch.where(held, mass, 0.0).sum(-1) / whole
-    kept_own = torch.where(attended(own, num_units), mass, 0.0).sum(-1) / whole
-    free = torch.where(attended(own, num_units) & ~wanted, mass, 0.0).sum(-1) / whole
-    return recall, kept, kept_own, free
 
 
 def tokens_needed(mass: Tensor, prefix_lens: Tensor, share: float) -> Tensor:

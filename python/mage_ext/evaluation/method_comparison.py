@@ -303,18 +303,10 @@ def recall(masses: Sequence[Tensor], prefix_lens: Tensor, config: SelectionConfi
         masses: of `exact_masses`, with config.g. prefix_lens: [B], int32. config: K, g and rule of both lists.
     """
     lists = [selection.select(mass, prefix_lens, config) for mass in masses]
-    num_units = masses[0].shape[-1]
-    first = _listed(lists[0], num_units)
-    unit = torch.arange(num_units, device=first.device) * config.g
-    tail = unit >= lists[0].tail_start.view(1, -1, 1, 1)
     sums: list[list[Tensor]] = [[], [], [], []]
-    for mass, later in zip(masses[1:], lists[1:], strict=True):
-        own = _listed(later, num_units)
+    for mass, own in zip(masses[1:], lists[1:], strict=True):
         is_live = (mass.sum((0, 2, 3)) > 0).view(1, -1, 1)
-        shares = [(first & own).sum(-1) / own.sum(-1).clamp(min=1)]
-        whole = mass.sum(-1).clamp(min=torch.finfo(mass.dtype).tiny)
-        shares += [torch.where(listed | tail, mass, 0.0).sum(-1) / whole for listed in (first, own)]
-        for total, share in zip(sums, shares, strict=False):
+        for total, share in zip(sums, compare_lists(lists[0], own, mass)[:3], strict=False):
             total.append(torch.where(is_live, share.double(), 0.0).sum((1, 2)).cpu())  # [layers]
         sums[3].append(is_live.sum().double().cpu() * mass.shape[2])
     empty = torch.zeros(0, masses[0].shape[0], dtype=torch.float64)
@@ -322,11 +314,37 @@ def recall(masses: Sequence[Tensor], prefix_lens: Tensor, config: SelectionConfi
     return Recall(*parts, torch.stack(sums[3]) if sums[3] else empty[:, 0])
 
 
-def _listed(lists: BlockSelection, num_units: int) -> Tensor:
-    """[L, B, Hkv, num_units], bool: which units are listed."""
+def listed(lists: BlockSelection, num_units: int) -> Tensor:
+    """[L, B, Hkv, num_units], bool: units that are listed."""
     indices = torch.where(lists.indices >= 0, lists.indices, num_units).long()
     found = torch.zeros(*indices.shape[:3], num_units + 1, dtype=torch.bool, device=indices.device)
     return found.scatter_(-1, indices, True)[..., :-1]
+
+
+def attended(lists: BlockSelection, num_units: int) -> Tensor:
+    """[L, B, Hkv, num_units], bool: units that are attended: listed ones and all from the tail on."""
+    unit = torch.arange(num_units, device=lists.indices.device) * lists.g
+    return listed(lists, num_units) | (unit >= lists.tail_start.view(1, -1, 1, 1))
+
+
+def compare_lists(lists: BlockSelection, own: BlockSelection, mass: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What lists share with the own lists of a forward.
+
+    Args:
+        lists, own: of the same g. mass: [L, B, Hkv, n], float32, of the forward.
+    Returns:
+        recall: share of the units in `own` that `lists` attend. kept, kept_own: mass that `lists` and `own` attend as a
+        share of all; free: the part of it from the tail of `own` on. Each [L, B, Hkv], float32; where nothing is listed
+        in `own` (or there is no mass) 0.
+    """
+    num_units = mass.shape[-1]
+    held, wanted = attended(lists, num_units), listed(own, num_units)
+    whole = mass.sum(-1).clamp(min=torch.finfo(mass.dtype).tiny)
+    recall = (held & wanted).sum(-1) / wanted.sum(-1).clamp(min=1)
+    kept = torch.where(held, mass, 0.0).sum(-1) / whole
+    kept_own = torch.where(attended(own, num_units), mass, 0.0).sum(-1) / whole
+    free = torch.where(attended(own, num_units) & ~wanted, mass, 0.0).sum(-1) / whole
+    return recall, kept, kept_own, free
 
 
 # ----------------------------------------------------------------------------------------------------------------------
