@@ -385,7 +385,7 @@ class _TwoWay:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Lists and what they share
+# Budgets and ranks
 
 
 def tokens_needed(mass: Tensor, prefix_lens: Tensor, share: float) -> Tensor:
