@@ -165,8 +165,9 @@ def samples(name, device="cpu", dtype=torch.float32, head_dim=D):
                     torch.empty(B, HKV, SEQ),
                     scratch(ops.token_mass_workspace(*dims)),
                 ),
-                {"max_seq_len": SEQ},
+                {"max_seq_len": SEQ, **norm},
             )
+            for norm in ({}, {"norm": "prefix", "prefix_lens": t["prefix_lens"]})
         ],
         "token_mass_workspace": [(dims, {})],
         "row_votes": [
@@ -616,3 +617,14 @@ ON_CUDA = {"device": "cuda", "dtype": torch.bfloat16, "head_dim": 64}
 @pytest.mark.parametrize("name", WITH_TENSORS)
 def test_cuda_opcheck(name):
     check(name, **ON_CUDA)
+
+
+@gpu
+@pytest.mark.parametrize("name", [name for name in WITH_TENSORS if name.endswith("_out")] + ["append_kv"])
+def test_cuda_nothing_is_allocated(name):
+    """What writes into given tensors asks torch's allocator for nothing, not even for a moment."""
+    for args, kwargs in samples(name, **ON_CUDA):
+        getattr(ops, name)(*args, **kwargs)  # first use
+        before = torch.cuda.memory_stats()["allocation.all.allocated"]
+        getattr(ops, name)(*args, **kwargs)
+        assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
