@@ -401,11 +401,18 @@ LARGE_CASES = {
     "block_of_64": AttentionCase((1500, 200), 64, 28, 4, 128, page=1, dtype=BF16),
 }
 
+# One token beside a long stream, and a million tokens: of weights that are alike, and of few that matter.
+LONG_CASES = {
+    "beside_one_token": AttentionCase((1, 131_104), 32, 12, 2, 128, dtype=BF16),
+    "million": AttentionCase((1_048_600,), 8, 4, 1, 64, dtype=BF16),
+    "million_of_few": AttentionCase((1_048_600,), 8, 4, 1, 64, q_scale=4.0, dtype=BF16),
+}
+
 
 @gpu
-@pytest.mark.parametrize("name", LARGE_CASES)
+@pytest.mark.parametrize("name", [*LARGE_CASES, *LONG_CASES])
 def test_cuda_matches_float64_on_the_gpu(name):
-    case = LARGE_CASES[name]
+    case = (LARGE_CASES | LONG_CASES)[name]
     tensors = case.tensors(device="cuda")
     exact, size, exact_lse, _ = exact_attention(**tensors)
     for split_tokens in (0, 320):

@@ -19,6 +19,7 @@ from mage_ext.testing.compare import (
     masked_attention,
     torch_attention,
 )
+from test_block_attention import LONG_CASES
 
 INT = torch.int32
 gpu = pytest.mark.gpu
@@ -353,7 +354,7 @@ def exact_lists(tensors, chosen, g):
     return out, size, lse
 
 
-# Blocks of 32 of 8B, 7B, 1.5B and 135M models over thousands of tokens, one of 64, a sub-block of 8.
+# Blocks of 32 of 8B, 7B, 1.5B and 135M models over thousands of tokens, one of 64, a sub-block of 8, long streams.
 LARGE_CASES = {
     "8b": AttentionCase((8224,), 32, 32, 8, 128, dtype=BF16),
     "7b": AttentionCase((0, 8224, 65), 32, 28, 4, 128, dtype=BF16),
@@ -361,6 +362,7 @@ LARGE_CASES = {
     "135m": AttentionCase((300, 2077), 32, 9, 3, 64, page=256, layout="interleaved", dtype=BF16),
     "block_of_64": AttentionCase((1500, 200), 64, 28, 4, 128, page=1, dtype=BF16),
     "sub_block": AttentionCase((8200,), 8, 28, 4, 128, dtype=BF16),
+    **LONG_CASES,
 }
 
 
