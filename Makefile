@@ -61,8 +61,9 @@ OP ?= block_attention
 SHAPE ?= 7B:1:32768
 PAGE ?= 64
 G ?= 64
+K ?= 1024
 ncu: export PATH := $(abspath $(BIN)):$(PATH):/usr/local/cuda/bin
-ncu:  ## profile one call: OP=block_attention SHAPE=7B:1:32768 G=64; needs Nsight Compute and a Hopper GPU
+ncu:  ## profile one call: OP=block_attention SHAPE=7B:1:32768 G=64 K=1024; needs Nsight Compute and a Hopper GPU
 	@command -v ncu >/dev/null || { echo "ncu must be on PATH (Nsight Compute)"; exit 1; }
 	@nvidia-smi -L 2>/dev/null | grep -q '^GPU' || { echo "a Hopper GPU must be there, nvidia-smi lists none"; exit 1; }
 	@{ command -v cmake && command -v ninja; } >/dev/null || $(PREPARE) test-cpp
@@ -70,7 +71,7 @@ ncu:  ## profile one call: OP=block_attention SHAPE=7B:1:32768 G=64; needs Nsigh
 	@cmake --build build/bench --target attention_driver
 	@mkdir -p build/ncu && rm -f build/ncu/$(OP).ncu-rep
 	@ncu --set full --import-source yes --profile-from-start off --kernel-name regex:mage_ -f -o build/ncu/$(OP) \
-	  build/bench/bench/cpp/attention_driver $(OP) $(SHAPE) $(PAGE) $(G) 1
+	  build/bench/bench/cpp/attention_driver $(OP) $(SHAPE) $(PAGE) $(G) 1 $(K)
 	@test -f build/ncu/$(OP).ncu-rep || { echo "ncu wrote no report"; exit 1; }
 	@ncu --import build/ncu/$(OP).ncu-rep --page details | \
 	  awk '/Context [0-9]+, Stream/ { print } /Section:/ { on = /Speed Of Light Throughput/ } on && !/Context/'
