@@ -4,11 +4,11 @@
 
 Times are those of cuda_timing.py: cold (masses of more than 200 MB take turns) and warm (one set, as the exact forward
 may leave it in L2). floor = masses and results once at 3.05 TB/s, in both columns. Rows are all layers and KV heads of
-a model, or with layers = 1 those of one layer; n = ceil((P + 32) / g), k = 1024 tokens, of which 4 are sinks and 64
-recents; masses are softmax(3 * normal), in a row with runs softmax(1.5 * normal of the run + 0.3 * normal). The peer
-finds the same number of units, but neither puts them in order nor adds up their masses, and knows no rules: with
-"layer", "mass" and "joint" it stands as a reference. All five results of every case are checked against the CPU, bit
-for bit.
+a model, or with layers = 1 those of one layer; n = ceil((P + 32) / g), k = 1024 tokens where the row names no other K,
+of which 4 are sinks and 64 recents; masses are softmax(3 * normal), in a row with runs softmax(1.5 * normal of the run
++ 0.3 * normal). The peer finds the same number of units, but neither puts them in order nor adds up their masses, and
+knows no rules: with "layer", "mass" and "joint" it stands as a reference. All five results of every case are checked
+against the CPU, bit for bit.
 """
 
 import argparse
@@ -44,6 +44,7 @@ class SelectShape:
     rule: str
     layers: int
     runs: int | None = None  # units of a run whose masses are alike; None: each by itself
+    k: int = K
 
     @property
     def size(self) -> tuple[int, int, int, int]:
@@ -57,7 +58,7 @@ class SelectShape:
     @property
     def capacity(self) -> int:
         """Kmax: budgets of rules that differ between rows may be four times the mean."""
-        return K // self.g * (1 if self.rule == "fixed" else 4)
+        return self.k // self.g * (1 if self.rule == "fixed" else 4)
 
     @property
     def input_bytes(self) -> int:
@@ -70,7 +71,7 @@ class SelectShape:
 
     @property
     def case(self) -> dict:
-        case = {"model": self.model, "batch": self.batch, "context": self.context, "Q": Q, "K": K, "g": self.g}
+        case = {"model": self.model, "batch": self.batch, "context": self.context, "Q": Q, "K": self.k, "g": self.g}
         case |= {"runs": self.runs} if self.runs else {}
         return case | {"rule": self.rule, "layers": self.layers, "rows": self.rows, "n": self.size[3]}
 
@@ -78,7 +79,8 @@ class SelectShape:
     def name(self) -> str:
         layers = "" if self.layers == LAYERS[self.model] else f" L={self.layers}"
         runs = f" runs={self.runs}" if self.runs else ""
-        return f"{self.model} {self.batch}x{short(self.context)} g={self.g} {self.rule}{layers}{runs}"
+        budget = "" if self.k == K else f" K={self.k}"
+        return f"{self.model} {self.batch}x{short(self.context)} g={self.g} {self.rule}{layers}{runs}{budget}"
 
 
 def all_shapes() -> list[SelectShape]:
@@ -87,7 +89,9 @@ def all_shapes() -> list[SelectShape]:
     shapes += [SelectShape("7B", 1, tokens_of("128K"), 64, rule, LAYERS["7B"]) for rule in ("layer", "mass", "joint")]
     shapes += [SelectShape("7B", 1, tokens_of(context), 1, "fixed", 1) for context in CONTEXTS]
     shapes += [SelectShape("7B", 1, tokens_of(context), 1, "fixed", LAYERS["7B"]) for context in CONTEXTS]
-    return [*shapes, SelectShape("7B", 1, tokens_of("128K"), 1, "fixed", LAYERS["7B"], runs=128)]
+    shapes += [SelectShape("7B", 1, tokens_of("128K"), 1, "fixed", LAYERS["7B"], runs=128)]
+    shapes += [SelectShape("7B", 16, tokens_of("128K"), 64, "fixed", LAYERS["7B"])]
+    return shapes + [SelectShape("7B", 1, tokens_of("128K"), 64, "fixed", LAYERS["7B"], k=k) for k in (256, 4096)]
 
 
 def matches(shape: SelectShape, pattern: str) -> bool:
@@ -117,7 +121,8 @@ def make_mass(shape: SelectShape, count: int, seed: int, device: str = "cuda") -
 
 def make_options(shape: SelectShape, seed: int, device: str = "cuda") -> dict:
     """Everything of a call but masses and lengths."""
-    options = {"g": shape.g, "capacity": shape.capacity, "rule": shape.rule, "k": K, "sinks": SINKS, "recents": RECENTS}
+    options = {"g": shape.g, "capacity": shape.capacity, "rule": shape.rule, "k": shape.k}
+    options |= {"sinks": SINKS, "recents": RECENTS}
     if shape.rule == "mass":
         options |= {"p": P_OF_MASS}
     if shape.rule == "layer":  # as of rows that are half alike
@@ -132,7 +137,8 @@ def make_options(shape: SelectShape, seed: int, device: str = "cuda") -> dict:
 
 def by_torch(shape: SelectShape, mass: Tensor):
     """The units of the largest masses, in no order."""
-    return mass[..., : shape.context // shape.g].topk(min(K // shape.g, shape.context // shape.g), sorted=False)
+    units = shape.context // shape.g
+    return mass[..., :units].topk(min(shape.k // shape.g, units), sorted=False)
 
 
 def our_call(mass: Tensor, prefix_lens: Tensor, outputs, workspace: Tensor, options: dict):

@@ -14,7 +14,8 @@ not take pages of 1 token, its time over as many tokens in pages of 16 stands in
 
 floor = max(bytes of the listed and the block's K and V, q, out and lse / HBM, flops with rows padded to 64 / tensor
 cores). ratio = fastest peer / ours, on one list. At batch 1 the wanted ratio is that of the best g. Every row is
-checked against float32 first. Without --all and --rows: the rows that have targets, and two uneven ones.
+checked against float32 first. Without --all and --rows: the rows that have targets, two uneven ones, and those of 7B
+that show smaller and larger budgets and other batches. Batch 64 has the most memory, 2 sets of 4.3 GB.
 """
 
 import argparse
@@ -66,6 +67,9 @@ WANTED = {
     ("8B", 1, None): (1.5, 1.5, 1.5),
     ("8B", 16, 16): (1.25, 1.25, 1.15),
 }
+# Rows without targets that are timed anyway: batch, K, g of 7B.
+OTHERS = [(batch, budget, 16) for batch in (1, 16) for budget in (256, 4096, 8192)]
+OTHERS += [(batch, 1024, g) for batch in (4, 64) for g in (16, 1)]
 SUB_BLOCK_US = 7.5  # of 7B, batch 1, K = 1024, Q = 8, best g
 
 
@@ -148,12 +152,14 @@ def all_shapes() -> list[SparseShape]:
 
 
 def default_shapes() -> list[SparseShape]:
-    """Rows that have targets (at batch 1 without g = 1 but for 7B), and two uneven ones."""
+    """Rows that have targets (at batch 1 without g = 1 but for 7B), two uneven ones, and OTHERS."""
     uneven = [("7B", 1, 16), ("7B", 16, 16)]
 
     def is_chosen(shape: SparseShape) -> bool:
         if shape.uneven:
             return (shape.model, shape.batch, shape.g) in uneven
+        if shape.model == "7B" and (shape.batch, shape.budget, shape.g) in OTHERS:
+            return True
         return shape.target[1:] != (None, None) and (shape.batch != 1 or shape.g > 1 or shape.model == "7B")
 
     return [shape for shape in all_shapes() if is_chosen(shape)]

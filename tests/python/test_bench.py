@@ -159,11 +159,13 @@ def test_peer_of_votes_agrees(bench):
 def test_rows_of_selections(bench):
     shapes = bench.select.all_shapes()
     assert (
-        len({json.dumps(shape.case) for shape in shapes}) == len({shape.name for shape in shapes}) == len(shapes) == 32
+        len({json.dumps(shape.case) for shape in shapes}) == len({shape.name for shape in shapes}) == len(shapes) == 35
     )
     shape = next(shape for shape in shapes if shape.name == "7B 1x128K g=64 fixed")
     assert shape.size == (28, 1, 4, 2049) and shape.case["rows"] == 112
     assert shape.floor_us == pytest.approx((4 * 112 * 2049 + 112 * (4 * 16 + 9)) / 3.05e12 * 1e6)
+    (large,) = (shape for shape in shapes if shape.k == 4096)
+    assert large.name == "7B 1x128K g=64 fixed K=4096" and large.case["K"] == 4096 and large.capacity == 64
     names = [s.name for s in shapes if bench.select.matches(s, "7B:1:128K:1")]
     assert names == ["7B 1x128K g=1 fixed L=1", "7B 1x128K g=1 fixed", "7B 1x128K g=1 fixed runs=128"]
     with pytest.raises(ValueError, match="MODEL:BATCH:CONTEXT:G:RULE, got '1:2:3:4:5:6'"):
@@ -305,7 +307,12 @@ def test_rows_of_sparse_attention(bench):
     assert len({json.dumps(shape.case) for shape in shapes}) == len({shape.name for shape in shapes}) == len(shapes)
     assert len(shapes) == 3 * 4 * 6 * 3 + 3 * 2 * 3 + 3
     chosen = sparse.default_shapes()
-    assert len(chosen) == 38 and set(chosen) <= set(shapes)
+    assert len(chosen) == 48 and set(chosen) <= set(shapes)
+    assert {(s.batch, s.budget, s.g) for s in chosen if s.model == "7B" and s.target[1:] == (None, None)} == {
+        *((1, k, 16) for k in (256, 1024, 4096, 8192)),  # 1024: uneven
+        *((16, k, 16) for k in (256, 1024, 4096, 8192)),
+        *((batch, 1024, g) for batch in (4, 64) for g in (16, 1)),
+    }
     # Every target has a row: by model 3 budgets at batch 1 and 16, g = 1 of 7B too, and the sub-block.
     assert len({shape.target[0] for shape in chosen if shape.target[1:] != (None, None)}) == 3 * 3 * 2 + 3 + 1
     by_name = {shape.name: shape for shape in shapes}
