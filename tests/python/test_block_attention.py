@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mage_ext import ops, reference
 from mage_ext.testing.cases import ATTENTION_CASES, BF16, CUDA_ATTENTION_CASES, FP16, AttentionCase, make_pools, on_cuda
@@ -409,16 +410,42 @@ LONG_CASES = {
 }
 
 
+def fused_attention(q, k, v):
+    """torch's of q [Q, H, D] over contiguous k and v [T, Hkv, D], in their dtype."""
+    k, v = (x.transpose(0, 1).repeat_interleave(q.shape[1] // x.shape[1], 0)[None] for x in (k, v))
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return torch.nn.functional.scaled_dot_product_attention(q.transpose(0, 1)[None], k, v)[0].transpose(0, 1)
+
+
+def fused_attention_of(tensors):
+    out = torch.zeros_like(tensors["q"])
+    page_size = tensors["k_cache"].shape[1]
+    for b, length in enumerate(tensors["seq_lens"].tolist()):
+        if length:
+            position = torch.arange(length, device=out.device)
+            page, slot = tensors["block_table"][b].long()[position // page_size], position % page_size
+            out[b] = fused_attention(tensors["q"][b], *(tensors[name][page, slot] for name in ("k_cache", "v_cache")))
+    return out
+
+
+def assert_requests_close(actual, exact, peer):
+    """assert_out_close of each request by itself: the more tokens, the smaller the errors."""
+    for one in zip(actual, exact, peer, strict=True):
+        assert_out_close(*(tensor[None] for tensor in one))
+
+
 @gpu
 @pytest.mark.parametrize("name", [*LARGE_CASES, *LONG_CASES])
 def test_cuda_matches_float64_on_the_gpu(name):
     case = (LARGE_CASES | LONG_CASES)[name]
     tensors = case.tensors(device="cuda")
     exact, size, exact_lse, _ = exact_attention(**tensors)
+    peer = fused_attention_of(tensors)
     for split_tokens in (0, 320):
         out, lse = ops.block_attention(**tensors, max_seq_len=case.longest, split_tokens=split_tokens)
         assert_lse_close(lse, exact_lse)
         assert_cuda_out_close(out, exact, size, case.longest)
+        assert_requests_close(out, exact, peer)
 
 
 @gpu
