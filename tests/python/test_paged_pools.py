@@ -1,5 +1,5 @@
-"""Every operator over paged K and V, wherever these lie: pools of more than 2^32 elements. Each test runs on the CPU,
-and in its full size on a GPU.
+"""Every operator over paged K and V, wherever these lie: pools of more than 2^32 elements, tables whose rows lie apart.
+Each test runs on the CPU, and in its full size on a GPU.
 
 Run: pytest tests/python/test_paged_pools.py
 """
@@ -94,3 +94,21 @@ def test_pages_at_both_ends_of_a_large_pool(memory, name, page):
     results = CALLS[name](large, 300), CALLS[name](tensors, 300)
     for actual, expected in zip(*results, strict=True):
         assert_same_bits(actual, expected)
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", CALLS)
+def test_rows_of_the_table_may_lie_apart(name, device):
+    """The table begins within a wider one, whose other entries name no page."""
+    case = replace(CASE, lens=(300, 0, 77), page=32)
+    expected = CALLS[name](case.tensors(device=device), 300)
+    tensors = case.tensors(device=device)
+    wide = torch.full((3, 50), 10**6, dtype=INT, device=device)
+    table = wide[:, 1 : 1 + tensors["block_table"].shape[1]]
+    tensors["block_table"] = table.copy_(tensors["block_table"])
+    assert table.stride() == (50, 1)
+    for actual, wanted in zip(CALLS[name](tensors, 300), expected, strict=True):
+        assert_same_bits(actual, wanted)
