@@ -1,5 +1,5 @@
-"""Every operator over paged K and V, wherever these lie: pools of more than 2^32 elements, tables whose rows lie apart.
-Each test runs on the CPU, and in its full size on a GPU.
+"""Every operator over paged K and V, wherever these lie: pools of more than 2^32 elements, tables whose rows lie apart,
+pools that none of them takes. Each test runs on the CPU, and in its full size on a GPU.
 
 Run: pytest tests/python/test_paged_pools.py
 """
@@ -112,3 +112,33 @@ def test_rows_of_the_table_may_lie_apart(name, device):
     assert table.stride() == (50, 1)
     for actual, wanted in zip(CALLS[name](tensors, 300), expected, strict=True):
         assert_same_bits(actual, wanted)
+
+
+# --- what all of them refuse -----------------------------------------------------------------------------------------
+
+BAD = {  # of a K pool [pages, page, Hkv, D] of bfloat16
+    "page": (
+        lambda pool: pool.new_zeros(9, 48, *pool.shape[2:]),
+        "have pages of 1, 16, 32, 64, 128 or 256 tokens, got 48",
+    ),
+    "last_stride": (lambda pool: pool.new_zeros(*pool.shape[:-1], 256)[..., ::2], "be of last stride 1, got 2"),
+    "alignment": (
+        lambda pool: pool.new_zeros(pool.numel() + 1)[1:].view(pool.shape),
+        "be aligned to 16 bytes, got a base 2 bytes past it",
+    ),
+    "stride": (
+        lambda pool: pool.new_zeros(*pool.shape[:-1], 132)[..., :128],
+        r"have strides of a multiple of 16 bytes and less than 2\^40 bytes, got 264 bytes",
+    ),
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("name", CALLS)
+def test_refused_pools_name_what_is_taken(name, bad, device):
+    change, message = BAD[bad]
+    tensors = CASE.tensors(device=device)
+    tensors["k_cache"], tensors["v_cache"] = change(tensors["k_cache"]), change(tensors["v_cache"])
+    with pytest.raises(RuntimeError, match=f"^{name.split()[0]}: k_cache must {message}"):
+        CALLS[name](tensors, 300)
