@@ -23,6 +23,7 @@ from mage_ext.testing.compare import (
 
 ISAS = ("baseline", "avx2", "avx512")
 gpu = pytest.mark.gpu
+DEVICES = ["cpu", pytest.param("cuda", marks=gpu)]
 
 
 def run_and_check(case, seed=0):
@@ -356,12 +357,13 @@ def test_workspace_refuses(arguments, message):
         ops.block_attention_workspace(*arguments)
 
 
-def test_debug_switch_names_the_value():
+@pytest.mark.parametrize("device", DEVICES)
+def test_debug_switch_names_the_value(device):
     """Values that are clamped or skipped otherwise are errors while the debug switch is on."""
-    tensors = REFUSAL_CASE.tensors()
+    tensors = replace(REFUSAL_CASE, dtype=BF16).tensors(device=device)
     bad_table = tensors["block_table"].clone()
     bad_table[1, 2] = 99
-    falling = torch.full((2, 8), 100, dtype=torch.int32)
+    falling = torch.full((2, 8), 100, dtype=torch.int32, device=device)
     falling[1, 4:] = 50
     was_on = ops.set_debug(True)
     try:
