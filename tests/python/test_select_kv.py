@@ -139,7 +139,7 @@ def test_equals_its_twin_at_length(rule, n):
 # --- promises --------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=2000, deadline=None)
 @given(select_cases())
 def test_lists_are_ascending_subsets_and_mass_is_what_they_keep(case):
     mass, lengths, kwargs = case
@@ -160,7 +160,7 @@ def test_lists_are_ascending_subsets_and_mass_is_what_they_keep(case):
     assert torch.equal(kept_mass, (torch.where(attended, fixed, 0).sum(-1).double() / ONE).float())
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=1500, deadline=None)
 @given(select_cases(rules=("fixed", "joint"), capacity=80))
 def test_budgets_are_respected_to_the_unit(case):
     mass, lengths, kwargs = case
@@ -180,7 +180,7 @@ def test_budgets_are_respected_to_the_unit(case):
         assert (kept_tokens[:, :] <= torch.maximum(torch.tensor(kwargs["k"]), (lengths % g))[:, None]).all()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=1000, deadline=None)
 @given(select_cases(rules=("layer",), capacity=80))
 def test_layer_budgets_add_up(case):
     mass, lengths, kwargs = case
@@ -195,7 +195,7 @@ def test_layer_budgets_add_up(case):
     assert (more >= counts).all() and (more >= wanted[:, None]).all()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=1000, deadline=None)
 @given(select_cases(rules=("mass",), kinds=("random", "ties", "uniform", "broken"), capacity=80))
 def test_mass_takes_the_fewest_units(case):
     mass, lengths, kwargs = case
@@ -216,7 +216,7 @@ def test_mass_takes_the_fewest_units(case):
     assert (without | ~has_chosen).all()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=1500, deadline=None)
 @given(select_cases(rules=("fixed", "joint", "mass"), kinds=("random", "ties", "uniform")))
 def test_kept_mass_grows_with_the_budget(case):
     mass, lengths, kwargs = case
