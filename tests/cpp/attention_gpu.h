@@ -190,6 +190,16 @@ struct AttentionOnDevice {
     }
 };
 
+// What an op of attention reads of a case. Early numbers are NaN, pages are outside of the pool, requests are empty.
+inline void add_inputs(const AttentionOnDevice& device, LateInputs* late, bool reads_v = true) {
+    late->add("q", device.q);
+    late->add("k_cache", device.k_pool);
+    if (reads_v) late->add("v_cache", device.v_pool);
+    late->add("block_table", device.block_table);
+    late->add("seq_lens", device.seq_lens, 0);
+    late->add("kv_lens", device.kv_lens, 0);
+}
+
 // Largest |out - naive| that rounding explains. With u the rounding of 16-bit numbers (2^-8 bfloat16, 2^-11 float16),
 // A = sum w |v| and weights w that sum to 1: attention in that precision rounds every w, which moves out by at most
 // u * A, and out itself, u * |out|. float32 adds, relative to A: the score s * scale * log2(e) is rounded three times
@@ -205,37 +215,6 @@ inline double cuda_out_tolerance(const AttentionBuffers& b, size_t i) {
     return u * (b.naive_size[i] + std::abs(b.naive_out[i])) + relative * b.naive_size[i] +
            (fp16 ? 0x1p-25 * (2 * tokens + 1) : 0x1p-30);
 }
-
-// Two streams and a graph, destroyed with it.
-struct Streams {
-    cudaStream_t first = nullptr, second = nullptr;
-    cudaGraph_t graph = nullptr;
-    cudaGraphExec_t exec = nullptr;
-    Streams() {
-        MAGE_CUDA_CHECK("test", cudaStreamCreateWithFlags(&first, cudaStreamNonBlocking));
-        MAGE_CUDA_CHECK("test", cudaStreamCreateWithFlags(&second, cudaStreamNonBlocking));
-    }
-    ~Streams() {
-        if (exec != nullptr) cudaGraphExecDestroy(exec);
-        if (graph != nullptr) cudaGraphDestroy(graph);
-        cudaStreamDestroy(first);
-        cudaStreamDestroy(second);
-    }
-    Streams(const Streams&) = delete;
-    Streams& operator=(const Streams&) = delete;
-
-    template <typename Launch>
-    void capture(const Launch& launch) {
-        MAGE_CUDA_CHECK("test", cudaStreamBeginCapture(first, cudaStreamCaptureModeGlobal));
-        launch(first);
-        MAGE_CUDA_CHECK("test", cudaStreamEndCapture(first, &graph));
-        MAGE_CUDA_CHECK("test", cudaGraphInstantiate(&exec, graph, 0));
-    }
-    void replay() {
-        MAGE_CUDA_CHECK("test", cudaGraphLaunch(exec, first));
-        MAGE_CUDA_CHECK("test", cudaStreamSynchronize(first));
-    }
-};
 
 // Calls `call` and compares the error's text.
 template <typename Call>

@@ -30,6 +30,11 @@ AttentionCase named_case(const std::string& name) {
     throw std::runtime_error("no case " + name);
 }
 
+DeviceCall call_of(AttentionOnDevice& device) {
+    return {[&](cudaStream_t stream) { cuda::block_attention(device.params, stream); }, [&] { device.poison(); },
+            [&] { return bytes_in(device.out, device.lse); }};
+}
+
 TEST(BlockAttentionCudaRuns, AreBitwiseEqual) {
     MAGE_NEEDS_GPU();
     for (const char* name : {"Rows224Bf16D128", "Rows192Fp16D64", "SplitBy64", "Streams"}) {
@@ -167,6 +172,29 @@ TEST(BlockAttentionCudaStreams, CallsInARowShareAWorkspace) {
     second_device.fetch(second);
     MAGE_EXPECT_CUDA_ATTENTION(first);
     MAGE_EXPECT_CUDA_ATTENTION(second);
+}
+
+// Every input may come from a kernel that lets this one start early.
+TEST(BlockAttentionCudaOverlap, WaitsForEveryInput) {
+    MAGE_NEEDS_GPU();
+    for (const RowCount& r : kRowCounts) {
+        for (const int32_t page : {1, 16}) {
+            for (const int64_t split_tokens : {0, 64}) {
+                AttentionCase c = {"Late", {300, 0, 77},         r.queries, r.heads,
+                                   1,      page == 1 ? 128 : 64, page,      DType::kBFloat16};
+                c.split_tokens = split_tokens;
+                c.stair = 4;
+                SCOPED_TRACE(std::string(r.name) + " page " + std::to_string(page) + " split " +
+                             std::to_string(split_tokens));
+                const AttentionBuffers buffers(c, false);
+                AttentionOnDevice device(buffers, cuda::block_attention_workspace(buffers.params));
+                LateInputs late;
+                add_inputs(device, &late);
+                late.expect_awaited(call_of(device));
+                if (HasFatalFailure()) return;
+            }
+        }
+    }
 }
 
 TEST(BlockAttentionCudaErrors, NameTheArgument) {

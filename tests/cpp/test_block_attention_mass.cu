@@ -164,6 +164,11 @@ struct MassOnDevice {
         launch(nullptr);
         fetch();
     }
+
+    DeviceCall call() {
+        return {[this](cudaStream_t stream) { launch(stream); }, [this] { poison(); },
+                [this] { return bytes_in(attention.out, attention.lse, device_mass); }};
+    }
 };
 
 // `relative`: what unit sums in 16 bits and float32 arithmetic may be off by.
@@ -362,6 +367,25 @@ TEST(BlockAttentionMassCudaStreams, RunAtOnce) {
         m->fetch();
         expect_naive_mass(*m);
         MAGE_EXPECT_CUDA_ATTENTION(m->buffers);
+    }
+}
+
+// Every input may come from a kernel that lets this one start early.
+TEST(BlockAttentionMassCudaOverlap, WaitsForEveryInput) {
+    MAGE_NEEDS_GPU();
+    for (const RowCount& r : kRowCounts) {
+        for (const bool packs : {false, true}) {
+            CudaMassCase c = small_case(r.queries, r.heads, {300, 0, 77});
+            c.attention.stair = 4;
+            MassOnDevice m(c, packs);
+            SCOPED_TRACE(std::string(r.name) + (packs ? " packed" : ""));
+            LateInputs late;
+            add_inputs(m.attention, &late);
+            late.add("row_mask", m.device_mask, 0);
+            late.add("prefix_lens", m.device_prefix, 0);
+            late.expect_awaited(m.call());
+            if (HasFatalFailure()) return;
+        }
     }
 }
 

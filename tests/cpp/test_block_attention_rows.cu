@@ -53,6 +53,11 @@ struct RowsOnDevice {
         cuda::block_attention_rows(params, nullptr);
         fetch();
     }
+
+    DeviceCall call() {
+        return {[this](cudaStream_t stream) { cuda::block_attention_rows(params, stream); }, [this] { poison(); },
+                [this] { return bytes_in(attention.out, attention.lse, device_row_mass); }};
+    }
 };
 
 void expect_naive_rows(const RowsOnDevice& m) {
@@ -155,6 +160,23 @@ TEST(BlockAttentionRowsCudaStreams, RunAtOnce) {
         m->fetch();
         expect_naive_rows(*m);
         MAGE_EXPECT_CUDA_ATTENTION(m->buffers);
+    }
+}
+
+// Every input may come from a kernel that lets this one start early.
+TEST(BlockAttentionRowsCudaOverlap, WaitsForEveryInput) {
+    MAGE_NEEDS_GPU();
+    for (const RowCount& r : kRowCounts) {
+        for (const int64_t g : {16, 64}) {
+            AttentionCase c = small_case(r.queries, r.heads, {300, 0, 77});
+            c.stair = 4;
+            RowsOnDevice m(c, g);
+            SCOPED_TRACE(std::string(r.name) + " g " + std::to_string(g));
+            LateInputs late;
+            add_inputs(m.attention, &late);
+            late.expect_awaited(m.call());
+            if (HasFatalFailure()) return;
+        }
     }
 }
 

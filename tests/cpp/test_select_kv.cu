@@ -71,6 +71,11 @@ struct DeviceSelect {
             array->set(poison(array->get().size()));
     }
 
+    DeviceCall call() {
+        return {[this](cudaStream_t stream) { cuda::select_kv(params, stream); }, [this] { poison_again(); },
+                [this] { return bytes_in(indices, counts, kept_mass, tail_start, overflow); }};
+    }
+
     Outputs outputs() const { return {indices.get(), counts.get(), kept_mass.get(), tail_start.get(), overflow.get()}; }
 
     DeviceArray<float> mass;
@@ -336,6 +341,38 @@ TEST(SelectKvCudaStreams, DoNotDisturbEachOther) {
         ASSERT_EQ(cudaStreamSynchronize(streams[i]), cudaSuccess);
         expect_same(devices[i]->outputs(), outputs_of(buffers[i]), cases[i].name);
         cudaStreamDestroy(streams[i]);
+    }
+}
+
+// Every input may come from a kernel that lets this one start early. One case for each kernel of this op.
+TEST(SelectKvCudaOverlap, WaitsForEveryInput) {
+    MAGE_NEEDS_GPU();
+    using R = SelectRule;
+    using M = Masses;
+    const SelectCase cases[] = {
+        {"short", 2, 2, 2, 700, 16, 40, R::kFixed, 32, M::kPeaked, {11200, 5003}, 4, 64},
+        {"alone", 4, 2, 4, 2049, 64, 16, R::kFixed, 16, M::kPeaked, {131071, 70001}, 4, 64},
+        {"cluster", 1, 1, 4, 131104, 1, 1024, R::kFixed, 1024, M::kFlat, {131072}, 4, 64},
+        {"streamed", 9, 1, 4, 36000, 1, 900, R::kFixed, 777, M::kPeaked, {35001}, 4, 64, 0, 0.9, 1},
+        {"layers", 5, 2, 4, 2049, 64, 64, R::kLayer, 16, M::kPeaked, {131072, 65000}, 4, 64, 8},
+        {"layers in clusters", 2, 1, 2, 33000, 1, 700, R::kLayer, 300, M::kPeaked, {32000}, 4, 64, 8},
+        {"mass in clusters", 2, 1, 2, 20000, 1, 2000, R::kMass, 0, M::kFlat, {19999}, 4, 64, 0, 0.05},
+        {"joint of many heads", 2, 2, 21, 3000, 16, 100, R::kJoint, 64, M::kPeaked, {48000, 30011}, 4, 64},
+    };
+    for (const SelectCase& c : cases) {
+        SelectBuffers buffers = select_buffers(c);
+        cpu::select_kv(buffers.params);
+        DeviceSelect device(buffers);
+        LateInputs late;
+        late.add("mass", device.mass);
+        late.add("prefix_lens", device.lengths, 0);
+        late.add("votes", device.votes);
+        late.add("union_size", device.union_size);
+        late.add("coverage", device.coverage);
+        SCOPED_TRACE(c.name);
+        late.expect_awaited(device.call());
+        if (HasFatalFailure()) return;
+        expect_same(device.outputs(), outputs_of(buffers), c.name);
     }
 }
 

@@ -207,6 +207,11 @@ struct SparseOnDevice {
         cuda::sparse_block_attention(params, nullptr);
         attention.fetch(host.attention);
     }
+
+    DeviceCall call() {
+        return {[this](cudaStream_t stream) { cuda::sparse_block_attention(params, stream); },
+                [this] { attention.poison(); }, [this] { return bytes_in(attention.out, attention.lse); }};
+    }
 };
 
 class SparseBlockAttentionCuda : public testing::TestWithParam<SparseCase> {};
@@ -564,51 +569,24 @@ TEST(SparseBlockAttentionCudaOverlap, AChainWaitsForItsInputs) {
     }
 }
 
-// Lets its successor start at once, takes its time, and copies then.
-__global__ void late_copy_kernel(const char* from, char* to, int64_t bytes) {
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-    const long long begin = clock64();
-    while (clock64() - begin < 50000) {
-    }
-    for (int64_t i = threadIdx.x; i < bytes; i += blockDim.x) to[i] = from[i];
-}
-
 // Every input may come from a kernel that lets this one start early: a selection, a write of K and V, a projection.
 TEST(SparseBlockAttentionCudaOverlap, WaitsForEveryInput) {
     MAGE_NEEDS_GPU();
     for (const int64_t g : kGranularities) {
-        SparseBuffers before(graph_case(g, 0, {300, 200, 100}, 1)), after(graph_case(g, 0, {200, 300, 150}, 2));
-        SparseOnDevice device(before), wanted(after);
-        const auto late = [&](const char* what, const auto& from, const auto& to, size_t bytes) {
-            device.set(after);
-            // This one input is the old one until the copy.
-            MAGE_CUDA_CHECK("test", cudaDeviceSynchronize());
-            const std::vector<char> old(bytes, 0);
-            MAGE_CUDA_CHECK("test", cudaMemcpy(to.data(), old.data(), bytes, cudaMemcpyHostToDevice));
-            device.attention.poison();
-            const Streams streams;
-            late_copy_kernel<<<1, 256, 0, streams.first>>>(reinterpret_cast<const char*>(from.data()),
-                                                           reinterpret_cast<char*>(to.data()),
-                                                           static_cast<int64_t>(bytes));
-            MAGE_CUDA_CHECK("test", cudaGetLastError());
-            cuda::sparse_block_attention(device.params, streams.first);
-            MAGE_CUDA_CHECK("test", cudaStreamSynchronize(streams.first));
-            device.attention.fetch(after.attention);
-            SCOPED_TRACE(std::string(what) + " g " + std::to_string(g));
-            MAGE_EXPECT_CUDA_ATTENTION(after.attention);
-        };
-        const AttentionBuffers& a = after.attention;
-        AttentionOnDevice &from = wanted.attention, &to = device.attention;
-        late("q", from.q, to.q, a.q.size());
-        late("k_cache", from.k_pool, to.k_pool, a.k_pool.size());
-        late("v_cache", from.v_pool, to.v_pool, a.v_pool.size());
-        late("block_table", from.block_table, to.block_table, a.block_table.size() * 4);
-        late("seq_lens", from.seq_lens, to.seq_lens, a.test.seq_lens.size() * 4);
-        late("kv_lens", from.kv_lens, to.kv_lens, a.kv_lens.size() * 4);
-        late("indices", wanted.indices, device.indices, after.lists.indices.size() * 4);
-        late("counts", wanted.counts, device.counts, after.lists.counts.size() * 4);
-        late("tail_start", wanted.tail_start, device.tail_start, after.lists.tail_start.size() * 4);
-        if (HasFatalFailure()) return;
+        for (const int64_t split_tokens : {0, 64}) {
+            SparseBuffers buffers(graph_case(g, split_tokens, {200, 300, 150}, 2));
+            SparseOnDevice device(buffers);
+            device.run(buffers);
+            MAGE_EXPECT_CUDA_ATTENTION(buffers.attention);
+            SCOPED_TRACE("g " + std::to_string(g) + " split " + std::to_string(split_tokens));
+            LateInputs late;
+            add_inputs(device.attention, &late);
+            late.add("indices", device.indices);
+            late.add("counts", device.counts, 0);
+            late.add("tail_start", device.tail_start, 0);
+            late.expect_awaited(device.call());
+            if (HasFatalFailure()) return;
+        }
     }
 }
 
