@@ -123,6 +123,11 @@ struct DeviceCall {
     }
 };
 
+inline void expect_equal_runs(const DeviceCall& call, int runs) {
+    const std::vector<char> first = call.run();
+    for (int i = 1; i < runs; ++i) ASSERT_TRUE(call.run() == first) << "run " << i;
+}
+
 // Where a kernel copies bytes from and to.
 struct LateCopies {
     static constexpr int kMost = 12;

@@ -122,6 +122,15 @@ TEST(MergeAttentionCudaGraph, ReplaysWithNewParts) {
     cudaStreamDestroy(stream);
 }
 
+TEST(MergeAttentionCudaRuns, AreBitwiseEqual) {
+    MAGE_NEEDS_GPU();
+    for (const MergeCase& c : cases_of_each_kernel()) {
+        SCOPED_TRACE(c.name);
+        MergeOnDevice device(c);
+        expect_equal_runs(device.call(), 100);
+    }
+}
+
 // Every part may come from a kernel that lets this one start early.
 TEST(MergeAttentionCudaOverlap, WaitsForEveryInput) {
     MAGE_NEEDS_GPU();

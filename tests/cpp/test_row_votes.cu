@@ -154,6 +154,15 @@ const VoteCase kLaunchCases[] = {
     {"TwoLaunchesOfManyRows", 2, 1, 300, 264, 16, 20, Shares::kRandom, {4800, 3000}, 8},
 };
 
+TEST(RowVotesCudaRuns, AreBitwiseEqual) {
+    MAGE_NEEDS_GPU();
+    for (const VoteCase& c : kLaunchCases) {
+        SCOPED_TRACE(c.name);
+        DeviceVotes device(vote_buffers(c));
+        expect_equal_runs(device.call(), 100);
+    }
+}
+
 // Every input may come from a kernel that lets this one start early.
 TEST(RowVotesCudaOverlap, WaitsForEveryInput) {
     MAGE_NEEDS_GPU();

@@ -261,6 +261,15 @@ std::vector<Memory> memories_of_each_kernel() {
     return memories;
 }
 
+TEST(TokenConfidenceCudaRuns, AreBitwiseEqual) {
+    MAGE_NEEDS_GPU();
+    for (const Memory& memory : memories_of_each_kernel()) {
+        SCOPED_TRACE(std::to_string(memory.vocab) + " from " + std::to_string(memory.before));
+        OnDevice device(memory);
+        expect_equal_runs(device.call(), 100);
+    }
+}
+
 // Logits may come from a kernel that lets this one start early.
 TEST(TokenConfidenceCudaOverlap, WaitsForEveryInput) {
     MAGE_NEEDS_GPU();
