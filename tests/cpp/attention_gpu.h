@@ -1,5 +1,7 @@
 #pragma once
 
+#include <climits>
+#include <string>
 #include <vector>
 
 #include "attention_cases.h"
@@ -88,6 +90,14 @@ inline std::vector<AttentionCase> cuda_attention_cases() {
     }
     add("BrokenPagesRows224", {500}, 32, 7, 1, 64, 128, kBf16).break_page = true;
     add("BrokenPagesOf1Rows128", {150}, 32, 4, 1, 64, 1, kFp16).break_page = true;
+    // Page ids and kv_lens that are far out of range, for every row shape.
+    for (const RowCount& r : kRowCounts) {
+        for (const int32_t page : {1, 16}) {
+            const std::string of = "Of" + std::to_string(page) + r.name;
+            add("BadPages" + of, {300, 130, 270}, r.queries, r.heads, 1, 64, page, kBf16).bad_pages = true;
+            add("SpreadRows" + of, {300, 0, 20}, r.queries, r.heads, 1, 64, page, kFp16).spread_rows = true;
+        }
+    }
     add("OnlyBrokenPages", {60, 64}, 4, 4, 2, 64, 64, kBf16).break_page = true;
     // 1e-300 is 0 in float32, and a masked score times 0 must not become NaN.
     add("NegativeScale", {190}, 9, 4, 2, 64, 16, kBf16).softmax_scale = -0.2;
@@ -117,6 +127,14 @@ inline std::vector<AttentionCase> cuda_unit_cases() {
         cases.push_back(c);
     }
     return cases;
+}
+
+// Lengths that are out of range, and a case of those that they count as.
+const std::vector<int32_t> kFarLengths = {-5, INT_MAX, 70, INT_MIN, 151};
+inline AttentionCase near_lengths(const RowCount& r) {
+    AttentionCase c = {"Lengths", {0, 150, 70, 0, 150}, r.queries, r.heads, 1, 64, 16, DType::kBFloat16};
+    c.spread_rows = true;
+    return c;
 }
 
 // The tensors of a case on the device. Outputs and workspace are NaN until a kernel writes them.

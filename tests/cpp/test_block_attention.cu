@@ -30,6 +30,19 @@ AttentionCase named_case(const std::string& name) {
     throw std::runtime_error("no case " + name);
 }
 
+// Lengths that are out of range count as the nearest that are not.
+TEST(BlockAttentionCudaLengths, AreClamped) {
+    MAGE_NEEDS_GPU();
+    for (const RowCount& r : kRowCounts) {
+        AttentionBuffers buffers(near_lengths(r));
+        AttentionOnDevice device(buffers, cuda::block_attention_workspace(buffers.params));
+        device.seq_lens.set(kFarLengths);
+        cuda::block_attention(device.params, nullptr);
+        device.fetch(buffers);
+        MAGE_EXPECT_CUDA_ATTENTION(buffers);
+    }
+}
+
 DeviceCall call_of(AttentionOnDevice& device) {
     return {[&](cudaStream_t stream) { cuda::block_attention(device.params, stream); }, [&] { device.poison(); },
             [&] { return bytes_in(device.out, device.lse); }};

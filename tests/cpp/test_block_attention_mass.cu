@@ -285,6 +285,23 @@ TEST(BlockAttentionMassCudaRange, GrowsWithinAPiece) {
     }
 }
 
+// Lengths that are out of range count as the nearest that are not.
+TEST(BlockAttentionMassCudaLengths, AreClamped) {
+    MAGE_NEEDS_GPU();
+    for (const RowCount& r : kRowCounts) {
+        for (const MassNorm norm : {MassNorm::kContext, MassNorm::kPrefix}) {
+            MassOnDevice m({near_lengths(r), 16, MassScore::kMean, norm, true});
+            m.attention.seq_lens.set(kFarLengths);
+            for (const bool packs : {true, false}) {
+                m.packs = packs;
+                m.run();
+                expect_naive_mass(m);
+                MAGE_EXPECT_CUDA_ATTENTION(m.buffers);
+            }
+        }
+    }
+}
+
 // P is clamped to [0, S].
 TEST(BlockAttentionMassCudaPrefix, IsClamped) {
     MAGE_NEEDS_GPU();

@@ -112,6 +112,18 @@ AttentionCase small_case(int64_t queries, int64_t heads, std::vector<int32_t> le
     return c;
 }
 
+// Lengths that are out of range count as the nearest that are not.
+TEST(BlockAttentionRowsCudaLengths, AreClamped) {
+    MAGE_NEEDS_GPU();
+    for (const RowCount& r : kRowCounts) {
+        RowsOnDevice m(near_lengths(r), 16);
+        m.attention.seq_lens.set(kFarLengths);
+        m.run();
+        expect_naive_rows(m);
+        MAGE_EXPECT_CUDA_ATTENTION(m.buffers);
+    }
+}
+
 TEST(BlockAttentionRowsCudaRuns, AreBitwiseEqualForEveryUnit) {
     MAGE_NEEDS_GPU();
     for (const RowCount& r : kRowCounts) {

@@ -1,6 +1,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <climits>
 #include <cstring>
 #include <random>
 #include <string>
@@ -215,6 +216,20 @@ std::vector<SelectCase> select_cases() {
         {"LayersBroken", 9, 2, 3, 3000, 64, 64, R::kLayer, 16, M::kBroken, {131072, 65000}, 4, 64, 8},
         {"ManyLayersOfManyHeads", 70, 1, 33, 65, 64, 64, R::kLayer, 16, M::kPeaked, {}},
     };
+    // Prefixes past the last unit and below 0: few units, one CTA, clusters, a stream; the last rows are not held.
+    for (const R rule : kRules) {
+        for (const int64_t units : {300, 5000, 20000, 36000}) {
+            const int64_t g = 16, layers = units == 36000 ? 9 : 2, capacity = units == 36000 ? 99 : units;
+            const auto end = static_cast<int32_t>(units * g);
+            SelectCase c = {"", layers, 7, 2, units, g, capacity, rule, units / 9, M::kPeaked};
+            c.lengths = {end, end + 1, INT_MAX, INT_MAX - g + 1, -1, INT_MIN, end - 1};
+            c.sinks = 40;
+            c.recents = 100;
+            c.p = 0.5;
+            c.name = std::string("FarPrefixes_") + kRuleNames[static_cast<int>(rule)] + "_of_" + std::to_string(units);
+            cases.push_back(c);
+        }
+    }
     for (const R rule : kRules) {
         for (const int64_t units : {70, 1024, 1025, 4097, 8192, 8193, 16384, 16385, 33000, 131072}) {
             SelectCase c = {"", 2, 1, 2, units, 1, units, rule, units / 9, Masses::kPeaked, {}, 4, 33, 5, 0.7, 1};

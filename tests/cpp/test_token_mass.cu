@@ -299,6 +299,22 @@ AttentionCase small_case(int64_t queries, int64_t heads, std::vector<int32_t> le
     return c;
 }
 
+// Lengths that are out of range count as the nearest that are not.
+TEST(TokenMassCudaLengths, AreClamped) {
+    MAGE_NEEDS_GPU();
+    for (const RowCount& r : kRowCounts) {
+        AttentionBuffers buffers(near_lengths(r));
+        for (const TokenOptions& options : all_options(16)) {
+            SCOPED_TRACE(std::string(r.name) + " " + options.name());
+            TokensOnDevice m(buffers, options);
+            m.attention.seq_lens.set(kFarLengths);
+            m.run();
+            expect_naive_tokens(m);
+            if (HasFatalFailure()) return;
+        }
+    }
+}
+
 TEST(TokenMassCudaLists, EqualTheFullPassBitForBit) {
     MAGE_NEEDS_GPU();
     const auto compare = [](AttentionBuffers& buffers, const TokenOptions& options) {
