@@ -19,7 +19,7 @@ constexpr RowCount kRowCounts[] = {{"Rows56", 8, 7}, {"Rows128", 32, 4}, {"Rows1
 constexpr RowCount kCutRowCounts[] = {
     {"Rows384", 64, 6}, {"Rows448", 64, 7}, {"Rows640", 64, 10}, {"Rows1024", 64, 16}};
 
-// Every axis by itself over small shapes: the naive loop's work, 2 * H * Q * S * D per case, is 1.2e9 in all.
+// Every axis by itself over small shapes: the naive loop's work, 2 * H * Q * S * D per case, is 2.5e9 in all.
 inline std::vector<AttentionCase> cuda_attention_cases() {
     constexpr DType kBf16 = DType::kBFloat16, kFp16 = DType::kFloat16;
     std::vector<AttentionCase> cases;
@@ -64,6 +64,19 @@ inline std::vector<AttentionCase> cuda_attention_cases() {
         }
         set_layout(add(of + "Rows128", {150, 77}, 32, 8, 2, 64, page, kFp16), next++ % 3);
         set_layout(add(of + "Rows224", {150, 77}, 32, 14, 2, 64, page, kBf16), next++ % 3);
+    }
+    // 129 to 192 rows whose tokens are gathered one by one.
+    for (const int64_t dim : {64, 128}) {
+        const std::string of = "GatherD" + std::to_string(dim);
+        add(of + "Rows132", {200, 0, 65, 333}, 22, 6, 1, dim, 1, kFp16);
+        add(of + "Rows192", {200, 0, 65, 333}, 32, 6, 1, dim, 1, kBf16);
+    }
+    // Lengths at the edges of large pages.
+    const std::vector<int32_t> edges = {127, 128, 129, 255, 256, 257, 511, 512, 513};
+    for (size_t i = 0; i < std::size(kRowCounts); ++i) {
+        const int32_t page = i % 2 == 0 ? 128 : 256;
+        const RowCount& r = kRowCounts[i];
+        add("EdgesOfPage" + std::to_string(page) + r.name, edges, r.queries, r.heads, 1, 64, page, kBf16);
     }
     // Streams that many workers share, and the ring of tiles goes round.
     add("LongRows192", {3000}, 32, 6, 1, 64, 16, kBf16);

@@ -29,6 +29,13 @@ std::vector<CudaMassCase> cuda_mass_cases() {
                          i / 2 % 2 == 0 ? MassNorm::kContext : MassNorm::kPrefix, i % 5 > 2});
         ++i;
     }
+    for (const int64_t dim : {64, 128}) {
+        cases.push_back({{"GatherG64D" + std::to_string(dim), {333, 0, 65}, 32, 6, 1, dim, 1, DType::kBFloat16},
+                         64,
+                         MassScore::kMean,
+                         MassNorm::kContext,
+                         false});
+    }
     // More segments than workers, so that these take several, whole ones and parts.
     std::vector<int32_t> lens;
     for (int32_t i = 0; i < 40; ++i) lens.push_back(i % 9 == 4 ? 0 : 37 * i % 400 + 1);
