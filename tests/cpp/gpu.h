@@ -128,6 +128,21 @@ inline void expect_equal_runs(const DeviceCall& call, int runs) {
     for (int i = 1; i < runs; ++i) ASSERT_TRUE(call.run() == first) << "run " << i;
 }
 
+// On two streams at once, again and again, each of the calls gives what it gives alone.
+inline void expect_equal_at_once(const DeviceCall& first, const DeviceCall& second) {
+    const std::vector<char> of_first = first.run(), of_second = second.run();
+    const Streams streams;
+    first.poison();
+    second.poison();
+    for (int i = 0; i < 50; ++i) {
+        first.launch(streams.first);
+        second.launch(streams.second);
+    }
+    MAGE_CUDA_CHECK("test", cudaDeviceSynchronize());
+    EXPECT_TRUE(first.result() == of_first);
+    EXPECT_TRUE(second.result() == of_second);
+}
+
 // Where a kernel copies bytes from and to.
 struct LateCopies {
     static constexpr int kMost = 12;

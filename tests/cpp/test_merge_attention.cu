@@ -131,6 +131,13 @@ TEST(MergeAttentionCudaRuns, AreBitwiseEqual) {
     }
 }
 
+TEST(MergeAttentionCudaStreams, RunAtOnce) {
+    MAGE_NEEDS_GPU();
+    const std::vector<MergeCase> cases = cases_of_each_kernel();
+    MergeOnDevice first(cases[0]), second(cases[1]);
+    expect_equal_at_once(first.call(), second.call());
+}
+
 // Every part may come from a kernel that lets this one start early.
 TEST(MergeAttentionCudaOverlap, WaitsForEveryInput) {
     MAGE_NEEDS_GPU();

@@ -163,6 +163,14 @@ TEST(RowVotesCudaRuns, AreBitwiseEqual) {
     }
 }
 
+TEST(RowVotesCudaStreams, RunAtOnce) {
+    MAGE_NEEDS_GPU();
+    DeviceVotes one_launch(vote_buffers(kLaunchCases[0])), two(vote_buffers(kLaunchCases[2])),
+        other_two(vote_buffers(kLaunchCases[3]));
+    expect_equal_at_once(two.call(), other_two.call());
+    expect_equal_at_once(two.call(), one_launch.call());
+}
+
 // Every input may come from a kernel that lets this one start early.
 TEST(RowVotesCudaOverlap, WaitsForEveryInput) {
     MAGE_NEEDS_GPU();

@@ -270,6 +270,13 @@ TEST(TokenConfidenceCudaRuns, AreBitwiseEqual) {
     }
 }
 
+TEST(TokenConfidenceCudaStreams, RunAtOnce) {
+    MAGE_NEEDS_GPU();
+    OnDevice first(Memory(normal_rows(3, 70001, 7), DType::kBFloat16, 0, 70008));
+    OnDevice second(Memory(normal_rows(9, 30000, 8), DType::kFloat32, 1, 30000));
+    expect_equal_at_once(first.call(), second.call());
+}
+
 // Logits may come from a kernel that lets this one start early.
 TEST(TokenConfidenceCudaOverlap, WaitsForEveryInput) {
     MAGE_NEEDS_GPU();
