@@ -231,6 +231,18 @@ inline void add_inputs(const AttentionOnDevice& device, LateInputs* late, bool r
     late->add("kv_lens", device.kv_lens, 0);
 }
 
+// One request of a batch by itself, under the same addresses.
+inline BlockAttentionParams alone(const BlockAttentionParams& batch, int64_t b, int64_t max_seq_len) {
+    BlockAttentionParams params = batch;
+    params.num_requests = 1;
+    params.max_seq_len = max_seq_len;
+    params.q = static_cast<const char*>(batch.q) + b * batch.stride_q_request * dtype_bytes(batch.dtype);
+    params.pages.block_table = batch.pages.block_table + b * batch.pages.stride_request;
+    params.seq_lens = batch.seq_lens + b;
+    if (batch.kv_lens != nullptr) params.kv_lens = batch.kv_lens + b * batch.num_queries;
+    return params;
+}
+
 // Largest |out - naive| that rounding explains. With u the rounding of 16-bit numbers (2^-8 bfloat16, 2^-11 float16),
 // A = sum w |v| and weights w that sum to 1: attention in that precision rounds every w, which moves out by at most
 // u * A, and out itself, u * |out|. float32 adds, relative to A: the score s * scale * log2(e) is rounded three times

@@ -58,18 +58,6 @@ TEST(BlockAttentionCudaRuns, AreBitwiseEqual) {
     }
 }
 
-// One request of a batch by itself, under the same addresses.
-BlockAttentionParams alone(const BlockAttentionParams& batch, int64_t b, int64_t max_seq_len) {
-    BlockAttentionParams params = batch;
-    params.num_requests = 1;
-    params.max_seq_len = max_seq_len;
-    params.q = static_cast<const char*>(batch.q) + b * batch.stride_q_request * dtype_bytes(batch.dtype);
-    params.pages.block_table = batch.pages.block_table + b * batch.pages.stride_request;
-    params.seq_lens = batch.seq_lens + b;
-    if (batch.kv_lens != nullptr) params.kv_lens = batch.kv_lens + b * batch.num_queries;
-    return params;
-}
-
 // With fixed splits a request's result is that which it has alone, whatever bounds the lengths of its batch.
 void expect_alone_as_in_batch(bool own_max_seq_len) {
     for (const std::string split : {"64", "128", "320"}) {

@@ -347,6 +347,37 @@ TEST(BlockAttentionMassCudaMask, HidesNan) {
     }
 }
 
+// With fixed splits a request's masses are those which it has alone, whatever bounds the lengths of its batch.
+TEST(BlockAttentionMassCudaSplits, MakeARequestIndependentOfItsBatch) {
+    MAGE_NEEDS_GPU();
+    for (const RowCount& r : kRowCounts) {
+        for (const int64_t split_tokens : {64, 320}) {
+            CudaMassCase c = small_case(r.queries, r.heads, {700, 64, 0, 65, 321});
+            c.attention.split_tokens = split_tokens;
+            c.attention.stair = 4;
+            c.score = split_tokens == 64 ? MassScore::kMean : MassScore::kMax;
+            MassOnDevice m(c);
+            m.run();
+            const std::vector<float> batch = m.mass;
+            const auto requests = static_cast<int64_t>(c.attention.seq_lens.size());
+            for (int64_t b = 0; b < requests; ++b) {
+                for (const int64_t longest : {int64_t{700}, std::max<int64_t>(1, c.attention.seq_lens[b])}) {
+                    m.poison();
+                    BlockAttentionMassParams own = m.params;
+                    own.attention = alone(own.attention, b, longest);
+                    own.row_mask += b * r.queries;
+                    own.prefix_lens += b;
+                    cuda::block_attention_mass(own, nullptr);
+                    m.fetch();
+                    const int64_t units = (longest + c.granularity - 1) / c.granularity;
+                    ASSERT_EQ(std::memcmp(m.mass.data(), batch.data() + b * (m.mass_size / requests), units * 4), 0)
+                        << r.name << " split " << split_tokens << " request " << b << " of " << longest;
+                }
+            }
+        }
+    }
+}
+
 TEST(BlockAttentionMassCudaGraph, ReplaysWithNewLengths) {
     MAGE_NEEDS_GPU();
     const auto graph_case = [](std::vector<int32_t> lens, uint32_t seed) {

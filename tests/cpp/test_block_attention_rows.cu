@@ -137,6 +137,34 @@ TEST(BlockAttentionRowsCudaRuns, AreBitwiseEqualForEveryUnit) {
     }
 }
 
+// With fixed splits a request's shares are those which it has alone, whatever bounds the lengths of its batch.
+TEST(BlockAttentionRowsCudaSplits, MakeARequestIndependentOfItsBatch) {
+    MAGE_NEEDS_GPU();
+    for (const RowCount& r : kRowCounts) {
+        for (const int64_t split_tokens : {64, 320}) {
+            AttentionCase c = small_case(r.queries, r.heads, {700, 64, 0, 65, 321});
+            c.split_tokens = split_tokens;
+            RowsOnDevice m(c, 32);
+            m.run();
+            const std::vector<float> batch = m.row_mass;
+            const auto requests = static_cast<int64_t>(c.seq_lens.size());
+            for (int64_t b = 0; b < requests; ++b) {
+                for (const int64_t longest : {int64_t{700}, std::max<int64_t>(1, c.seq_lens[b])}) {
+                    m.poison();
+                    BlockAttentionRowsParams own = m.params;
+                    own.attention = alone(own.attention, b, longest);
+                    cuda::block_attention_rows(own, nullptr);
+                    m.fetch();
+                    const int64_t shares = (longest + 31) / 32 * m.buffers.rows();
+                    ASSERT_EQ(std::memcmp(m.row_mass.data(), batch.data() + b * m.units * m.buffers.rows(), shares * 4),
+                              0)
+                        << r.name << " split " << split_tokens << " request " << b << " of " << longest;
+                }
+            }
+        }
+    }
+}
+
 TEST(BlockAttentionRowsCudaGraph, ReplaysWithNewLengths) {
     MAGE_NEEDS_GPU();
     RowsOnDevice captured(small_case(32, 7, {77, 0, 130}), 32);

@@ -356,15 +356,9 @@ TEST(SparseBlockAttentionCudaComplement, MergesToBlockAttention) {
 // One request of a batch by itself, under the same addresses.
 SparseBlockAttentionParams alone(const SparseBlockAttentionParams& batch, int64_t b, int64_t max_seq_len) {
     SparseBlockAttentionParams params = batch;
-    BlockAttentionParams& p = params.attention;
-    p.num_requests = 1;
-    p.max_seq_len = max_seq_len;
-    p.q = static_cast<const char*>(p.q) + b * p.stride_q_request * dtype_bytes(p.dtype);
-    p.pages.block_table += b * p.pages.stride_request;
-    p.seq_lens += b;
-    if (p.kv_lens != nullptr) p.kv_lens += b * p.num_queries;
-    params.indices += b * p.num_kv_heads * params.capacity;
-    params.counts += b * p.num_kv_heads;
+    params.attention = test::alone(batch.attention, b, max_seq_len);
+    params.indices += b * params.attention.num_kv_heads * params.capacity;
+    params.counts += b * params.attention.num_kv_heads;
     params.tail_start += b;
     return params;
 }
