@@ -584,6 +584,47 @@ TEST(SparseBlockAttentionCudaOverlap, WaitsForEveryInput) {
     }
 }
 
+// --- workspace -------------------------------------------------------------------------------------------------------
+
+SparseBlockAttentionParams dimensions(int64_t requests, int64_t queries, int64_t heads, int64_t kv_heads,
+                                      int64_t head_dim, int64_t max_seq_len, int64_t granularity, int64_t capacity,
+                                      int64_t split_tokens) {
+    SparseBlockAttentionParams params;
+    params.attention.num_requests = requests;
+    params.attention.num_queries = queries;
+    params.attention.num_heads = heads;
+    params.attention.num_kv_heads = kv_heads;
+    params.attention.head_dim = head_dim;
+    params.attention.max_seq_len = max_seq_len;
+    params.attention.split_tokens = split_tokens;
+    params.granularity = granularity;
+    params.capacity = capacity;
+    return params;
+}
+
+TEST(SparseBlockAttentionCudaWorkspace, InNumbers) {
+    // 7B, a block of 32: R = 224, a pair of CTAs, 66 workers with two slots of 256 rows. 8 bytes name the pieces of
+    // each of 4 segments.
+    const int64_t row = 3 * 128 + 12, most = int64_t{2} * 66 * 256 * row + 4 * 8;
+    EXPECT_EQ(cuda::sparse_block_attention_workspace(dimensions(1, 32, 28, 4, 128, 16384, 64, 16, 0)), most);
+    EXPECT_EQ(sparse_block_attention_workspace(1, 32, 28, 4, 128, 16384, 64, 16, 0), most);
+    // 1.5B: R = 192 in tiles of 64 tokens. A stream has 4 * 16 listed tokens, 200 and 64: 6 tiles, of 6 streams.
+    EXPECT_EQ(cuda::sparse_block_attention_workspace(dimensions(3, 32, 12, 2, 128, 200, 16, 4, 0)),
+              2 * 36 * 192 * row + 6 * 8);
+    // 56 rows take a tile of 128 rows and 128 tokens: 8 * 32 + 1000 + 64 tokens are 11 tiles, of 4 streams.
+    EXPECT_EQ(cuda::sparse_block_attention_workspace(dimensions(1, 8, 28, 4, 128, 1000, 32, 8, 0)),
+              2 * 44 * 128 * row + 4 * 8);
+    // Fixed: a slot per split of 320. 10 * 64 + 1000 + 64 tokens are 6 of them, as are 64 more.
+    for (const int64_t capacity : {10, 11}) {
+        EXPECT_EQ(cuda::sparse_block_attention_workspace(dimensions(3, 32, 12, 2, 64, 1000, 64, capacity, 320)),
+                  int64_t{36} * 192 * (3 * 64 + 12) + 6 * 8);
+    }
+    // One row without a list; the pieces take up to 16 bytes.
+    EXPECT_EQ(cuda::sparse_block_attention_workspace(dimensions(1, 1, 1, 1, 64, 64, 1, 0, 0)),
+              2 * 128 * (3 * 64 + 12) + 16);
+    EXPECT_EQ(cuda::sparse_block_attention_workspace(dimensions(0, 1, 1, 1, 64, 64, 1, 0, 0)), 0);
+}
+
 // --- refusals --------------------------------------------------------------------------------------------------------
 
 TEST(SparseBlockAttentionCudaErrors, NameTheArgument) {
