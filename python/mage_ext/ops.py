@@ -2,8 +2,8 @@
 
 A function checks what Python can see cheaply (types of all arguments: TypeError; values of plain ones: ValueError) and
 calls `torch.ops.mage.<op>`, which checks every tensor (RuntimeError). Nothing here chooses hardware or falls back: the
-device of the tensors decides, and an op without a kernel for it raises; meta tensors give meta tensors, and one among
-others is a ValueError. The slow twin of each is in `mage_ext.reference`.
+device of the tensors decides, and an op without a kernel for it raises; meta tensors give meta tensors, of whose shapes
+and dtypes little is checked, and one among others is a ValueError. The slow twin of each is in `mage_ext.reference`.
 
     B requests            Q query rows per request      S cached tokens of a request, its block included
     H, Hkv, G = H / Hkv   D head dim                    P prefix tokens before the current block
