@@ -1,6 +1,7 @@
 #pragma once
 
 #include <algorithm>
+#include <climits>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -31,6 +32,8 @@ struct AttentionCase {
     int64_t stair = 0;         // kv_lens: every `stair` rows see what is before their end
     int64_t max_seq_len = 0;   // more than the longest request
     uint32_t seed = 1;
+    bool spread_rows = false;  // kv_lens from far below 0 over all of [0, S] to far above it
+    bool bad_pages = false;    // every other entry of the table is out of range, as far as can be and just so
 };
 
 inline std::vector<AttentionCase> attention_cases() {
@@ -136,6 +139,11 @@ struct AttentionBuffers {
         std::copy_n(order.begin(), block_table.size(), block_table.begin());
         if (c.break_page) block_table[1] = static_cast<int32_t>(pages);
         if (c.break_page && max_pages > 3) block_table[3] = -7;
+        const int32_t bad[] = {INT_MIN, INT_MAX, -1, static_cast<int32_t>(pages)};
+        for (int64_t i = 0; i < requests * max_pages && c.bad_pages; ++i) {
+            const int64_t page = i % max_pages;
+            if (page % 2 == 1) block_table[i] = bad[(i / max_pages + page / 2) % 4];
+        }
 
         // Pools full of NaN, then values where a token lies.
         const int64_t row = c.head_dim, step = c.interleaved ? 2 * row : row;
@@ -182,6 +190,7 @@ struct AttentionBuffers {
             }
             params.kv_lens = kv_lens.data();
         }
+        if (c.spread_rows) spread_rows();
         out.resize(q.size());
         lse.resize(requests * c.num_heads * c.num_queries);
         params.out = out.data();
@@ -194,6 +203,18 @@ struct AttentionBuffers {
 
     AttentionBuffers(const AttentionBuffers&) = delete;
     AttentionBuffers& operator=(const AttentionBuffers&) = delete;
+
+    void spread_rows() {
+        const int64_t queries = test.num_queries;
+        for (const int32_t len : test.seq_lens) {
+            for (int64_t i = 0; i < queries; ++i) {
+                kv_lens.push_back(i == 0             ? INT_MIN
+                                  : i == queries - 1 ? INT_MAX
+                                                     : static_cast<int32_t>(len * (i - 1) / (queries - 2)));
+            }
+        }
+        params.kv_lens = kv_lens.data();
+    }
 
     int64_t rows() const { return test.num_queries * (test.num_heads / test.num_kv_heads); }
 

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <climits>
+#include <string>
 #include <vector>
 
 #include "attention_cases.h"
@@ -17,7 +19,7 @@ constexpr RowCount kRowCounts[] = {{"Rows56", 8, 7}, {"Rows128", 32, 4}, {"Rows1
 constexpr RowCount kCutRowCounts[] = {
     {"Rows384", 64, 6}, {"Rows448", 64, 7}, {"Rows640", 64, 10}, {"Rows1024", 64, 16}};
 
-// Every axis by itself over small shapes: the naive loop's work, 2 * H * Q * S * D per case, is 1.2e9 in all.
+// Every axis by itself over small shapes: the naive loop's work, 2 * H * Q * S * D per case, is 2.5e9 in all.
 inline std::vector<AttentionCase> cuda_attention_cases() {
     constexpr DType kBf16 = DType::kBFloat16, kFp16 = DType::kFloat16;
     std::vector<AttentionCase> cases;
@@ -63,6 +65,19 @@ inline std::vector<AttentionCase> cuda_attention_cases() {
         set_layout(add(of + "Rows128", {150, 77}, 32, 8, 2, 64, page, kFp16), next++ % 3);
         set_layout(add(of + "Rows224", {150, 77}, 32, 14, 2, 64, page, kBf16), next++ % 3);
     }
+    // 129 to 192 rows whose tokens are gathered one by one.
+    for (const int64_t dim : {64, 128}) {
+        const std::string of = "GatherD" + std::to_string(dim);
+        add(of + "Rows132", {200, 0, 65, 333}, 22, 6, 1, dim, 1, kFp16);
+        add(of + "Rows192", {200, 0, 65, 333}, 32, 6, 1, dim, 1, kBf16);
+    }
+    // Lengths at the edges of large pages.
+    const std::vector<int32_t> edges = {127, 128, 129, 255, 256, 257, 511, 512, 513};
+    for (size_t i = 0; i < std::size(kRowCounts); ++i) {
+        const int32_t page = i % 2 == 0 ? 128 : 256;
+        const RowCount& r = kRowCounts[i];
+        add("EdgesOfPage" + std::to_string(page) + r.name, edges, r.queries, r.heads, 1, 64, page, kBf16);
+    }
     // Streams that many workers share, and the ring of tiles goes round.
     add("LongRows192", {3000}, 32, 6, 1, 64, 16, kBf16);
     add("LongRows224", {3000}, 32, 7, 1, 64, 64, kBf16);
@@ -88,6 +103,14 @@ inline std::vector<AttentionCase> cuda_attention_cases() {
     }
     add("BrokenPagesRows224", {500}, 32, 7, 1, 64, 128, kBf16).break_page = true;
     add("BrokenPagesOf1Rows128", {150}, 32, 4, 1, 64, 1, kFp16).break_page = true;
+    // Page ids and kv_lens that are far out of range, for every row shape.
+    for (const RowCount& r : kRowCounts) {
+        for (const int32_t page : {1, 16}) {
+            const std::string of = "Of" + std::to_string(page) + r.name;
+            add("BadPages" + of, {300, 130, 270}, r.queries, r.heads, 1, 64, page, kBf16).bad_pages = true;
+            add("SpreadRows" + of, {300, 0, 20}, r.queries, r.heads, 1, 64, page, kFp16).spread_rows = true;
+        }
+    }
     add("OnlyBrokenPages", {60, 64}, 4, 4, 2, 64, 64, kBf16).break_page = true;
     // 1e-300 is 0 in float32, and a masked score times 0 must not become NaN.
     add("NegativeScale", {190}, 9, 4, 2, 64, 16, kBf16).softmax_scale = -0.2;
@@ -117,6 +140,14 @@ inline std::vector<AttentionCase> cuda_unit_cases() {
         cases.push_back(c);
     }
     return cases;
+}
+
+// Lengths that are out of range, and a case of those that they count as.
+const std::vector<int32_t> kFarLengths = {-5, INT_MAX, 70, INT_MIN, 151};
+inline AttentionCase near_lengths(const RowCount& r) {
+    AttentionCase c = {"Lengths", {0, 150, 70, 0, 150}, r.queries, r.heads, 1, 64, 16, DType::kBFloat16};
+    c.spread_rows = true;
+    return c;
 }
 
 // The tensors of a case on the device. Outputs and workspace are NaN until a kernel writes them.
@@ -190,6 +221,28 @@ struct AttentionOnDevice {
     }
 };
 
+// What an op of attention reads of a case. Early numbers are NaN, pages are outside of the pool, requests are empty.
+inline void add_inputs(const AttentionOnDevice& device, LateInputs* late, bool reads_v = true) {
+    late->add("q", device.q);
+    late->add("k_cache", device.k_pool);
+    if (reads_v) late->add("v_cache", device.v_pool);
+    late->add("block_table", device.block_table);
+    late->add("seq_lens", device.seq_lens, 0);
+    late->add("kv_lens", device.kv_lens, 0);
+}
+
+// One request of a batch by itself, under the same addresses.
+inline BlockAttentionParams alone(const BlockAttentionParams& batch, int64_t b, int64_t max_seq_len) {
+    BlockAttentionParams params = batch;
+    params.num_requests = 1;
+    params.max_seq_len = max_seq_len;
+    params.q = static_cast<const char*>(batch.q) + b * batch.stride_q_request * dtype_bytes(batch.dtype);
+    params.pages.block_table = batch.pages.block_table + b * batch.pages.stride_request;
+    params.seq_lens = batch.seq_lens + b;
+    if (batch.kv_lens != nullptr) params.kv_lens = batch.kv_lens + b * batch.num_queries;
+    return params;
+}
+
 // Largest |out - naive| that rounding explains. With u the rounding of 16-bit numbers (2^-8 bfloat16, 2^-11 float16),
 // A = sum w |v| and weights w that sum to 1: attention in that precision rounds every w, which moves out by at most
 // u * A, and out itself, u * |out|. float32 adds, relative to A: the score s * scale * log2(e) is rounded three times
@@ -205,37 +258,6 @@ inline double cuda_out_tolerance(const AttentionBuffers& b, size_t i) {
     return u * (b.naive_size[i] + std::abs(b.naive_out[i])) + relative * b.naive_size[i] +
            (fp16 ? 0x1p-25 * (2 * tokens + 1) : 0x1p-30);
 }
-
-// Two streams and a graph, destroyed with it.
-struct Streams {
-    cudaStream_t first = nullptr, second = nullptr;
-    cudaGraph_t graph = nullptr;
-    cudaGraphExec_t exec = nullptr;
-    Streams() {
-        MAGE_CUDA_CHECK("test", cudaStreamCreateWithFlags(&first, cudaStreamNonBlocking));
-        MAGE_CUDA_CHECK("test", cudaStreamCreateWithFlags(&second, cudaStreamNonBlocking));
-    }
-    ~Streams() {
-        if (exec != nullptr) cudaGraphExecDestroy(exec);
-        if (graph != nullptr) cudaGraphDestroy(graph);
-        cudaStreamDestroy(first);
-        cudaStreamDestroy(second);
-    }
-    Streams(const Streams&) = delete;
-    Streams& operator=(const Streams&) = delete;
-
-    template <typename Launch>
-    void capture(const Launch& launch) {
-        MAGE_CUDA_CHECK("test", cudaStreamBeginCapture(first, cudaStreamCaptureModeGlobal));
-        launch(first);
-        MAGE_CUDA_CHECK("test", cudaStreamEndCapture(first, &graph));
-        MAGE_CUDA_CHECK("test", cudaGraphInstantiate(&exec, graph, 0));
-    }
-    void replay() {
-        MAGE_CUDA_CHECK("test", cudaGraphLaunch(exec, first));
-        MAGE_CUDA_CHECK("test", cudaStreamSynchronize(first));
-    }
-};
 
 // Calls `call` and compares the error's text.
 template <typename Call>

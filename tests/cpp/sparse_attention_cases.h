@@ -178,7 +178,7 @@ struct SparseBuffers {
 
     explicit SparseBuffers(const SparseCase& c)
         : test(c), attention(c.attention, false), lists(c, attention.params.max_seq_len) {
-        if (c.spread_rows) spread_rows();
+        if (c.spread_rows) attention.spread_rows();
         attention.run_naive([this](int64_t b, int64_t h, int64_t t) { return times(b, h, t); });
         poison_unlisted();
         params.indices = lists.indices.data();
@@ -199,18 +199,6 @@ struct SparseBuffers {
     }
 
 private:
-    void spread_rows() {
-        const int64_t queries = test.attention.num_queries;
-        for (const int32_t len : test.attention.seq_lens) {
-            for (int64_t i = 0; i < queries; ++i) {
-                attention.kv_lens.push_back(i == 0             ? INT_MIN
-                                            : i == queries - 1 ? INT_MAX
-                                                               : static_cast<int32_t>(len * (i - 1) / (queries - 2)));
-            }
-        }
-        attention.params.kv_lens = attention.kv_lens.data();
-    }
-
     void poison_unlisted() {
         const AttentionCase& c = test.attention;
         const PagedPool& strides = attention.params.k_cache;

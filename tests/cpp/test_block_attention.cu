@@ -30,35 +30,32 @@ AttentionCase named_case(const std::string& name) {
     throw std::runtime_error("no case " + name);
 }
 
-TEST(BlockAttentionCudaRuns, AreBitwiseEqual) {
+// Lengths that are out of range count as the nearest that are not.
+TEST(BlockAttentionCudaLengths, AreClamped) {
     MAGE_NEEDS_GPU();
-    for (const char* name : {"Rows224Bf16D128", "Rows192Fp16D64", "SplitBy64", "Streams"}) {
-        AttentionBuffers buffers(named_case(name));
+    for (const RowCount& r : kRowCounts) {
+        AttentionBuffers buffers(near_lengths(r));
         AttentionOnDevice device(buffers, cuda::block_attention_workspace(buffers.params));
+        device.seq_lens.set(kFarLengths);
         cuda::block_attention(device.params, nullptr);
         device.fetch(buffers);
-        const std::vector<char> out = buffers.out;
-        const std::vector<float> lse = buffers.lse;
-        for (int i = 1; i < 20; ++i) {
-            device.poison();
-            cuda::block_attention(device.params, nullptr);
-            device.fetch(buffers);
-            ASSERT_EQ(buffers.out, out) << name << " run " << i;
-            ASSERT_EQ(buffers.lse, lse) << name << " run " << i;
-        }
+        MAGE_EXPECT_CUDA_ATTENTION(buffers);
     }
 }
 
-// One request of a batch by itself, under the same addresses.
-BlockAttentionParams alone(const BlockAttentionParams& batch, int64_t b, int64_t max_seq_len) {
-    BlockAttentionParams params = batch;
-    params.num_requests = 1;
-    params.max_seq_len = max_seq_len;
-    params.q = static_cast<const char*>(batch.q) + b * batch.stride_q_request * dtype_bytes(batch.dtype);
-    params.pages.block_table = batch.pages.block_table + b * batch.pages.stride_request;
-    params.seq_lens = batch.seq_lens + b;
-    if (batch.kv_lens != nullptr) params.kv_lens = batch.kv_lens + b * batch.num_queries;
-    return params;
+DeviceCall call_of(AttentionOnDevice& device) {
+    return {[&](cudaStream_t stream) { cuda::block_attention(device.params, stream); }, [&] { device.poison(); },
+            [&] { return bytes_in(device.out, device.lse); }};
+}
+
+TEST(BlockAttentionCudaRuns, AreBitwiseEqual) {
+    MAGE_NEEDS_GPU();
+    for (const char* name : {"Rows224Bf16D128", "Rows192Fp16D64", "SplitBy64", "Streams", "PageOf1Rows128"}) {
+        SCOPED_TRACE(name);
+        const AttentionBuffers buffers(named_case(name), false);
+        AttentionOnDevice device(buffers, cuda::block_attention_workspace(buffers.params));
+        expect_equal_runs(call_of(device), 100);
+    }
 }
 
 // With fixed splits a request's result is that which it has alone, whatever bounds the lengths of its batch.
@@ -167,6 +164,29 @@ TEST(BlockAttentionCudaStreams, CallsInARowShareAWorkspace) {
     second_device.fetch(second);
     MAGE_EXPECT_CUDA_ATTENTION(first);
     MAGE_EXPECT_CUDA_ATTENTION(second);
+}
+
+// Every input may come from a kernel that lets this one start early.
+TEST(BlockAttentionCudaOverlap, WaitsForEveryInput) {
+    MAGE_NEEDS_GPU();
+    for (const RowCount& r : kRowCounts) {
+        for (const int32_t page : {1, 16}) {
+            for (const int64_t split_tokens : {0, 64}) {
+                AttentionCase c = {"Late", {300, 0, 77},         r.queries, r.heads,
+                                   1,      page == 1 ? 128 : 64, page,      DType::kBFloat16};
+                c.split_tokens = split_tokens;
+                c.stair = 4;
+                SCOPED_TRACE(std::string(r.name) + " page " + std::to_string(page) + " split " +
+                             std::to_string(split_tokens));
+                const AttentionBuffers buffers(c, false);
+                AttentionOnDevice device(buffers, cuda::block_attention_workspace(buffers.params));
+                LateInputs late;
+                add_inputs(device, &late);
+                late.expect_awaited(call_of(device));
+                if (HasFatalFailure()) return;
+            }
+        }
+    }
 }
 
 TEST(BlockAttentionCudaErrors, NameTheArgument) {

@@ -29,6 +29,13 @@ std::vector<CudaMassCase> cuda_mass_cases() {
                          i / 2 % 2 == 0 ? MassNorm::kContext : MassNorm::kPrefix, i % 5 > 2});
         ++i;
     }
+    for (const int64_t dim : {64, 128}) {
+        cases.push_back({{"GatherG64D" + std::to_string(dim), {333, 0, 65}, 32, 6, 1, dim, 1, DType::kBFloat16},
+                         64,
+                         MassScore::kMean,
+                         MassNorm::kContext,
+                         false});
+    }
     // More segments than workers, so that these take several, whole ones and parts.
     std::vector<int32_t> lens;
     for (int32_t i = 0; i < 40; ++i) lens.push_back(i % 9 == 4 ? 0 : 37 * i % 400 + 1);
@@ -164,6 +171,11 @@ struct MassOnDevice {
         launch(nullptr);
         fetch();
     }
+
+    DeviceCall call() {
+        return {[this](cudaStream_t stream) { launch(stream); }, [this] { poison(); },
+                [this] { return bytes_in(attention.out, attention.lse, device_mass); }};
+    }
 };
 
 // `relative`: what unit sums in 16 bits and float32 arithmetic may be off by.
@@ -221,14 +233,11 @@ TEST(BlockAttentionMassCudaRuns, AreBitwiseEqual) {
             c.attention.split_tokens = split_tokens;
             MassOnDevice m(c);
             for (const bool packs : {true, false}) {
+                SCOPED_TRACE(std::string(r.name) + (packs ? " packed" : ""));
                 m.packs = packs;
                 m.run();
                 expect_naive_mass(m);
-                const std::vector<float> mass = m.mass;
-                for (int i = 1; i < 20; ++i) {
-                    m.run();
-                    ASSERT_EQ(m.mass, mass) << r.name << " run " << i;
-                }
+                expect_equal_runs(m.call(), 100);
             }
         }
     }
@@ -283,6 +292,23 @@ TEST(BlockAttentionMassCudaRange, GrowsWithinAPiece) {
     }
 }
 
+// Lengths that are out of range count as the nearest that are not.
+TEST(BlockAttentionMassCudaLengths, AreClamped) {
+    MAGE_NEEDS_GPU();
+    for (const RowCount& r : kRowCounts) {
+        for (const MassNorm norm : {MassNorm::kContext, MassNorm::kPrefix}) {
+            MassOnDevice m({near_lengths(r), 16, MassScore::kMean, norm, true});
+            m.attention.seq_lens.set(kFarLengths);
+            for (const bool packs : {true, false}) {
+                m.packs = packs;
+                m.run();
+                expect_naive_mass(m);
+                MAGE_EXPECT_CUDA_ATTENTION(m.buffers);
+            }
+        }
+    }
+}
+
 // P is clamped to [0, S].
 TEST(BlockAttentionMassCudaPrefix, IsClamped) {
     MAGE_NEEDS_GPU();
@@ -316,6 +342,37 @@ TEST(BlockAttentionMassCudaMask, HidesNan) {
                 m.attention.q.set(m.buffers.q);
                 m.run();
                 EXPECT_EQ(m.mass, mass) << r.name;
+            }
+        }
+    }
+}
+
+// With fixed splits a request's masses are those which it has alone, whatever bounds the lengths of its batch.
+TEST(BlockAttentionMassCudaSplits, MakeARequestIndependentOfItsBatch) {
+    MAGE_NEEDS_GPU();
+    for (const RowCount& r : kRowCounts) {
+        for (const int64_t split_tokens : {64, 320}) {
+            CudaMassCase c = small_case(r.queries, r.heads, {700, 64, 0, 65, 321});
+            c.attention.split_tokens = split_tokens;
+            c.attention.stair = 4;
+            c.score = split_tokens == 64 ? MassScore::kMean : MassScore::kMax;
+            MassOnDevice m(c);
+            m.run();
+            const std::vector<float> batch = m.mass;
+            const auto requests = static_cast<int64_t>(c.attention.seq_lens.size());
+            for (int64_t b = 0; b < requests; ++b) {
+                for (const int64_t longest : {int64_t{700}, std::max<int64_t>(1, c.attention.seq_lens[b])}) {
+                    m.poison();
+                    BlockAttentionMassParams own = m.params;
+                    own.attention = alone(own.attention, b, longest);
+                    own.row_mask += b * r.queries;
+                    own.prefix_lens += b;
+                    cuda::block_attention_mass(own, nullptr);
+                    m.fetch();
+                    const int64_t units = (longest + c.granularity - 1) / c.granularity;
+                    ASSERT_EQ(std::memcmp(m.mass.data(), batch.data() + b * (m.mass_size / requests), units * 4), 0)
+                        << r.name << " split " << split_tokens << " request " << b << " of " << longest;
+                }
             }
         }
     }
@@ -362,6 +419,25 @@ TEST(BlockAttentionMassCudaStreams, RunAtOnce) {
         m->fetch();
         expect_naive_mass(*m);
         MAGE_EXPECT_CUDA_ATTENTION(m->buffers);
+    }
+}
+
+// Every input may come from a kernel that lets this one start early.
+TEST(BlockAttentionMassCudaOverlap, WaitsForEveryInput) {
+    MAGE_NEEDS_GPU();
+    for (const RowCount& r : kRowCounts) {
+        for (const bool packs : {false, true}) {
+            CudaMassCase c = small_case(r.queries, r.heads, {300, 0, 77});
+            c.attention.stair = 4;
+            MassOnDevice m(c, packs);
+            SCOPED_TRACE(std::string(r.name) + (packs ? " packed" : ""));
+            LateInputs late;
+            add_inputs(m.attention, &late);
+            late.add("row_mask", m.device_mask, 0);
+            late.add("prefix_lens", m.device_prefix, 0);
+            late.expect_awaited(m.call());
+            if (HasFatalFailure()) return;
+        }
     }
 }
 

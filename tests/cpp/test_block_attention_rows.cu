@@ -53,6 +53,11 @@ struct RowsOnDevice {
         cuda::block_attention_rows(params, nullptr);
         fetch();
     }
+
+    DeviceCall call() {
+        return {[this](cudaStream_t stream) { cuda::block_attention_rows(params, stream); }, [this] { poison(); },
+                [this] { return bytes_in(attention.out, attention.lse, device_row_mass); }};
+    }
 };
 
 void expect_naive_rows(const RowsOnDevice& m) {
@@ -107,6 +112,18 @@ AttentionCase small_case(int64_t queries, int64_t heads, std::vector<int32_t> le
     return c;
 }
 
+// Lengths that are out of range count as the nearest that are not.
+TEST(BlockAttentionRowsCudaLengths, AreClamped) {
+    MAGE_NEEDS_GPU();
+    for (const RowCount& r : kRowCounts) {
+        RowsOnDevice m(near_lengths(r), 16);
+        m.attention.seq_lens.set(kFarLengths);
+        m.run();
+        expect_naive_rows(m);
+        MAGE_EXPECT_CUDA_ATTENTION(m.buffers);
+    }
+}
+
 TEST(BlockAttentionRowsCudaRuns, AreBitwiseEqualForEveryUnit) {
     MAGE_NEEDS_GPU();
     for (const RowCount& r : kRowCounts) {
@@ -114,10 +131,35 @@ TEST(BlockAttentionRowsCudaRuns, AreBitwiseEqualForEveryUnit) {
             RowsOnDevice m(small_case(r.queries, r.heads, {700, 1, 0, 300}), g);
             m.run();
             expect_naive_rows(m);
-            const std::vector<float> row_mass = m.row_mass;
-            for (int i = 1; i < 20; ++i) {
-                m.run();
-                ASSERT_EQ(m.row_mass, row_mass) << r.name << " run " << i;
+            SCOPED_TRACE(std::string(r.name) + " g " + std::to_string(g));
+            expect_equal_runs(m.call(), 100);
+        }
+    }
+}
+
+// With fixed splits a request's shares are those which it has alone, whatever bounds the lengths of its batch.
+TEST(BlockAttentionRowsCudaSplits, MakeARequestIndependentOfItsBatch) {
+    MAGE_NEEDS_GPU();
+    for (const RowCount& r : kRowCounts) {
+        for (const int64_t split_tokens : {64, 320}) {
+            AttentionCase c = small_case(r.queries, r.heads, {700, 64, 0, 65, 321});
+            c.split_tokens = split_tokens;
+            RowsOnDevice m(c, 32);
+            m.run();
+            const std::vector<float> batch = m.row_mass;
+            const auto requests = static_cast<int64_t>(c.seq_lens.size());
+            for (int64_t b = 0; b < requests; ++b) {
+                for (const int64_t longest : {int64_t{700}, std::max<int64_t>(1, c.seq_lens[b])}) {
+                    m.poison();
+                    BlockAttentionRowsParams own = m.params;
+                    own.attention = alone(own.attention, b, longest);
+                    cuda::block_attention_rows(own, nullptr);
+                    m.fetch();
+                    const int64_t shares = (longest + 31) / 32 * m.buffers.rows();
+                    ASSERT_EQ(std::memcmp(m.row_mass.data(), batch.data() + b * m.units * m.buffers.rows(), shares * 4),
+                              0)
+                        << r.name << " split " << split_tokens << " request " << b << " of " << longest;
+                }
             }
         }
     }
@@ -155,6 +197,23 @@ TEST(BlockAttentionRowsCudaStreams, RunAtOnce) {
         m->fetch();
         expect_naive_rows(*m);
         MAGE_EXPECT_CUDA_ATTENTION(m->buffers);
+    }
+}
+
+// Every input may come from a kernel that lets this one start early.
+TEST(BlockAttentionRowsCudaOverlap, WaitsForEveryInput) {
+    MAGE_NEEDS_GPU();
+    for (const RowCount& r : kRowCounts) {
+        for (const int64_t g : {16, 64}) {
+            AttentionCase c = small_case(r.queries, r.heads, {300, 0, 77});
+            c.stair = 4;
+            RowsOnDevice m(c, g);
+            SCOPED_TRACE(std::string(r.name) + " g " + std::to_string(g));
+            LateInputs late;
+            add_inputs(m.attention, &late);
+            late.expect_awaited(m.call());
+            if (HasFatalFailure()) return;
+        }
     }
 }
 

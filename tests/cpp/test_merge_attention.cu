@@ -9,6 +9,40 @@
 namespace mage::test {
 namespace {
 
+// A case with its tensors on the device.
+struct MergeOnDevice {
+    MergeBuffers buffers;
+    DeviceArray<char> outs;
+    DeviceArray<float> lses;
+    DeviceArray<char> out;
+    DeviceArray<float> lse;
+
+    explicit MergeOnDevice(const MergeCase& c)
+        : buffers(c), outs(buffers.outs), lses(buffers.lses), out(buffers.out), lse(buffers.lse) {
+        buffers.bind(outs.data(), lses.data(), out.data(), lse.data());
+    }
+
+    DeviceCall call() {
+        return {[this](cudaStream_t stream) { cuda::merge_attention(buffers.params, stream); },
+                [this] {  // as they came
+                    out.set(buffers.out);
+                    lse.set(buffers.lse);
+                },
+                [this] { return bytes_in(out, lse); }};
+    }
+};
+
+// Few parts and many, in vectors and one by one.
+std::vector<MergeCase> cases_of_each_kernel() {
+    std::vector<MergeCase> cases;
+    for (const MergeCase& c : merge_cases()) {
+        for (const char* name : {"BlockOf7B", "NinthPart", "OddDimInHalves", "OddDimOfManyParts", "Float"}) {
+            if (c.name == name) cases.push_back(c);
+        }
+    }
+    return cases;
+}
+
 class MergeAttentionCuda : public testing::TestWithParam<MergeCase> {};
 
 TEST_P(MergeAttentionCuda, AgreesWithTheCpu) {
@@ -86,6 +120,36 @@ TEST(MergeAttentionCudaGraph, ReplaysWithNewParts) {
     cudaGraphExecDestroy(exec);
     cudaGraphDestroy(graph);
     cudaStreamDestroy(stream);
+}
+
+TEST(MergeAttentionCudaRuns, AreBitwiseEqual) {
+    MAGE_NEEDS_GPU();
+    for (const MergeCase& c : cases_of_each_kernel()) {
+        SCOPED_TRACE(c.name);
+        MergeOnDevice device(c);
+        expect_equal_runs(device.call(), 100);
+    }
+}
+
+TEST(MergeAttentionCudaStreams, RunAtOnce) {
+    MAGE_NEEDS_GPU();
+    const std::vector<MergeCase> cases = cases_of_each_kernel();
+    MergeOnDevice first(cases[0]), second(cases[1]);
+    expect_equal_at_once(first.call(), second.call());
+}
+
+// Every part may come from a kernel that lets this one start early.
+TEST(MergeAttentionCudaOverlap, WaitsForEveryInput) {
+    MAGE_NEEDS_GPU();
+    for (const MergeCase& c : cases_of_each_kernel()) {
+        MergeOnDevice device(c);
+        LateInputs late;
+        late.add("outs", device.outs);
+        late.add("lses", device.lses);
+        SCOPED_TRACE(c.name);
+        late.expect_awaited(device.call());
+        if (HasFatalFailure()) return;
+    }
 }
 
 TEST(MergeAttentionPlan, TakesVectorsWhereItCan) {

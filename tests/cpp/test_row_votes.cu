@@ -40,6 +40,11 @@ struct DeviceVotes {
             array->set(poison(array->get().size()));
     }
 
+    DeviceCall call() {
+        return {[this](cudaStream_t stream) { cuda::row_votes(params, stream); }, [this] { poison_again(); },
+                [this] { return bytes_in(votes, union_size, coverage); }};
+    }
+
     template <typename T>
     static std::vector<T> values(const DeviceArray<unsigned char>& array) {
         const std::vector<unsigned char> bytes = array.get();
@@ -139,6 +144,50 @@ TEST(RowVotesCudaGraph, ReplaysWithNewShares) {
     cudaGraphExecDestroy(exec);
     cudaGraphDestroy(graph);
     cudaStreamDestroy(stream);
+}
+
+// In one launch, by boxes of the copy engine and one by one, and in two: of many units, and of many rows.
+const VoteCase kLaunchCases[] = {
+    {"OneLaunch", 2, 2, 600, 40, 16, 25, Shares::kRandom, {9600, 4000}, 8},
+    {"OneLaunchOddRows", 2, 2, 600, 42, 16, 25, Shares::kRandom, {9600, 4000}, 7},
+    {"TwoLaunches", 2, 2, 2300, 40, 16, 25, Shares::kRandom, {36800, 20000}, 8},
+    {"TwoLaunchesOfManyRows", 2, 1, 300, 264, 16, 20, Shares::kRandom, {4800, 3000}, 8},
+};
+
+TEST(RowVotesCudaRuns, AreBitwiseEqual) {
+    MAGE_NEEDS_GPU();
+    for (const VoteCase& c : kLaunchCases) {
+        SCOPED_TRACE(c.name);
+        DeviceVotes device(vote_buffers(c));
+        expect_equal_runs(device.call(), 100);
+    }
+}
+
+TEST(RowVotesCudaStreams, RunAtOnce) {
+    MAGE_NEEDS_GPU();
+    DeviceVotes one_launch(vote_buffers(kLaunchCases[0])), two(vote_buffers(kLaunchCases[2])),
+        other_two(vote_buffers(kLaunchCases[3]));
+    expect_equal_at_once(two.call(), other_two.call());
+    expect_equal_at_once(two.call(), one_launch.call());
+}
+
+// Every input may come from a kernel that lets this one start early.
+TEST(RowVotesCudaOverlap, WaitsForEveryInput) {
+    MAGE_NEEDS_GPU();
+    for (const VoteCase& c : kLaunchCases) {
+        VoteBuffers buffers = vote_buffers(c);
+        buffers.bind();
+        cpu::row_votes(buffers.params);
+        DeviceVotes device(buffers);
+        LateInputs late;
+        late.add("row_mass", device.row_mass);
+        late.add("prefix_lens", device.lengths, 0);
+        late.add("row_mask", device.mask, 0);
+        SCOPED_TRACE(c.name);
+        late.expect_awaited(device.call());
+        if (HasFatalFailure()) return;
+        expect_votes(device, buffers);
+    }
 }
 
 TEST(RowVotesCudaErrors, NameTheArgument) {

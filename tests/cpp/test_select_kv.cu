@@ -1,6 +1,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <climits>
 #include <cstring>
 #include <random>
 #include <string>
@@ -69,6 +70,11 @@ struct DeviceSelect {
     void poison_again() {
         for (DeviceArray<unsigned char>* array : {&indices, &counts, &kept_mass, &tail_start, &overflow})
             array->set(poison(array->get().size()));
+    }
+
+    DeviceCall call() {
+        return {[this](cudaStream_t stream) { cuda::select_kv(params, stream); }, [this] { poison_again(); },
+                [this] { return bytes_in(indices, counts, kept_mass, tail_start, overflow); }};
     }
 
     Outputs outputs() const { return {indices.get(), counts.get(), kept_mass.get(), tail_start.get(), overflow.get()}; }
@@ -210,6 +216,20 @@ std::vector<SelectCase> select_cases() {
         {"LayersBroken", 9, 2, 3, 3000, 64, 64, R::kLayer, 16, M::kBroken, {131072, 65000}, 4, 64, 8},
         {"ManyLayersOfManyHeads", 70, 1, 33, 65, 64, 64, R::kLayer, 16, M::kPeaked, {}},
     };
+    // Prefixes past the last unit and below 0: few units, one CTA, clusters, a stream; the last rows are not held.
+    for (const R rule : kRules) {
+        for (const int64_t units : {300, 5000, 20000, 36000}) {
+            const int64_t g = 16, layers = units == 36000 ? 9 : 2, capacity = units == 36000 ? 99 : units;
+            const auto end = static_cast<int32_t>(units * g);
+            SelectCase c = {"", layers, 7, 2, units, g, capacity, rule, units / 9, M::kPeaked};
+            c.lengths = {end, end + 1, INT_MAX, INT_MAX - g + 1, -1, INT_MIN, end - 1};
+            c.sinks = 40;
+            c.recents = 100;
+            c.p = 0.5;
+            c.name = std::string("FarPrefixes_") + kRuleNames[static_cast<int>(rule)] + "_of_" + std::to_string(units);
+            cases.push_back(c);
+        }
+    }
     for (const R rule : kRules) {
         for (const int64_t units : {70, 1024, 1025, 4097, 8192, 8193, 16384, 16385, 33000, 131072}) {
             SelectCase c = {"", 2, 1, 2, units, 1, units, rule, units / 9, Masses::kPeaked, {}, 4, 33, 5, 0.7, 1};
@@ -336,6 +356,38 @@ TEST(SelectKvCudaStreams, DoNotDisturbEachOther) {
         ASSERT_EQ(cudaStreamSynchronize(streams[i]), cudaSuccess);
         expect_same(devices[i]->outputs(), outputs_of(buffers[i]), cases[i].name);
         cudaStreamDestroy(streams[i]);
+    }
+}
+
+// Every input may come from a kernel that lets this one start early. One case for each kernel of this op.
+TEST(SelectKvCudaOverlap, WaitsForEveryInput) {
+    MAGE_NEEDS_GPU();
+    using R = SelectRule;
+    using M = Masses;
+    const SelectCase cases[] = {
+        {"short", 2, 2, 2, 700, 16, 40, R::kFixed, 32, M::kPeaked, {11200, 5003}, 4, 64},
+        {"alone", 4, 2, 4, 2049, 64, 16, R::kFixed, 16, M::kPeaked, {131071, 70001}, 4, 64},
+        {"cluster", 1, 1, 4, 131104, 1, 1024, R::kFixed, 1024, M::kFlat, {131072}, 4, 64},
+        {"streamed", 9, 1, 4, 36000, 1, 900, R::kFixed, 777, M::kPeaked, {35001}, 4, 64, 0, 0.9, 1},
+        {"layers", 5, 2, 4, 2049, 64, 64, R::kLayer, 16, M::kPeaked, {131072, 65000}, 4, 64, 8},
+        {"layers in clusters", 2, 1, 2, 33000, 1, 700, R::kLayer, 300, M::kPeaked, {32000}, 4, 64, 8},
+        {"mass in clusters", 2, 1, 2, 20000, 1, 2000, R::kMass, 0, M::kFlat, {19999}, 4, 64, 0, 0.05},
+        {"joint of many heads", 2, 2, 21, 3000, 16, 100, R::kJoint, 64, M::kPeaked, {48000, 30011}, 4, 64},
+    };
+    for (const SelectCase& c : cases) {
+        SelectBuffers buffers = select_buffers(c);
+        cpu::select_kv(buffers.params);
+        DeviceSelect device(buffers);
+        LateInputs late;
+        late.add("mass", device.mass);
+        late.add("prefix_lens", device.lengths, 0);
+        late.add("votes", device.votes);
+        late.add("union_size", device.union_size);
+        late.add("coverage", device.coverage);
+        SCOPED_TRACE(c.name);
+        late.expect_awaited(device.call());
+        if (HasFatalFailure()) return;
+        expect_same(device.outputs(), outputs_of(buffers), c.name);
     }
 }
 

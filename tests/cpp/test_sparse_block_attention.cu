@@ -207,6 +207,11 @@ struct SparseOnDevice {
         cuda::sparse_block_attention(params, nullptr);
         attention.fetch(host.attention);
     }
+
+    DeviceCall call() {
+        return {[this](cudaStream_t stream) { cuda::sparse_block_attention(params, stream); },
+                [this] { attention.poison(); }, [this] { return bytes_in(attention.out, attention.lse); }};
+    }
 };
 
 class SparseBlockAttentionCuda : public testing::TestWithParam<SparseCase> {};
@@ -351,15 +356,9 @@ TEST(SparseBlockAttentionCudaComplement, MergesToBlockAttention) {
 // One request of a batch by itself, under the same addresses.
 SparseBlockAttentionParams alone(const SparseBlockAttentionParams& batch, int64_t b, int64_t max_seq_len) {
     SparseBlockAttentionParams params = batch;
-    BlockAttentionParams& p = params.attention;
-    p.num_requests = 1;
-    p.max_seq_len = max_seq_len;
-    p.q = static_cast<const char*>(p.q) + b * p.stride_q_request * dtype_bytes(p.dtype);
-    p.pages.block_table += b * p.pages.stride_request;
-    p.seq_lens += b;
-    if (p.kv_lens != nullptr) p.kv_lens += b * p.num_queries;
-    params.indices += b * p.num_kv_heads * params.capacity;
-    params.counts += b * p.num_kv_heads;
+    params.attention = test::alone(batch.attention, b, max_seq_len);
+    params.indices += b * params.attention.num_kv_heads * params.capacity;
+    params.counts += b * params.attention.num_kv_heads;
     params.tail_start += b;
     return params;
 }
@@ -564,52 +563,66 @@ TEST(SparseBlockAttentionCudaOverlap, AChainWaitsForItsInputs) {
     }
 }
 
-// Lets its successor start at once, takes its time, and copies then.
-__global__ void late_copy_kernel(const char* from, char* to, int64_t bytes) {
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-    const long long begin = clock64();
-    while (clock64() - begin < 50000) {
-    }
-    for (int64_t i = threadIdx.x; i < bytes; i += blockDim.x) to[i] = from[i];
-}
-
 // Every input may come from a kernel that lets this one start early: a selection, a write of K and V, a projection.
 TEST(SparseBlockAttentionCudaOverlap, WaitsForEveryInput) {
     MAGE_NEEDS_GPU();
     for (const int64_t g : kGranularities) {
-        SparseBuffers before(graph_case(g, 0, {300, 200, 100}, 1)), after(graph_case(g, 0, {200, 300, 150}, 2));
-        SparseOnDevice device(before), wanted(after);
-        const auto late = [&](const char* what, const auto& from, const auto& to, size_t bytes) {
-            device.set(after);
-            // This one input is the old one until the copy.
-            MAGE_CUDA_CHECK("test", cudaDeviceSynchronize());
-            const std::vector<char> old(bytes, 0);
-            MAGE_CUDA_CHECK("test", cudaMemcpy(to.data(), old.data(), bytes, cudaMemcpyHostToDevice));
-            device.attention.poison();
-            const Streams streams;
-            late_copy_kernel<<<1, 256, 0, streams.first>>>(reinterpret_cast<const char*>(from.data()),
-                                                           reinterpret_cast<char*>(to.data()),
-                                                           static_cast<int64_t>(bytes));
-            MAGE_CUDA_CHECK("test", cudaGetLastError());
-            cuda::sparse_block_attention(device.params, streams.first);
-            MAGE_CUDA_CHECK("test", cudaStreamSynchronize(streams.first));
-            device.attention.fetch(after.attention);
-            SCOPED_TRACE(std::string(what) + " g " + std::to_string(g));
-            MAGE_EXPECT_CUDA_ATTENTION(after.attention);
-        };
-        const AttentionBuffers& a = after.attention;
-        AttentionOnDevice &from = wanted.attention, &to = device.attention;
-        late("q", from.q, to.q, a.q.size());
-        late("k_cache", from.k_pool, to.k_pool, a.k_pool.size());
-        late("v_cache", from.v_pool, to.v_pool, a.v_pool.size());
-        late("block_table", from.block_table, to.block_table, a.block_table.size() * 4);
-        late("seq_lens", from.seq_lens, to.seq_lens, a.test.seq_lens.size() * 4);
-        late("kv_lens", from.kv_lens, to.kv_lens, a.kv_lens.size() * 4);
-        late("indices", wanted.indices, device.indices, after.lists.indices.size() * 4);
-        late("counts", wanted.counts, device.counts, after.lists.counts.size() * 4);
-        late("tail_start", wanted.tail_start, device.tail_start, after.lists.tail_start.size() * 4);
-        if (HasFatalFailure()) return;
+        for (const int64_t split_tokens : {0, 64}) {
+            SparseBuffers buffers(graph_case(g, split_tokens, {200, 300, 150}, 2));
+            SparseOnDevice device(buffers);
+            device.run(buffers);
+            MAGE_EXPECT_CUDA_ATTENTION(buffers.attention);
+            SCOPED_TRACE("g " + std::to_string(g) + " split " + std::to_string(split_tokens));
+            LateInputs late;
+            add_inputs(device.attention, &late);
+            late.add("indices", device.indices);
+            late.add("counts", device.counts, 0);
+            late.add("tail_start", device.tail_start, 0);
+            late.expect_awaited(device.call());
+            if (HasFatalFailure()) return;
+        }
     }
+}
+
+// --- workspace -------------------------------------------------------------------------------------------------------
+
+SparseBlockAttentionParams dimensions(int64_t requests, int64_t queries, int64_t heads, int64_t kv_heads,
+                                      int64_t head_dim, int64_t max_seq_len, int64_t granularity, int64_t capacity,
+                                      int64_t split_tokens) {
+    SparseBlockAttentionParams params;
+    params.attention.num_requests = requests;
+    params.attention.num_queries = queries;
+    params.attention.num_heads = heads;
+    params.attention.num_kv_heads = kv_heads;
+    params.attention.head_dim = head_dim;
+    params.attention.max_seq_len = max_seq_len;
+    params.attention.split_tokens = split_tokens;
+    params.granularity = granularity;
+    params.capacity = capacity;
+    return params;
+}
+
+TEST(SparseBlockAttentionCudaWorkspace, InNumbers) {
+    // 7B, a block of 32: R = 224, a pair of CTAs, 66 workers with two slots of 256 rows. 8 bytes name the pieces of
+    // each of 4 segments.
+    const int64_t row = 3 * 128 + 12, most = int64_t{2} * 66 * 256 * row + 4 * 8;
+    EXPECT_EQ(cuda::sparse_block_attention_workspace(dimensions(1, 32, 28, 4, 128, 16384, 64, 16, 0)), most);
+    EXPECT_EQ(sparse_block_attention_workspace(1, 32, 28, 4, 128, 16384, 64, 16, 0), most);
+    // 1.5B: R = 192 in tiles of 64 tokens. A stream has 4 * 16 listed tokens, 200 and 64: 6 tiles, of 6 streams.
+    EXPECT_EQ(cuda::sparse_block_attention_workspace(dimensions(3, 32, 12, 2, 128, 200, 16, 4, 0)),
+              2 * 36 * 192 * row + 6 * 8);
+    // 56 rows take a tile of 128 rows and 128 tokens: 8 * 32 + 1000 + 64 tokens are 11 tiles, of 4 streams.
+    EXPECT_EQ(cuda::sparse_block_attention_workspace(dimensions(1, 8, 28, 4, 128, 1000, 32, 8, 0)),
+              2 * 44 * 128 * row + 4 * 8);
+    // Fixed: a slot per split of 320. 10 * 64 + 1000 + 64 tokens are 6 of them, as are 64 more.
+    for (const int64_t capacity : {10, 11}) {
+        EXPECT_EQ(cuda::sparse_block_attention_workspace(dimensions(3, 32, 12, 2, 64, 1000, 64, capacity, 320)),
+                  int64_t{36} * 192 * (3 * 64 + 12) + 6 * 8);
+    }
+    // One row without a list; the pieces take up to 16 bytes.
+    EXPECT_EQ(cuda::sparse_block_attention_workspace(dimensions(1, 1, 1, 1, 64, 64, 1, 0, 0)),
+              2 * 128 * (3 * 64 + 12) + 16);
+    EXPECT_EQ(cuda::sparse_block_attention_workspace(dimensions(0, 1, 1, 1, 64, 64, 1, 0, 0)), 0);
 }
 
 // --- refusals --------------------------------------------------------------------------------------------------------

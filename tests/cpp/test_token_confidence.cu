@@ -75,17 +75,42 @@ struct Memory {
     std::vector<unsigned char> bytes;
 };
 
+// Logits on the device, and outputs full of poison.
+struct OnDevice {
+    DeviceArray<unsigned char> logits;
+    DeviceArray<int64_t> token;
+    DeviceArray<float> prob, entropy;
+    TokenConfidenceParams params;
+
+    explicit OnDevice(const Memory& memory)
+        : logits(memory.bytes),
+          token(std::vector<int64_t>(memory.num_rows, -7)),
+          prob(std::vector<float>(memory.num_rows, NAN)),
+          entropy(std::vector<float>(memory.num_rows, NAN)),
+          params(memory.params(logits.data())) {
+        params.token = token.data();
+        params.prob = prob.data();
+        params.entropy = entropy.data();
+    }
+
+    void poison() {
+        token.set(std::vector<int64_t>(params.num_rows, -7));
+        prob.set(std::vector<float>(params.num_rows, NAN));
+        entropy.set(std::vector<float>(params.num_rows, NAN));
+    }
+
+    Confidences results() const { return {token.get(), prob.get(), entropy.get()}; }
+
+    DeviceCall call() {
+        return {[this](cudaStream_t stream) { cuda::token_confidence(params, stream); }, [this] { poison(); },
+                [this] { return bytes_in(token, prob, entropy); }};
+    }
+};
+
 Confidences run(const Memory& memory) {
-    const DeviceArray<unsigned char> logits(memory.bytes);
-    const DeviceArray<int64_t> token(std::vector<int64_t>(memory.num_rows, -7));
-    const DeviceArray<float> prob(std::vector<float>(memory.num_rows, NAN));
-    const DeviceArray<float> entropy(std::vector<float>(memory.num_rows, NAN));
-    TokenConfidenceParams params = memory.params(logits.data());
-    params.token = token.data();
-    params.prob = prob.data();
-    params.entropy = entropy.data();
-    cuda::token_confidence(params, nullptr);
-    return {token.get(), prob.get(), entropy.get()};
+    const OnDevice device(memory);
+    cuda::token_confidence(device.params, nullptr);
+    return device.results();
 }
 
 std::vector<std::vector<float>> normal_rows(int64_t num_rows, int64_t vocab, uint32_t seed, float scale = 4.0f) {
@@ -212,31 +237,57 @@ TEST(TokenConfidenceCudaGraph, FollowsNewLogits) {
     MAGE_NEEDS_GPU();
     const Memory captured(normal_rows(4, 30000, 1), DType::kBFloat16, 0, 30000);
     const Memory replayed(normal_rows(4, 30000, 2), DType::kBFloat16, 0, 30000);
-    DeviceArray<unsigned char> logits(captured.bytes);
-    const DeviceArray<int64_t> token(std::vector<int64_t>(4, -7));
-    const DeviceArray<float> prob(std::vector<float>(4, NAN)), entropy(std::vector<float>(4, NAN));
-    TokenConfidenceParams params = captured.params(logits.data());
-    params.token = token.data();
-    params.prob = prob.data();
-    params.entropy = entropy.data();
-    cudaStream_t stream;
-    cudaGraph_t graph;
-    cudaGraphExec_t exec;
-    ASSERT_EQ(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), cudaSuccess);
-    ASSERT_EQ(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), cudaSuccess);
-    for (int i = 0; i < 3; ++i) cuda::token_confidence(params, stream);  // each may begin while its predecessor runs
-    ASSERT_EQ(cudaStreamEndCapture(stream, &graph), cudaSuccess);
-    ASSERT_EQ(cudaGraphInstantiate(&exec, graph, 0), cudaSuccess);
-    EXPECT_EQ(token.get(), std::vector<int64_t>(4, -7)) << "capturing must not run the kernel";
+    OnDevice device(captured);
+    Streams streams;
+    streams.capture([&](cudaStream_t stream) {
+        for (int i = 0; i < 3; ++i) cuda::token_confidence(device.params, stream);  // each may begin early
+    });
+    EXPECT_EQ(device.token.get(), std::vector<int64_t>(4, -7)) << "capturing must not run the kernel";
     for (const Memory* memory : {&replayed, &captured}) {
-        logits.set(memory->bytes);
-        ASSERT_EQ(cudaGraphLaunch(exec, stream), cudaSuccess);
-        ASSERT_EQ(cudaStreamSynchronize(stream), cudaSuccess);
-        EXPECT_EQ((Confidences{token.get(), prob.get(), entropy.get()}), run(*memory));
+        device.logits.set(memory->bytes);
+        streams.replay();
+        EXPECT_EQ(device.results(), run(*memory));
     }
-    cudaGraphExecDestroy(exec);
-    cudaGraphDestroy(graph);
-    cudaStreamDestroy(stream);
+}
+
+// Rows of one CTA and of several, from where vectors can be read and from elsewhere.
+std::vector<Memory> memories_of_each_kernel() {
+    std::vector<Memory> memories;
+    for (const DType dtype : kDTypes) {
+        for (const int64_t vocab : {1000, 70001}) {
+            for (const int64_t before : {0, 1}) memories.emplace_back(normal_rows(3, vocab, 7), dtype, before, 70008);
+        }
+    }
+    return memories;
+}
+
+TEST(TokenConfidenceCudaRuns, AreBitwiseEqual) {
+    MAGE_NEEDS_GPU();
+    for (const Memory& memory : memories_of_each_kernel()) {
+        SCOPED_TRACE(std::to_string(memory.vocab) + " from " + std::to_string(memory.before));
+        OnDevice device(memory);
+        expect_equal_runs(device.call(), 100);
+    }
+}
+
+TEST(TokenConfidenceCudaStreams, RunAtOnce) {
+    MAGE_NEEDS_GPU();
+    OnDevice first(Memory(normal_rows(3, 70001, 7), DType::kBFloat16, 0, 70008));
+    OnDevice second(Memory(normal_rows(9, 30000, 8), DType::kFloat32, 1, 30000));
+    expect_equal_at_once(first.call(), second.call());
+}
+
+// Logits may come from a kernel that lets this one start early.
+TEST(TokenConfidenceCudaOverlap, WaitsForEveryInput) {
+    MAGE_NEEDS_GPU();
+    for (const Memory& memory : memories_of_each_kernel()) {
+        OnDevice device(memory);
+        LateInputs late;
+        late.add("logits", device.logits);
+        SCOPED_TRACE(std::to_string(memory.vocab) + " from " + std::to_string(memory.before));
+        late.expect_awaited(device.call());
+        if (HasFatalFailure()) return;
+    }
 }
 
 TEST(TokenConfidencePlan, FewRowsFillTheGpuAndManyAreOneWave) {

@@ -177,6 +177,11 @@ struct TokensOnDevice {
         cuda::token_mass(params, nullptr);
         fetch();
     }
+
+    DeviceCall call() {
+        return {[this](cudaStream_t stream) { cuda::token_mass(params, stream); }, [this] { poison(); },
+                [this] { return bytes_in(device_mass); }};
+    }
 };
 
 // Masses of a case in float64 from the naive shares, with the options of `m`. Above a millionth of their total, which
@@ -294,6 +299,22 @@ AttentionCase small_case(int64_t queries, int64_t heads, std::vector<int32_t> le
     return c;
 }
 
+// Lengths that are out of range count as the nearest that are not.
+TEST(TokenMassCudaLengths, AreClamped) {
+    MAGE_NEEDS_GPU();
+    for (const RowCount& r : kRowCounts) {
+        AttentionBuffers buffers(near_lengths(r));
+        for (const TokenOptions& options : all_options(16)) {
+            SCOPED_TRACE(std::string(r.name) + " " + options.name());
+            TokensOnDevice m(buffers, options);
+            m.attention.seq_lens.set(kFarLengths);
+            m.run();
+            expect_naive_tokens(m);
+            if (HasFatalFailure()) return;
+        }
+    }
+}
+
 TEST(TokenMassCudaLists, EqualTheFullPassBitForBit) {
     MAGE_NEEDS_GPU();
     const auto compare = [](AttentionBuffers& buffers, const TokenOptions& options) {
@@ -384,6 +405,30 @@ TEST(TokenMassCudaStreams, RunAtOnce) {
     for (TokensOnDevice* m : {&first, &second}) {
         m->fetch();
         expect_naive_tokens(*m);
+    }
+}
+
+// Every input may come from a kernel that lets this one start early. Early candidates are unused.
+TEST(TokenMassCudaOverlap, WaitsForEveryInput) {
+    MAGE_NEEDS_GPU();
+    for (const int64_t queries : {8, 32, 48}) {  // one chunk of rows, the same, two
+        AttentionCase c = small_case(queries, 7, {300, 77, 0, 130, 64});
+        c.stair = 4;
+        AttentionBuffers buffers(c);
+        for (const MassScore score : {MassScore::kMean, MassScore::kMax, MassScore::kRows}) {
+            for (const int64_t g : {0, 16}) {
+                TokensOnDevice m(buffers, {score, MassNorm::kPrefix, true, g});
+                SCOPED_TRACE(std::to_string(queries) + " queries " + m.options.name());
+                LateInputs late;
+                add_inputs(m.attention, &late, false);
+                late.add("lse", m.attention.lse);
+                late.add("row_mask", m.device_mask, 0);
+                late.add("prefix_lens", m.device_prefix, 0);
+                late.add("units", m.device_units);
+                late.expect_awaited(m.call());
+                if (HasFatalFailure()) return;
+            }
+        }
     }
 }
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mage_ext import ops, reference
 from mage_ext.testing.cases import ATTENTION_CASES, BF16, CUDA_ATTENTION_CASES, FP16, AttentionCase, make_pools, on_cuda
@@ -22,6 +23,7 @@ from mage_ext.testing.compare import (
 
 ISAS = ("baseline", "avx2", "avx512")
 gpu = pytest.mark.gpu
+DEVICES = ["cpu", pytest.param("cuda", marks=gpu)]
 
 
 def run_and_check(case, seed=0):
@@ -355,12 +357,13 @@ def test_workspace_refuses(arguments, message):
         ops.block_attention_workspace(*arguments)
 
 
-def test_debug_switch_names_the_value():
+@pytest.mark.parametrize("device", DEVICES)
+def test_debug_switch_names_the_value(device):
     """Values that are clamped or skipped otherwise are errors while the debug switch is on."""
-    tensors = REFUSAL_CASE.tensors()
+    tensors = replace(REFUSAL_CASE, dtype=BF16).tensors(device=device)
     bad_table = tensors["block_table"].clone()
     bad_table[1, 2] = 99
-    falling = torch.full((2, 8), 100, dtype=torch.int32)
+    falling = torch.full((2, 8), 100, dtype=torch.int32, device=device)
     falling[1, 4:] = 50
     was_on = ops.set_debug(True)
     try:
@@ -401,17 +404,50 @@ LARGE_CASES = {
     "block_of_64": AttentionCase((1500, 200), 64, 28, 4, 128, page=1, dtype=BF16),
 }
 
+# One token beside a long stream, and a million tokens: of weights that are alike, and of few that matter.
+LONG_CASES = {
+    "beside_one_token": AttentionCase((1, 131_104), 32, 12, 2, 128, dtype=BF16),
+    "million": AttentionCase((1_048_600,), 8, 4, 1, 64, dtype=BF16),
+    "million_of_few": AttentionCase((1_048_600,), 8, 4, 1, 64, q_scale=4.0, dtype=BF16),
+}
+
+
+def fused_attention(q, k, v):
+    """torch's of q [Q, H, D] over contiguous k and v [T, Hkv, D], in their dtype."""
+    k, v = (x.transpose(0, 1).repeat_interleave(q.shape[1] // x.shape[1], 0)[None] for x in (k, v))
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return torch.nn.functional.scaled_dot_product_attention(q.transpose(0, 1)[None], k, v)[0].transpose(0, 1)
+
+
+def fused_attention_of(tensors):
+    out = torch.zeros_like(tensors["q"])
+    page_size = tensors["k_cache"].shape[1]
+    for b, length in enumerate(tensors["seq_lens"].tolist()):
+        if length:
+            position = torch.arange(length, device=out.device)
+            page, slot = tensors["block_table"][b].long()[position // page_size], position % page_size
+            out[b] = fused_attention(tensors["q"][b], *(tensors[name][page, slot] for name in ("k_cache", "v_cache")))
+    return out
+
+
+def assert_requests_close(actual, exact, peer):
+    """assert_out_close of each request by itself: the more tokens, the smaller the errors."""
+    for one in zip(actual, exact, peer, strict=True):
+        assert_out_close(*(tensor[None] for tensor in one))
+
 
 @gpu
-@pytest.mark.parametrize("name", LARGE_CASES)
+@pytest.mark.parametrize("name", [*LARGE_CASES, *LONG_CASES])
 def test_cuda_matches_float64_on_the_gpu(name):
-    case = LARGE_CASES[name]
+    case = (LARGE_CASES | LONG_CASES)[name]
     tensors = case.tensors(device="cuda")
     exact, size, exact_lse, _ = exact_attention(**tensors)
+    peer = fused_attention_of(tensors)
     for split_tokens in (0, 320):
         out, lse = ops.block_attention(**tensors, max_seq_len=case.longest, split_tokens=split_tokens)
         assert_lse_close(lse, exact_lse)
         assert_cuda_out_close(out, exact, size, case.longest)
+        assert_requests_close(out, exact, peer)
 
 
 @gpu

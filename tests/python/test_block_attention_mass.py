@@ -11,7 +11,14 @@ import torch
 
 from mage_ext import ops, reference
 from mage_ext.testing.cases import ATTENTION_CASES, BF16, CUDA_ATTENTION_CASES, AttentionCase, on_cuda
-from mage_ext.testing.compare import assert_lse_close, assert_mass_close, assert_same_bits, exact_attention
+from mage_ext.testing.compare import (
+    assert_cuda_out_close,
+    assert_lse_close,
+    assert_mass_close,
+    assert_same_bits,
+    exact_attention,
+)
+from test_block_attention import LONG_CASES
 
 gpu = pytest.mark.gpu
 
@@ -271,6 +278,21 @@ def test_cuda_matches_float64_on_the_gpu(heads, kv_heads, g):
     for score, exact in (("mean", shares.mean(2)), ("max", shares.amax(2))):
         mass = ops.block_attention_mass(**tensors, max_seq_len=4128, g=g, score=score)[2]
         assert_mass_close(mass, exact)
+
+
+@gpu
+@pytest.mark.parametrize("g", [16, 64])
+@pytest.mark.parametrize("name", LONG_CASES)
+def test_cuda_long_streams_match_float64(name, g):
+    case = LONG_CASES[name]
+    tensors = case.tensors(device="cuda")
+    exact_out, size, exact_lse, shares = exact_attention(**tensors)
+    shares = torch.nn.functional.pad(shares, (0, -shares.shape[-1] % g)).unflatten(-1, (-1, g)).sum(-1)
+    for score, exact in (("mean", shares.mean(2)), ("max", shares.amax(2))):
+        out, lse, mass = ops.block_attention_mass(**tensors, max_seq_len=case.longest, g=g, score=score)
+        assert_mass_close(mass, exact)
+        assert_lse_close(lse, exact_lse)
+        assert_cuda_out_close(out, exact_out, size, case.longest)
 
 
 @gpu

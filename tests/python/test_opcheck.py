@@ -13,6 +13,7 @@ import torch
 
 from mage_ext import ops
 
+gpu = pytest.mark.gpu
 GOLDEN = Path(__file__).parent / "golden" / "schemas.txt"
 
 
@@ -33,10 +34,10 @@ ops.set_debug(DEBUG)  # opcheck sets the switch to what it is
 B, Q, H, HKV, D, PAGE, SEQ = 2, 4, 4, 2, 8, 16, 48
 
 
-def tensors(dtype=torch.float32):
-    pool = torch.randn(2, 8, PAGE, HKV, D).to(dtype)
+def tensors(dtype=torch.float32, head_dim=D):
+    pool = torch.randn(2, 8, PAGE, HKV, head_dim).to(dtype)
     return {
-        "q": torch.randn(B, Q, H, D).to(dtype),
+        "q": torch.randn(B, Q, H, head_dim).to(dtype),
         "k_cache": pool[0],
         "v_cache": pool[1],
         "block_table": torch.tensor([[3, 0, 5], [1, 2, 7]], dtype=torch.int32),
@@ -55,11 +56,11 @@ def scratch(size):
     return torch.empty(max(size, 16), dtype=torch.uint8)
 
 
-def samples(name):
-    """Calls (args, kwargs) of an operator that opcheck tries."""
-    t = tensors()
-    out, lse = torch.empty(B, Q, H, D), torch.empty(B, H, Q)
-    dims = (B, Q, H, HKV, D, SEQ)
+def samples(name, device="cpu", dtype=torch.float32, head_dim=D):
+    """Calls (args, kwargs) of an operator that opcheck tries. dtype: of all but one call of block_attention, logits."""
+    t = tensors(dtype, head_dim)
+    out, lse = torch.empty(B, Q, H, head_dim, dtype=dtype), torch.empty(B, H, Q)
+    dims = (B, Q, H, HKV, head_dim, SEQ)
     indices = torch.tensor([[[0, 1], [1, -1]], [[0, -1], [-1, -1]]], dtype=torch.int32)
     counts = torch.tensor([[2, 1], [1, 0]], dtype=torch.int32)
     lists = [indices, counts, torch.tensor([32, 0], dtype=torch.int32)]
@@ -86,15 +87,15 @@ def samples(name):
         torch.empty(B, dtype=torch.int32),
         torch.empty(3, B, HKV, dtype=torch.bool),
     ]
-    return {
+    calls = {
         "set_num_threads": [((0,), {})],
         "set_debug": [((DEBUG,), {})],
         "debug_flag": [((), {})],
         "append_kv": [
             (
                 (
-                    torch.randn(B, Q, HKV, D),
-                    torch.randn(B, Q, HKV, D),
+                    torch.randn(B, Q, HKV, head_dim).to(dtype),
+                    torch.randn(B, Q, HKV, head_dim).to(dtype),
                     t["k_cache"],
                     t["v_cache"].clone(),
                     t["block_table"],
@@ -109,7 +110,7 @@ def samples(name):
                 attention_args(t),
                 {"max_seq_len": SEQ, "kv_lens": t["kv_lens"], "split_tokens": 64, "softmax_scale": 0.2},
             ),
-            (attention_args(tensors(torch.bfloat16)), {"max_seq_len": SEQ}),
+            (attention_args(tensors(torch.bfloat16, head_dim)), {"max_seq_len": SEQ}),
         ],
         "block_attention_out": [
             ((*attention_args(t), out, lse, scratch(ops.block_attention_workspace(*dims))), {"max_seq_len": SEQ})
@@ -164,8 +165,9 @@ def samples(name):
                     torch.empty(B, HKV, SEQ),
                     scratch(ops.token_mass_workspace(*dims)),
                 ),
-                {"max_seq_len": SEQ},
+                {"max_seq_len": SEQ, **norm},
             )
+            for norm in ({}, {"norm": "prefix", "prefix_lens": t["prefix_lens"]})
         ],
         "token_mass_workspace": [(dims, {})],
         "row_votes": [
@@ -211,23 +213,23 @@ def samples(name):
         "sparse_block_attention_workspace": [((*dims, 16, 2), {})],
         "merge_attention": [
             (
-                ([torch.randn(B, Q, H, D) for _ in range(3)], [torch.randn(B, H, Q) for _ in range(3)]),
+                ([torch.randn_like(t["q"]) for _ in range(3)], [torch.randn(B, H, Q) for _ in range(3)]),
                 {"log2_out": True},
             )
         ],
         "merge_attention_out": [
             (
                 (
-                    [torch.randn(B, Q, H, D) for _ in range(2)],
+                    [torch.randn_like(t["q"]) for _ in range(2)],
                     [torch.randn(B, H, Q) for _ in range(2)],
                     out,
                     lse,
-                    scratch(ops.merge_attention_workspace(2, B, Q, H, D)),
+                    scratch(ops.merge_attention_workspace(2, B, Q, H, head_dim)),
                 ),
                 {},
             )
         ],
-        "merge_attention_workspace": [((2, B, Q, H, D), {})],
+        "merge_attention_workspace": [((2, B, Q, H, head_dim), {})],
         "token_confidence": [((logits,), {}), ((logits.bfloat16(),), {})],
         "token_confidence_out": [
             (
@@ -242,12 +244,18 @@ def samples(name):
             )
         ],
         "token_confidence_workspace": [((3, 50), {})],
-    }[name]
+    }
+    move = lambda x: x.to(device) if isinstance(x, torch.Tensor) else x  # noqa: E731
+    return torch.utils._pytree.tree_map(move, calls[name])
 
 
 @pytest.mark.parametrize("name", registered())
 def test_opcheck(name):
-    for args, kwargs in samples(name):
+    check(name)
+
+
+def check(name, **where):
+    for args, kwargs in samples(name, **where):
         results = torch.library.opcheck(overload(name), args, kwargs)
         assert set(results.values()) == {"SUCCESS"}
 
@@ -598,3 +606,25 @@ def test_row_mask_without_positions_is_no_mask():
     message = rf"^row_votes: row_mask must have Q positions that divide the rows \({rows}\), got 0$"
     with pytest.raises(RuntimeError, match=message):
         ops.row_votes(*args, **{**kwargs, "row_mask": torch.zeros(batch, 0, dtype=torch.bool)})
+
+
+# --- CUDA -----------------------------------------------------------------------------------------------------------
+
+ON_CUDA = {"device": "cuda", "dtype": torch.bfloat16, "head_dim": 64}
+
+
+@gpu
+@pytest.mark.parametrize("name", WITH_TENSORS)
+def test_cuda_opcheck(name):
+    check(name, **ON_CUDA)
+
+
+@gpu
+@pytest.mark.parametrize("name", [name for name in WITH_TENSORS if name.endswith("_out")] + ["append_kv"])
+def test_cuda_nothing_is_allocated(name):
+    """What writes into given tensors asks torch's allocator for nothing, not even for a moment."""
+    for args, kwargs in samples(name, **ON_CUDA):
+        getattr(ops, name)(*args, **kwargs)  # first use
+        before = torch.cuda.memory_stats()["allocation.all.allocated"]
+        getattr(ops, name)(*args, **kwargs)
+        assert torch.cuda.memory_stats()["allocation.all.allocated"] == before

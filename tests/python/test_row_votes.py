@@ -14,6 +14,7 @@ from mage_ext import ops, reference
 
 NAMES = ("votes", "union_size", "coverage")
 gpu = pytest.mark.gpu
+DEVICES = ["cpu", pytest.param("cuda", marks=gpu)]
 
 
 def generator(seed):
@@ -185,16 +186,18 @@ def test_bad_arguments_are_named(error, message, row_mass, lengths, kwargs):
         ops.row_votes(row_mass, lengths, **{"k": 32, "g": 16, **kwargs})
 
 
-def test_debug_names_the_first_bad_value():
-    broken = ROW_MASS.clone()
+@pytest.mark.parametrize("device", DEVICES)
+def test_debug_names_the_first_bad_value(device):
+    row_mass, lengths = ROW_MASS.to(device), LENGTHS.to(device)
+    broken = row_mass.clone()
     broken[0, 1, 2, 3] = math.nan
     before = ops.set_debug(True)
     try:
-        ops.row_votes(ROW_MASS, LENGTHS, k=32, g=16)
+        ops.row_votes(row_mass, lengths, k=32, g=16)
         with pytest.raises(RuntimeError, match=r"row_votes: row_mass must have values .*, got nan at element 63"):
-            ops.row_votes(broken, LENGTHS, k=32, g=16)
+            ops.row_votes(broken, lengths, k=32, g=16)
         with pytest.raises(RuntimeError, match=r"row_votes: prefix_lens\[1\] must be in \[0, 128\], got 129"):
-            ops.row_votes(ROW_MASS, torch.tensor([128, 129], dtype=torch.int32), k=32, g=16)
+            ops.row_votes(row_mass, torch.tensor([128, 129], dtype=torch.int32, device=device), k=32, g=16)
     finally:
         ops.set_debug(before)
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from mage_ext import ops, reference
 
 gpu = pytest.mark.gpu
+DEVICES = ["cpu", pytest.param("cuda", marks=gpu)]
 NAMES = ("indices", "counts", "kept_mass", "tail_start", "overflow")
 ONE = 1 << 40  # fixed point of the sums
 
@@ -598,6 +599,7 @@ def debug():
     ops.set_debug(before)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     ("message", "change"),
     [
@@ -608,13 +610,14 @@ def debug():
         ("coverage must have values >= 0 .*, got nan at element 0", {"coverage": torch.full((2, 2, 2), math.nan)}),
     ],
 )
-def test_debug_names_the_first_bad_value(debug, message, change):
-    mass, lengths = MASS.clone(), change.get("lengths", LENGTHS)
+def test_debug_names_the_first_bad_value(debug, message, change, device):
+    mass, lengths = MASS.to(device, copy=True), change.get("lengths", LENGTHS).to(device)
     kwargs = {"g": 16, "capacity": 4, "k": 64}
     if "nan" in change:
         mass.view(-1)[change["nan"] :] = math.nan
     if "union_size" in change or "coverage" in change:
-        kwargs |= make_votes(MASS.shape, 1) | change | {"rule": "layer"}
+        votes = make_votes(MASS.shape, 1) | change
+        kwargs |= {name: tensor.to(device) for name, tensor in votes.items()} | {"rule": "layer"}
     with pytest.raises(RuntimeError, match=f"select_kv: {message}"):
         ops.select_kv(mass, lengths, **kwargs)
     ops.set_debug(False)

@@ -19,6 +19,7 @@ from mage_ext.testing.compare import (
     masked_attention,
     torch_attention,
 )
+from test_block_attention import LONG_CASES, assert_requests_close, fused_attention
 
 INT = torch.int32
 gpu = pytest.mark.gpu
@@ -329,31 +330,44 @@ def test_cuda_matches_reference(name, g, keep):
     assert_cuda_out_close(out.cpu(), exact, size, case.longest)
 
 
-def exact_lists(tensors, chosen, g):
-    """float64 attention over valid, ascending lists where the tensors are: out, sum w |v|, lse."""
+def listed_streams(tensors, chosen, g):
+    """Request, query heads, k and v [T, D] of every KV head whose valid, ascending list and tail have tokens."""
     q, kv_heads = tensors["q"], tensors["k_cache"].shape[2]
     group, page = q.shape[2] // kv_heads, tensors["k_cache"].shape[1]
-    out = q.new_zeros(q.shape, dtype=torch.float64)
-    size, lse = torch.zeros_like(out), out.new_full((q.shape[0], q.shape[2], q.shape[1]), -math.inf)
     for b, length in enumerate(tensors["seq_lens"].tolist()):
         for h in range(kv_heads):
             units = chosen["indices"][b, h, : int(chosen["counts"][b, h])].long()
             tail = min(int(chosen["tail_start"][b]), length)
             listed = (units[:, None] * g + torch.arange(g, device=q.device)).flatten()
             token = torch.cat([listed, torch.arange(tail, length, device=q.device)])
-            if not len(token):
-                continue
-            pages, slot = tensors["block_table"][b].long()[token // page], token % page
-            k, v = (tensors[name][pages, slot, h].double() for name in ("k_cache", "v_cache"))
-            mine = slice(h * group, (h + 1) * group)
-            scores = torch.einsum("qhd,td->hqt", q[b, :, mine].double(), k) * q.shape[-1] ** -0.5
-            lse[b, mine] = scores.logsumexp(-1)
-            for result, values in ((out, v), (size, v.abs())):
-                result[b, :, mine] = torch.einsum("hqt,td->qhd", scores.softmax(-1), values)
+            if len(token):
+                pages, slot = tensors["block_table"][b].long()[token // page], token % page
+                k, v = (tensors[name][pages, slot, h] for name in ("k_cache", "v_cache"))
+                yield b, slice(h * group, (h + 1) * group), k, v
+
+
+def exact_lists(tensors, chosen, g):
+    """float64 attention over the lists where the tensors are: out, sum w |v|, lse."""
+    q = tensors["q"]
+    out = q.new_zeros(q.shape, dtype=torch.float64)
+    size, lse = torch.zeros_like(out), out.new_full((q.shape[0], q.shape[2], q.shape[1]), -math.inf)
+    for b, mine, k, v in listed_streams(tensors, chosen, g):
+        scores = torch.einsum("qhd,td->hqt", q[b, :, mine].double(), k.double()) * q.shape[-1] ** -0.5
+        lse[b, mine] = scores.logsumexp(-1)
+        for result, values in ((out, v.double()), (size, v.double().abs())):
+            result[b, :, mine] = torch.einsum("hqt,td->qhd", scores.softmax(-1), values)
     return out, size, lse
 
 
-# Blocks of 32 of 8B, 7B, 1.5B and 135M models over thousands of tokens, one of 64, a sub-block of 8.
+def fused_lists(tensors, chosen, g):
+    """torch's attention over the lists, in their dtype."""
+    out = torch.zeros_like(tensors["q"])
+    for b, mine, k, v in listed_streams(tensors, chosen, g):
+        out[b, :, mine] = fused_attention(tensors["q"][b, :, mine], k[:, None], v[:, None])
+    return out
+
+
+# Blocks of 32 of 8B, 7B, 1.5B and 135M models over thousands of tokens, one of 64, a sub-block of 8, long streams.
 LARGE_CASES = {
     "8b": AttentionCase((8224,), 32, 32, 8, 128, dtype=BF16),
     "7b": AttentionCase((0, 8224, 65), 32, 28, 4, 128, dtype=BF16),
@@ -361,6 +375,7 @@ LARGE_CASES = {
     "135m": AttentionCase((300, 2077), 32, 9, 3, 64, page=256, layout="interleaved", dtype=BF16),
     "block_of_64": AttentionCase((1500, 200), 64, 28, 4, 128, page=1, dtype=BF16),
     "sub_block": AttentionCase((8200,), 8, 28, 4, 128, dtype=BF16),
+    **LONG_CASES,
 }
 
 
@@ -372,12 +387,14 @@ def test_cuda_matches_float64_on_the_gpu(name, g):
     for keep in (0.1, 0.5):
         tensors, chosen = cuda_inputs(case, g, keep)
         exact, size, exact_lse = exact_lists(tensors, chosen, g)
+        peer = fused_lists(tensors, chosen, g)
         for split_tokens in (0, 320):
             out, lse = ops.sparse_block_attention(
                 **tensors, **chosen, g=g, max_seq_len=case.longest, split_tokens=split_tokens
             )
             assert_lse_close(lse, exact_lse)
             assert_cuda_out_close(out, exact, size, case.longest)
+            assert_requests_close(out, exact, peer)
 
 
 @gpu

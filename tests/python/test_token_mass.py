@@ -11,6 +11,7 @@ from mage_ext.testing.cases import ATTENTION_CASES, BF16, CUDA_ATTENTION_CASES, 
 from mage_ext.testing.compare import assert_log_mass_close, assert_mass_close, assert_same_bits, exact_attention
 
 gpu = pytest.mark.gpu
+DEVICES = ["cpu", pytest.param("cuda", marks=gpu)]
 
 
 def inputs(case, seed=0):
@@ -190,6 +191,30 @@ def test_refuses(name):
     for op in (ops.token_mass, torch.ops.mage.token_mass):
         with pytest.raises((ValueError, RuntimeError), match="token_mass: " + message):
             op(**{**tensors, "max_seq_len": 128, **options})
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_debug_switch_names_the_value(device):
+    tensors = replace(ATTENTION_CASES["ragged"], lens=(100, 128), dtype=BF16).tensors(device=device)
+    del tensors["v_cache"]
+    good = {**tensors, "lse": torch.zeros(2, 4, 8, device=device), "max_seq_len": 128, "g": 16}
+    good["units"] = torch.tensor([[[0, -1], [7, 3]]] * 2, dtype=INT, device=device)
+    bad = {name: good[name].clone() for name in ("block_table", "seq_lens", "units")}
+    bad["block_table"][1, 2], bad["seq_lens"][0], bad["units"][1, 0, 1] = 99, -1, 8
+    bad |= {"norm": "prefix", "prefix_lens": torch.tensor([0, 129], dtype=INT, device=device)}
+    was_on = ops.set_debug(True)
+    try:
+        ops.token_mass(**good)
+        for message, names in (
+            (r"block_table\[1, 2\] must be .*, got 99", ["block_table"]),
+            (r"seq_lens\[0\] must be in \[0, 128\], got -1", ["seq_lens"]),
+            (r"units\[5\] must be in \[-1, 7\], got 8", ["units"]),
+            (r"prefix_lens\[1\] must be in \[0, 128\], got 129", ["norm", "prefix_lens"]),
+        ):
+            with pytest.raises(RuntimeError, match=f"token_mass: {message}"):
+                ops.token_mass(**good | {name: bad[name] for name in names})
+    finally:
+        ops.set_debug(was_on)
 
 
 # --- CUDA ------------------------------------------------------------------------------------------------------------
