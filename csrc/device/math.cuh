@@ -44,6 +44,18 @@ __device__ __forceinline__ void store_16_bits_if(bool stores, void* to, uint32_t
         : "memory");
 }
 
+// Drops a line of 128 bytes, on 128 bytes, from L2: what was written there need not go to memory. All its readers are
+// done.
+__device__ __forceinline__ void discard_line(const void* line) {
+    asm volatile("discard.global.L2 [%0], 128;" ::"l"(__cvta_generic_to_global(line)) : "memory");
+}
+
+// The same of `lines` lines in a row by the lanes of a warp, none if they do not lie on 128 bytes.
+__device__ __forceinline__ void discard_lines(const void* first, int32_t lines, int32_t lane) {
+    if (reinterpret_cast<uintptr_t>(first) % 128 != 0) return;
+    for (int32_t i = lane; i < lines; i += 32) discard_line(static_cast<const uint8_t*>(first) + i * 128);
+}
+
 // The sum of a quad's values, in each of its lanes.
 __device__ __forceinline__ float quad_sum(float x) {
     x += __shfl_xor_sync(~0u, x, 1);
