@@ -44,6 +44,19 @@ __device__ __forceinline__ void store_16_bits_if(bool stores, void* to, uint32_t
         : "memory");
 }
 
+// Drops a line of 128 bytes, on 128 bytes, from L2: what was written there need not go to memory. All its readers are
+// done.
+__device__ __forceinline__ void discard_line(const void* line) {
+    asm volatile("discard.global.L2 [%0], 128;" ::"l"(__cvta_generic_to_global(line)) : "memory");
+}
+
+// The same of the whole lines among `bytes` bytes, by the lanes of a warp.
+__device__ __forceinline__ void discard_lines(const void* begin, int32_t bytes, int32_t lane) {
+    const uint8_t* at = static_cast<const uint8_t*>(begin);
+    const int32_t skipped = -static_cast<int32_t>(reinterpret_cast<uintptr_t>(begin)) & 127;
+    for (int32_t i = skipped + lane * 128; i + 128 <= bytes; i += 32 * 128) discard_line(at + i);
+}
+
 // The sum of a quad's values, in each of its lanes.
 __device__ __forceinline__ float quad_sum(float x) {
     x += __shfl_xor_sync(~0u, x, 1);

@@ -25,7 +25,9 @@ constexpr int kParts = 2;         // threads that share the final sums of a row
 constexpr int kSumsInFlight = 8;  // pieces of a thread among them
 constexpr int kOwn = 4;           // elements of a lane
 constexpr int kRecord = kOwn * kWarp + 3;
-constexpr int kRows = 8;  // of a lane in the sum over rows that are read at once
+constexpr int kRows = 8;                // of a lane in the sum over rows that are read at once
+constexpr int kLine = 128;              // bytes, of L2
+static_assert(kInFlight * 3 <= kWarp);  // lines of pieces of 128 elements that are dropped at once
 
 __device__ __forceinline__ uint32_t pack_as(float low, float high, bool is_half) {
     return is_half ? pack(low, high, __half()) : pack(low, high, __nv_bfloat16());
@@ -105,6 +107,9 @@ __device__ __forceinline__ void merge_rows(const AttentionArgs& args, int64_t st
         const Row row(args, stream, there ? index : first, empty);
         const bool merges = there && row.pieces.count != 1;
         const int32_t row_bytes = 3 * args.head_dim, distance = row_bytes * (row.step << args.merge_shift);
+        // Nobody else reads them.
+        const int32_t lines = row_bytes / kLine;
+        const bool drops = row_bytes % kLine == 0 && reinterpret_cast<uintptr_t>(args.partial) % kLine == 0;
         Sums sums;
         float result[kOwn] = {};
         for (int32_t base = part; base < row.pieces.count && merges; base += kWarp << args.merge_shift) {
@@ -139,6 +144,13 @@ __device__ __forceinline__ void merge_rows(const AttentionArgs& args, int64_t st
 #pragma unroll
                 for (int j = 0; j < kInFlight; ++j) {
                     elements[j].add_to(result, __shfl_sync(~0u, weight, (i + j) % kWarp));  // past them zeros
+                }
+                if (drops) {
+                    const int32_t j = lane / lines;
+                    __syncwarp();
+                    if (j < min(kInFlight, count - i))
+                        device::discard_line(args.partial + (j == 0 ? at_first : at + wide_product(j, distance)) +
+                                             (lane - j * lines) * kLine);
                 }
             }
         }
@@ -298,6 +310,8 @@ __device__ __forceinline__ void finish_units(const AttentionArgs& args, int64_t 
             }
         }
         if (args.rows > kRows * kWarp) load_final_sums(lane);
+        __syncwarp();
+        if (unit < used) device::discard_lines(at, args.rows * 4, lane);
         if (unit + step < used) own.load(args, at + int64_t{step} * args.rows, lane, true);
         mass = args.score_max != 0 ? device::warp_max(mass) : device::warp_sum(mass);
         if (lane == 0) args.mass[stream * args.num_units + unit] = mass * factor;
@@ -392,6 +406,9 @@ __device__ __forceinline__ void finish_run(const AttentionArgs& args, FinishShar
                                   shared, i, [&](int e) { return core::level_at(shared.levels[row + e], token, 0.0f); })
                             : PackedUnits::add<kMax>(shared, i, [&](int e) { return factors[e]; });
         }
+        __syncwarp();
+        device::discard_lines(own - row + int64_t{unit} * args.unit_rows,
+                              2 * args.unit_rows * min(PackedUnits::units(shift), end_of_warp - unit), lane);
         PackedUnits::start(args, shared, own, unit + PackedUnits::units(shift), end, shift);
         const float mass = reduce_units<kMax>(values, shift);
         const int32_t quarter = 1 << shift >> 2, load = (lane & (1 << shift) - 1) / quarter;
