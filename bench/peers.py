@@ -108,8 +108,8 @@ class FlashInfer:
             dim,
             shape.page,
             causal=False,
-            q_data_type=shape.dtype,
-            kv_data_type=shape.dtype,
+            q_data_type=kv_set.q.dtype,
+            kv_data_type=kv_set.k_cache.dtype,
         )
         q, out = kv_set.q.flatten(0, 1), torch.empty_like(kv_set.q.flatten(0, 1))
         return lambda: wrapper.run(q, (kv_set.k_cache, kv_set.v_cache), out=out)
@@ -139,7 +139,7 @@ class Sdpa:
 
     def _operands(self, shape: Shape, kv_set: KvSet) -> tuple[torch.Tensor, ...]:
         _, kv_heads, dim = shape.heads
-        k, v = torch.empty(2, shape.batch, kv_heads, shape.max_len, dim, dtype=shape.dtype, device=kv_set.q.device)
+        k, v = torch.empty(2, shape.batch, kv_heads, shape.max_len, dim, dtype=kv_set.q.dtype, device=kv_set.q.device)
         for b in range(shape.batch):
             for into, values in zip((k[b], v[b]), contiguous_kv(kv_set, b, shape.max_len), strict=True):
                 into.copy_(values.transpose(0, 1))
