@@ -219,6 +219,7 @@ public:
             }
             used = next;
         });
+        __syncwarp();  // where there was no room it has some that do not count
         if (lane < room - used) chunk[used + lane] = 0;
         return room - used;
     }
