@@ -205,6 +205,7 @@ public:
                 first = __shfl_sync(kAllLanes, first, 0);
                 if (first + more > kStreamList) {
                     least = 0xffffffffu;
+                    used = room;
                     return;
                 }
                 // Those that found no room.
@@ -219,7 +220,6 @@ public:
             }
             used = next;
         });
-        __syncwarp();  // where there was no room it has some that do not count
         if (lane < room - used) chunk[used + lane] = 0;
         return room - used;
     }
