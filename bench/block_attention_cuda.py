@@ -25,9 +25,10 @@ DEFAULT_EMISSIONS = "none,mass64,mass16"
 
 BATCHES = ((1, "4K"), (1, "16K"), (1, "32K"), (1, "128K"), (4, "32K"), (16, "32K"))
 SUB_BLOCK_BATCHES = ((1, "4K"), (1, "32K"), (1, "128K"), (16, "32K"))  # Q = 8
-# The other head dim and the other dtype that have kernels.
+# The other head dim and the other dtype that have kernels; then many requests.
 OTHER_BATCHES = [("135M", torch.bfloat16, *batch) for batch in ((1, "4K"), (1, "32K"), (16, "32K"))]
 OTHER_BATCHES += [("7B", torch.float16, 1, "32K"), ("7B", torch.float16, 1, "128K"), ("135M", torch.float16, 1, "32K")]
+OTHER_BATCHES += [(model, torch.bfloat16, 64, "4K") for model in ("7B", "8B")]
 MIXED_REQUESTS = 16
 # Wanted speed of block_attention_mass, g = 64 and Q = 32, over a peer that emits nothing; in the order of BATCHES.
 WANTED = {
@@ -79,7 +80,7 @@ def wanted_speed(shape: Shape, emission: str) -> float | None:
     if shape.model not in WANTED or shape.dtype != torch.bfloat16:
         return None
     batches = [(batch, tokens_of(context)) for batch, context in BATCHES]
-    return WANTED[shape.model][batches.index((shape.batch, shape.contexts[0]))]
+    return dict(zip(batches, WANTED[shape.model], strict=True)).get((shape.batch, shape.contexts[0]))
 
 
 def allowed_emission_us(shape: Shape, g: int, none_us: float) -> float | None:

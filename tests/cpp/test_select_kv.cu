@@ -219,7 +219,8 @@ std::vector<SelectCase> select_cases() {
     // Prefixes past the last unit and below 0: few units, one CTA, clusters, a stream; the last rows are not held.
     for (const R rule : kRules) {
         for (const int64_t units : {300, 5000, 20000, 36000}) {
-            const int64_t g = 16, layers = units == 36000 ? 9 : 2, capacity = units == 36000 ? 99 : units;
+            const bool streams = units == 36000 && rule == R::kFixed;
+            const int64_t g = 16, layers = streams ? 9 : 2, capacity = units == 36000 ? 99 : units;
             const auto end = static_cast<int32_t>(units * g);
             SelectCase c = {"", layers, 7, 2, units, g, capacity, rule, units / 9, M::kPeaked};
             c.lengths = {end, end + 1, INT_MAX, INT_MAX - g + 1, -1, INT_MIN, end - 1};
