@@ -770,7 +770,8 @@ def sparse_block_attention(
         An entry that is negative, not larger than its predecessor in the list, or whose unit starts at or past
         tail_start or S is skipped; a unit across tail_start is cut there. So in an ascending list, repeats or not, no
         token counts twice, and a full list equals block_attention. A list that falls is an error which set_debug
-        reports; a unit that comes again after a smaller one counts again.
+        reports; a unit that comes again after a smaller one counts again. set_debug holds lists to what select_kv
+        gives, so it reports a tail_start that is no multiple of g too.
         Reference: mage_ext.reference.sparse_block_attention.
     """
     _check_lengths("sparse_block_attention", max_seq_len, split_tokens)
