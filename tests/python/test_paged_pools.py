@@ -4,6 +4,7 @@ pools that none of them takes. Each test runs on the CPU, and in its full size o
 Run: pytest tests/python/test_paged_pools.py
 """
 
+import os
 from dataclasses import replace
 
 import pytest
@@ -66,7 +67,8 @@ def memory(request):
         torch.cuda.empty_cache()
         free = torch.cuda.mem_get_info()[0] / 2**30
         if free < FREE_GIB:
-            pytest.skip(f"needs {FREE_GIB} GiB of free GPU memory, {free:.1f} are free")
+            refuse = pytest.fail if os.environ.get("MAGE_REQUIRE_GPU") == "1" else pytest.skip
+            refuse(f"needs {FREE_GIB} GiB of free GPU memory, {free:.1f} are free")
     size = (1 << (32 if request.param == "cuda" else 20)) + FAR
     pools = [torch.empty(size, dtype=BF16, device=request.param) for _ in range(2)]
     yield pools

@@ -205,7 +205,7 @@ public:
                 first = __shfl_sync(kAllLanes, first, 0);
                 if (first + more > kStreamList) {
                     least = 0xffffffffu;
-                    used = room;
+                    used = room;  // as is the chunk: who found room has written there
                     return;
                 }
                 // Those that found no room.
