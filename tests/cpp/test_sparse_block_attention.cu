@@ -38,6 +38,13 @@ std::vector<RowCount> all_row_counts() {
     return rows;
 }
 
+// Of requests that are short, of which every sixth is empty.
+std::vector<int32_t> wave_lengths(int requests) {
+    std::vector<int32_t> lens;
+    for (int b = 0; b < requests; ++b) lens.push_back(b % 6 == 1 ? 0 : 1 + 37 * b % 150);
+    return lens;
+}
+
 // The naive loop's work, 6 * rows * listed tokens * D per stream, is about 5e9 in all.
 std::vector<SparseCase> cuda_sparse_cases() {
     std::vector<SparseCase> cases;
@@ -138,6 +145,14 @@ std::vector<SparseCase> cuda_sparse_cases() {
             add(of + "Rows128", lens, 32, 4, 1, 64, 16, kFp16, g).tail = TailKind::kInUnit;
             add(of + "Rows224Causal", lens, 32, 7, 1, 64, 64, kBf16, g).attention.causal = true;
         }
+    }
+    // More segments of long lists than run at once.
+    for (const int64_t g : kGranularities) {
+        const std::string of = of_g(g) + "Waves";
+        add(of + "Rows224", wave_lengths(36), 32, 14, 2, 64, 16, kBf16, g).capacity = 720 / g;
+        add(of + "Rows128", wave_lengths(70), 32, 8, 2, 64, 64, kFp16, g).capacity = 720 / g;
+        add(of + "Rows192Causal", wave_lengths(70), 32, 12, 2, 64, 32, kBf16, g).capacity = 720 / g;
+        cases.back().attention.causal = true;
     }
     add("NoTokens", {0, 0, 0}, 3, 2, 1, 64, 16, kBf16, 32);
     add("OneRow", {130}, 1, 1, 1, 128, 16, kBf16, 16);
@@ -447,6 +462,30 @@ TEST(SparseBlockAttentionCudaRuns, AreBitwiseEqual) {
     }
 }
 
+// Segments that follow one another are whole: nothing is left to merge, and 100 runs are the same.
+TEST(SparseBlockAttentionCudaWaves, LeaveTheWorkspaceAlone) {
+    MAGE_NEEDS_GPU();
+    for (const int64_t heads : {14, 8, 12}) {
+        const int requests = heads == 14 ? 36 : 70;
+        SparseCase c = {{"", wave_lengths(requests), 32, heads, 2, 64, 64, kBf16}, 16, ListKind::kUneven};
+        c.capacity = 45;
+        SparseBuffers buffers(c);
+        SparseOnDevice device(buffers);
+        device.run(buffers);
+        MAGE_EXPECT_CUDA_ATTENTION(buffers.attention);
+        const std::vector<char> untouched(device.attention.workspace.get().size(), static_cast<char>(0xff));
+        ASSERT_FALSE(untouched.empty());
+        ASSERT_EQ(device.attention.workspace.get(), untouched) << heads << " heads";
+        const std::vector<char> out = buffers.attention.out;
+        const std::vector<float> lse = buffers.attention.lse;
+        for (int i = 1; i < 100; ++i) {
+            device.run(buffers);
+            ASSERT_EQ(buffers.attention.out, out) << heads << " heads, run " << i;
+            ASSERT_EQ(buffers.attention.lse, lse) << heads << " heads, run " << i;
+        }
+    }
+}
+
 SparseCase graph_case(int64_t g, int64_t split_tokens, std::vector<int32_t> lens, uint32_t seed,
                       ListKind list = ListKind::kHalf, TailKind tail = TailKind::kPrefix) {
     AttentionCase c = {"Graph", std::move(lens), 32, 14, 2, 64, 16, kBf16};
@@ -484,6 +523,25 @@ TEST(SparseBlockAttentionCudaGraph, ReplaysWithNewLists) {
                 MAGE_EXPECT_CUDA_ATTENTION(other.attention);
             }
         }
+    }
+}
+
+TEST(SparseBlockAttentionCudaWaves, ReplayWithNewLists) {
+    MAGE_NEEDS_GPU();
+    SparseBuffers captured(graph_case(16, 0, wave_lengths(36), 1));
+    SparseOnDevice device(captured);
+    Streams streams;
+    streams.capture([&](cudaStream_t stream) { cuda::sparse_block_attention(device.params, stream); });
+    for (uint32_t i = 0; i < 3; ++i) {
+        std::vector<int32_t> lens = wave_lengths(36);
+        std::rotate(lens.begin(), lens.begin() + 5 * i, lens.end());
+        lens[i] = 600;
+        SparseBuffers other(graph_case(16, 0, lens, i + 2, kLists[i], kTails[i]));
+        device.set(other);
+        device.attention.poison();
+        streams.replay();
+        device.attention.fetch(other.attention);
+        MAGE_EXPECT_CUDA_ATTENTION(other.attention);
     }
 }
 
@@ -566,21 +624,27 @@ TEST(SparseBlockAttentionCudaOverlap, AChainWaitsForItsInputs) {
 // Every input may come from a kernel that lets this one start early: a selection, a write of K and V, a projection.
 TEST(SparseBlockAttentionCudaOverlap, WaitsForEveryInput) {
     MAGE_NEEDS_GPU();
+    struct Batch {
+        int64_t g, split_tokens;
+        std::vector<int32_t> lens;
+    };
+    std::vector<Batch> batches = {{16, 0, wave_lengths(36)}};
     for (const int64_t g : kGranularities) {
-        for (const int64_t split_tokens : {0, 64}) {
-            SparseBuffers buffers(graph_case(g, split_tokens, {200, 300, 150}, 2));
-            SparseOnDevice device(buffers);
-            device.run(buffers);
-            MAGE_EXPECT_CUDA_ATTENTION(buffers.attention);
-            SCOPED_TRACE("g " + std::to_string(g) + " split " + std::to_string(split_tokens));
-            LateInputs late;
-            add_inputs(device.attention, &late);
-            late.add("indices", device.indices);
-            late.add("counts", device.counts, 0);
-            late.add("tail_start", device.tail_start, 0);
-            late.expect_awaited(device.call());
-            if (HasFatalFailure()) return;
-        }
+        for (const int64_t split_tokens : {0, 64}) batches.push_back({g, split_tokens, {200, 300, 150}});
+    }
+    for (const auto& [g, split_tokens, lens] : batches) {
+        SparseBuffers buffers(graph_case(g, split_tokens, lens, 2));
+        SparseOnDevice device(buffers);
+        device.run(buffers);
+        MAGE_EXPECT_CUDA_ATTENTION(buffers.attention);
+        SCOPED_TRACE("g " + std::to_string(g) + " split " + std::to_string(split_tokens));
+        LateInputs late;
+        add_inputs(device.attention, &late);
+        late.add("indices", device.indices);
+        late.add("counts", device.counts, 0);
+        late.add("tail_start", device.tail_start, 0);
+        late.expect_awaited(device.call());
+        if (HasFatalFailure()) return;
     }
 }
 

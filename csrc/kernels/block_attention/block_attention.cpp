@@ -65,6 +65,8 @@ ListPlan plan_lists(const char* op, const BlockAttentionParams& p, const core::A
                     int64_t list_tokens) {
     constexpr double kTile[core::kRowShapes] = {0.0, 1.6, 1.25, 1.6};
     constexpr double kStart = 5.0, kSecondLaunch = 6.5;
+    // Of a segment behind another in the same place; of a piece behind another, with its share of the merge.
+    constexpr double kNextSegment = 7.0, kNextPiece = 10.0;
     // Of short lists: a wave, a tile, a box of one, what splits of a number take to merge, and bytes of L2 in a
     // microsecond. Clusters that are no power of two start late.
     constexpr double kShortStart = 4.3, kShortTile = 0.55, kShortBox = 0.085, kBytes = 4.5e6;
@@ -83,13 +85,19 @@ ListPlan plan_lists(const char* op, const BlockAttentionParams& p, const core::A
     const int64_t segments = streams * plan.row_tiles, tiles = (tokens + general.keys - 1) / general.keys;
     const int64_t workers = plan.schedule.max_workers;
     double least = time_of((tiles * segments + workers - 1) / workers) + kSecondLaunch;
+    if (segments > workers) least += kNextPiece * static_cast<double>((segments + workers - 1) / workers);
     const auto consider = [&](double time, const ListPlan& candidate) {
         if (time >= least) return;
         least = time;
         best = candidate;
     };
-    if (segments <= clusters_at_once(op, general, general.ctas))
-        consider(time_of(tiles), {plan.shape_index, general.ctas, 1, plan.row_tiles});
+    // Segments that do not all run at once follow one another, each where one has ended.
+    if (const int64_t at_once = clusters_at_once(op, general, general.ctas); at_once > 0) {
+        const int64_t waves = (segments + at_once - 1) / at_once;
+        const double time =
+            waves == 1 ? time_of(tiles) : static_cast<double>(waves) * (time_of(tiles) - kStart + kNextSegment);
+        consider(time, {plan.shape_index, general.ctas, 1, plan.row_tiles});
+    }
     const AttentionVariant& few = variant_of(p.dtype, p.head_dim, 0, Serves::kLists);
     const int64_t groups = (plan.rows + few.rows - 1) / few.rows;
     for (int ctas = 1; ctas <= 4 && ctas < 2 * groups; ctas *= 2) {
@@ -265,10 +273,14 @@ void launch_block_attention(const char* op, const BlockAttentionParams& p, const
         while (args.merge_shift < kMostMergeShift && pieces > kMergePieces << args.merge_shift) ++args.merge_shift;
         while (args.merge_shift > 0 && merge_blocks() * streams > kBlocksAtOnce * 3 / 4) --args.merge_shift;
     }
-    // All blocks should run at once; those that finish masses have what the merge leaves, half of them if need be.
+    // All blocks that have work should run at once; those that finish masses have what the merge leaves, half of them
+    // if need be.
     const bool finishes = finish != Finish::kNothing;
     const int64_t merge_most = args.merge_shift == 0 && finishes ? kBlocksAtOnce / 2 : kBlocksAtOnce;
-    args.merge_blocks = static_cast<int32_t>(std::min(merge_blocks(), std::max(merge_most / streams, int64_t{1})));
+    // Where segments are cut wherever a worker ends, only some streams have anything to merge: two turns for these.
+    const bool cuts = segments > plan.schedule.max_workers || plan.schedule.num_requests > core::kMaxAligned;
+    const int64_t merge_least = cuts && plan.row_tiles == 1 ? (merge_blocks() + 1) / 2 : 1;
+    args.merge_blocks = static_cast<int32_t>(std::min(merge_blocks(), std::max(merge_most / streams, merge_least)));
     int64_t finish_blocks = 0;
     if (finish == Finish::kPacked) {
         // As many to a worker as run at once. Of many streams most are whole, so that blocks that merge leave at once.

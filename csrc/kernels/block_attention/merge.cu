@@ -99,6 +99,8 @@ __device__ __forceinline__ void merge_rows(const AttentionArgs& args, int64_t st
     const int32_t groups = kMergeWarps >> args.merge_shift;
     const int32_t request = blockIdx.z, kv_head = blockIdx.y;
     const bool owns = lane * kOwn < args.head_dim;
+    // A stream of one segment that is whole has nothing to merge.
+    if (args.row_tiles == 1 && Row(args, stream, 0, empty).pieces.count == 1) return;
     const uint8_t* own_upper = args.partial + 8 * lane;
     const uint8_t* own_bytes = args.partial + 2 * args.head_dim + 4 * lane;
     for (int32_t first = blockIdx.x; first < args.rows; first += args.merge_blocks * groups) {
