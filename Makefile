@@ -9,11 +9,13 @@ PYTHON ?= python3
 export VENV ?= .venv
 BIN := $(VENV)/bin
 PREPARE := $(PYTHON) .ci/prepare.py
+CPP_TESTS := $(PYTHON) .ci/cpp_tests.py
+NEEDS_GPU = nvidia-smi -L 2>/dev/null | grep -q '^GPU' || { echo "a Hopper GPU must be there, nvidia-smi lists none"; exit 1; }
 # PYTEST_ARGS, GTEST_ARGS, DEMO_ARGS and CMAKE_ARGS (test-cpp) are handed on.
 CXX_FILES = $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-cpp lint format sanitize ncu clean
+.PHONY: help build demo test test-cpp lint format sanitize bench ncu clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+: .*##|^[a-z-]+:  ##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -29,7 +31,7 @@ test:  ## build, then run all tests
 	@$(PREPARE) test
 	@status=0; \
 	cpp=$$(ls build/cpython-*/tests/cpp/mage_cpp_tests 2>/dev/null | head -n 1); \
-	if [ -n "$$cpp" ]; then $$cpp $(GTEST_ARGS) || status=1; fi; \
+	if [ -n "$$cpp" ]; then $(CPP_TESTS) $$cpp $(GTEST_ARGS) || status=1; fi; \
 	$(BIN)/python -m pytest $(PYTEST_ARGS) || status=1; \
 	if [ -z "$$cpp" ]; then echo "C++ tests NOT RUN (GoogleTest is missing)"; [ "$(NO_CPP)" = 1 ] || status=1; fi; \
 	exit $$status
@@ -38,7 +40,7 @@ test-cpp:  ## build and run the C++ tests alone, torch absent
 	@$(PREPARE) test-cpp
 	@PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/cpp -G Ninja -DMAGE_TORCH=OFF -DMAGE_TESTS=ON $(CMAKE_ARGS)
 	@PATH="$(abspath $(BIN)):$$PATH" cmake --build build/cpp
-	@build/cpp/tests/cpp/mage_cpp_tests $(GTEST_ARGS)
+	@$(CPP_TESTS) build/cpp/tests/cpp/mage_cpp_tests $(GTEST_ARGS)
 
 lint:  ## check format and style of everything tracked
 	@$(PREPARE) lint
@@ -48,13 +50,35 @@ format:  ## rewrite files in the house style
 	@$(PREPARE) lint
 	@$(BIN)/ruff check --fix --quiet . ; $(BIN)/ruff format . && $(BIN)/clang-format -i $(CXX_FILES)
 
-sanitize:  ## the C++ tests under compute-sanitizer; needs a Hopper GPU
+# Of the GPU's tests, those that repeat the same launches a hundred times or in thousands of random cases are left out.
+TOOLS ?= memcheck racecheck synccheck initcheck
+SANITIZE ?= *Cuda*-*AreBitwiseEqual*:*Random*:*Streams*:*SameBits*:*LeaveTheWorkspaceAlone*
+sanitize:  ## the C++ tests under compute-sanitizer: TOOLS="memcheck racecheck" SECONDS=...; needs a Hopper GPU
 	@command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer must be on PATH (CUDA toolkit)"; exit 1; }
+	@$(NEEDS_GPU)
 	@$(PREPARE) test
-	@cpp=$$(ls build/cpython-*/tests/cpp/mage_cpp_tests | head -n 1); \
-	for tool in memcheck racecheck synccheck initcheck; do \
-	  MAGE_REQUIRE_GPU=1 compute-sanitizer --tool $$tool --error-exitcode 1 $$cpp $(GTEST_ARGS) || exit 1; \
-	done
+	@cpp=$$(ls build/cpython-*/tests/cpp/mage_cpp_tests | head -n 1); status=0; \
+	for tool in $(TOOLS); do \
+	  MAGE_REQUIRE_GPU=1 $(CPP_TESTS) $$cpp --tool $$tool $(if $(SECONDS),--seconds $(SECONDS)) \
+	    --gtest_filter='$(SANITIZE)' $(GTEST_ARGS) || status=1; \
+	done; exit $$status
+
+# FA3=... the library _vllm_fa3_C.abi3.so of a vllm wheel; FlashInfer is timed where the environment has it.
+BENCHES ?= block_attention sparse_attention token_mass row_votes select_kv merge_attention token_confidence block_total
+bench:  ## time every operator beside its peers and write bench/results/h100: FA3=_vllm_fa3_C.abi3.so; needs an H100
+	@test -f "$(FA3)" || { echo "FA3 must name _vllm_fa3_C.abi3.so of a vllm wheel, got '$(FA3)'"; exit 1; }
+	@$(NEEDS_GPU)
+	@$(PREPARE) build
+	@status=0; for name in $(BENCHES); do \
+	  out=bench/results/h100/$$name.json; options=; \
+	  case $$name in \
+	    block_attention) options="--device cuda --fa3 $(FA3)";; \
+	    sparse_attention) options="--flashinfer --fa3 $(FA3)"; out=bench/results/h100/sparse_block_attention.json;; \
+	    block_total) options="--fa3 $(FA3)";; \
+	    token_confidence) options="--device cuda";; \
+	  esac; \
+	  $(BIN)/python bench/bench_$$name.py $$options --out $$out || status=1; \
+	done; exit $$status
 
 # One call of an op on a SHAPE of MODEL:BATCH:CONTEXT[:Q], with a flushed L2; the report is for ncu-ui.
 OP ?= block_attention
@@ -65,7 +89,7 @@ K ?= 1024
 ncu: export PATH := $(abspath $(BIN)):$(PATH):/usr/local/cuda/bin
 ncu:  ## profile one call: OP=block_attention SHAPE=7B:1:32768 G=64 K=1024; needs Nsight Compute and a Hopper GPU
 	@command -v ncu >/dev/null || { echo "ncu must be on PATH (Nsight Compute)"; exit 1; }
-	@nvidia-smi -L 2>/dev/null | grep -q '^GPU' || { echo "a Hopper GPU must be there, nvidia-smi lists none"; exit 1; }
+	@$(NEEDS_GPU)
 	@{ command -v cmake && command -v ninja; } >/dev/null || $(PREPARE) test-cpp
 	@cmake -S . -B build/bench -G Ninja -DMAGE_TORCH=OFF -DMAGE_TESTS=OFF -DMAGE_CUDA=ON -DMAGE_BENCH=ON >/dev/null
 	@cmake --build build/bench --target attention_driver

@@ -478,3 +478,86 @@ def test_prepare_chooses_nvcc(prepare, monkeypatch, capsys, case):
     prepare.choose_nvcc(hoppers, others)
     assert said in capsys.readouterr().out
     assert requirements[:1] == ([installed] if installed else [])
+
+
+# --- C++ tests in several processes, GoogleTest and compute-sanitizer faked -------------------------------------------
+
+FAKE_TESTS = r"""#!/usr/bin/env python3
+import json, os, sys, time
+options = dict(argument.split("=", 1) for argument in sys.argv[1:])
+names = ["Suite.quick", "Suite.other", "Suite.warns", "Suite.slow"]
+if "--gtest_filter" in options:
+    names = [name for name in names if name in options["--gtest_filter"].split(":")]
+shards, own = int(os.environ.get("GTEST_TOTAL_SHARDS", 1)), int(os.environ.get("GTEST_SHARD_INDEX", 0))
+names = names[own::shards]
+broken = os.environ.get("FAKE_BROKEN", "")
+tests = []
+for name in names:
+    if os.environ.get("FAKE_CRASH") == name:
+        print("in the middle of", name, flush=True)
+        os.abort()
+    result = {"name": name.split(".")[1], "status": "RUN", "result": "COMPLETED", "time": "0.001s"}
+    if name == "Suite.slow":
+        result["time"] = "9s"
+        time.sleep(float(os.environ.get("FAKE_SLEEP", 0)))
+    tests.append(result | ({"failures": [{"failure": "1 is not 2"}]} if name == broken else {}))
+if "--gtest_output" in options:
+    with open(options["--gtest_output"].removeprefix("json:"), "w") as file:
+        json.dump({"testsuites": [{"name": "Suite", "testsuite": tests}]}, file)
+sys.exit(broken in names)
+"""
+FAKE_TOOL = r"""#!/usr/bin/env python3
+import os, subprocess, sys
+command = sys.argv[sys.argv.index("9") + 1 :]
+status = subprocess.run(command, env=os.environ | {"FAKE_SLEEP": os.environ.get("FAKE_SLEEP_UNDER", "0")}).returncode
+warnings = int("Suite.warns" in command[-1] and "FAKE_WARNS" in os.environ)
+print(f"========= RACECHECK SUMMARY: {warnings} hazards displayed (0 errors, {warnings} warnings)")
+sys.exit(status)
+"""
+
+
+@pytest.fixture
+def cpp_tests(tmp_path, monkeypatch):
+    module = load(".ci/cpp_tests.py")
+    for name, text in (("tests", FAKE_TESTS), ("compute-sanitizer", FAKE_TOOL)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.setattr(module, "BATCH_TESTS", 1)
+    return module, tmp_path / "tests"
+
+
+def test_cpp_tests_add_up_over_processes(cpp_tests, monkeypatch, capsys):
+    module, binary = cpp_tests
+    assert module.run_plain(binary, 3, []) == 0
+    assert "4 passed, 0 failed, 0 skipped" in capsys.readouterr().out
+    monkeypatch.setenv("FAKE_BROKEN", "Suite.other")
+    assert module.run_plain(binary, 3, []) == 1
+    out = capsys.readouterr().out
+    assert "Suite.other\n1 is not 2" in out and "3 passed, 1 failed" in out
+    monkeypatch.setenv("FAKE_CRASH", "Suite.warns")
+    assert module.run_plain(binary, 3, []) == 1
+    out = capsys.readouterr().out
+    assert "in the middle of Suite.warns" in out and "status -6" in out
+
+
+def test_cpp_tests_under_a_tool_go_on_where_they_stood(cpp_tests, monkeypatch, capsys):
+    module, binary = cpp_tests
+    monkeypatch.setenv("FAKE_SLEEP_UNDER", "60")
+    monkeypatch.setenv("FAKE_WARNS", "1")
+    assert module.run_under("racecheck", binary, 2, 2.0, []) == 1
+    out = capsys.readouterr().out
+    assert "racecheck reports, in one of Suite.warns" in out and "(0 errors, 1 warnings)" in out
+    assert "racecheck: 2 tests clean, 1 in batches with reports, 1 not run" in out
+    monkeypatch.setenv("FAKE_SLEEP_UNDER", "0")
+    monkeypatch.delenv("FAKE_WARNS")
+    state = module.ROOT / "build" / "sanitize" / "racecheck.txt"
+    assert len(state.read_text().split()) == 3
+    assert module.run_under("racecheck", binary, 2, float("inf"), []) == 0
+    assert "racecheck: 4 tests clean, 0 in batches with reports, 0 not run" in capsys.readouterr().out
+    assert len(state.read_text().split()) == 5  # those that were clean did not run again
+    binary.write_text(binary.read_text() + "\n")  # another binary: nothing is known of it
+    monkeypatch.setenv("FAKE_WARNS", "1")
+    assert module.run_under("racecheck", binary, 2, float("inf"), []) == 1
+    assert "racecheck: 3 tests clean, 1 in batches with reports, 0 not run" in capsys.readouterr().out

@@ -1,0 +1,170 @@
+"""Runs the C++ tests in several processes, plain or under a tool of compute-sanitizer.
+
+    python3 .ci/cpp_tests.py BINARY [--jobs N] [gtest arguments]
+    python3 .ci/cpp_tests.py BINARY --tool racecheck [--jobs N] [--seconds S] [gtest arguments]
+
+Plain: the processes share the tests; prints what failed and a line at the end. With gtest arguments it is one process
+unless --jobs says otherwise, and prints what GoogleTest prints.
+
+Under a tool: the tests run once plain, which tells how long each takes, then in batches from short to long ones. Its
+warnings count as much as its errors. Tests found clean are kept in build/sanitize/<tool>.txt for this very binary, so
+that a run which --seconds ended goes on where it stood. The exit status is 0 if every test ran and was clean. Needs
+nothing installed but the tool.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
+MOST_JOBS = 16  # processes that share one GPU
+MOST_FAILURES, LAST_LINES = 10, 40  # that are printed
+BATCH_MS, BATCH_TESTS, TEST_MS = 250, 8, 15  # of plain time; what a test costs at least
+CLEAN = re.compile(r"(ERROR SUMMARY: 0 errors|RACECHECK SUMMARY: 0 hazards displayed)")
+
+
+def run_shards(binary: Path, jobs: int, gtest_args: list[str]) -> tuple[list[str], list[dict]]:
+    """All tests in `jobs` processes: what failed, in words, and GoogleTest's records of the tests that ran."""
+
+    def run_one(shard: int) -> tuple[list[str], list[dict]]:
+        out = Path(folder, f"{shard}.json")
+        env = os.environ | {"GTEST_TOTAL_SHARDS": str(jobs), "GTEST_SHARD_INDEX": str(shard)}
+        command = [binary, *gtest_args, f"--gtest_output=json:{out}"]
+        to = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        done = subprocess.run(command, env=env, check=False, **to)
+        if not out.exists():  # it ended in the middle of a test
+            return ["\n".join([*done.stdout.splitlines()[-LAST_LINES:], f"status {done.returncode}"])], []
+        suites = json.loads(out.read_text())["testsuites"]
+        tests = [test | {"id": f"{suite['name']}.{test['name']}"} for suite in suites for test in suite["testsuite"]]
+        tests = [test for test in tests if test["status"] == "RUN"]
+        failed = [f"{test['id']}\n{test['failures'][0]['failure']}" for test in tests if "failures" in test]
+        if done.returncode and not failed:
+            failed = [f"process {shard} ended with status {done.returncode}"]
+        return failed, tests
+
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
+        results = list(pool.map(run_one, range(jobs)))
+    return [text for failed, _ in results for text in failed], [test for _, tests in results for test in tests]
+
+
+def print_failed(failed: list[str]) -> None:
+    for text in failed[:MOST_FAILURES]:
+        print(text, end="\n\n")
+    if len(failed) > MOST_FAILURES:
+        print(f"... and {len(failed) - MOST_FAILURES} more")
+
+
+def run_plain(binary: Path, jobs: int, gtest_args: list[str]) -> int:
+    start = time.monotonic()
+    failed, tests = run_shards(binary, jobs, gtest_args)
+    print_failed(failed)
+    broken = sum("failures" in test for test in tests)
+    skipped = sum(test["result"] == "SKIPPED" for test in tests)
+    print(
+        f"C++ tests: {len(tests) - broken - skipped} passed, {broken} failed, {skipped} skipped "
+        f"in {time.monotonic() - start:.0f} s ({jobs} processes)"
+    )
+    return 1 if failed or not tests else 0
+
+
+def make_batches(times: dict[str, float]) -> list[list[str]]:
+    """Tests from short to long ones, several short ones together."""
+    batches, own, total = [], [], 0.0
+    for name in sorted(times, key=times.get):
+        if own and (total + times[name] + TEST_MS > BATCH_MS or len(own) == BATCH_TESTS):
+            batches.append(own)
+            own, total = [], 0.0
+        own.append(name)
+        total += times[name] + TEST_MS
+    return [*batches, own] if own else batches
+
+
+def run_under(tool: str, binary: Path, jobs: int, seconds: float, gtest_args: list[str]) -> int:
+    if not shutil.which("compute-sanitizer"):
+        sys.exit("compute-sanitizer must be on PATH (CUDA toolkit)")
+    start = time.monotonic()
+    failed, tests = run_shards(binary, jobs, gtest_args)
+    if failed:
+        print_failed(failed)
+        return 1
+    times = {test["id"]: 1e3 * float(test["time"].rstrip("s")) for test in tests if test["result"] != "SKIPPED"}
+    if not times:
+        sys.exit("no test ran: the tools need a Hopper GPU, and tests that use it")
+    folder = ROOT / "build" / "sanitize"
+    logs = folder / tool
+    logs.mkdir(parents=True, exist_ok=True)
+    state, digest = folder / f"{tool}.txt", hashlib.sha256(binary.read_bytes()).hexdigest()
+    known = state.read_text().split() if state.exists() else []
+    clean = set(known[1:]) if known[:1] == [digest] else set()
+    if not clean:
+        state.write_text(f"{digest}\n")
+    reports = []
+
+    def run_batch(index: int, names: list[str]) -> None:
+        left = seconds - (time.monotonic() - start)
+        if left < 1:
+            return
+        log = logs / f"{index}.log"
+        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", binary]
+        with log.open("w") as out:
+            process = subprocess.Popen(
+                [*command, f"--gtest_filter={':'.join(names)}"], stdout=out, stderr=out, start_new_session=True
+            )
+            try:
+                status = process.wait(None if left == float("inf") else left)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                return
+        if status == 0 and CLEAN.search(log.read_text(errors="replace")):
+            clean.update(names)
+            with state.open("a") as file:
+                file.write("".join(f"{name}\n" for name in names))
+        else:
+            reports.append((names, log))
+
+    batches = make_batches({name: ms for name, ms in times.items() if name not in clean})
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(run_batch, range(len(batches)), batches))
+    for names, log in reports:
+        lines = log.read_text(errors="replace").splitlines()
+        said = [line for line in lines if line.startswith("====") and "COMPUTE-SANITIZER" not in line] or lines
+        print(f"{tool} reports, in one of {' '.join(names)} ({log.relative_to(ROOT)}):", *said[:6], sep="\n  ")
+    reported = sum(len(names) for names, _ in reports)
+    not_run = len(times) - len(clean & times.keys()) - reported
+    print(
+        f"{tool}: {len(clean & times.keys())} tests clean, {reported} in batches with reports, {not_run} not run; "
+        f"{time.monotonic() - start:.0f} s ({jobs} processes)"
+    )
+    return 1 if reported or not_run else 0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("binary", type=Path)
+    parser.add_argument("--tool", choices=TOOLS)
+    parser.add_argument("--jobs", type=int, default=0, help=f"processes; one a core, {MOST_JOBS} at most")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="with --tool: stop after this long")
+    args, gtest_args = parser.parse_known_args()
+    binary = args.binary.resolve()
+    jobs = args.jobs or min(len(os.sched_getaffinity(0)), MOST_JOBS)
+    if args.tool:
+        sys.exit(run_under(args.tool, binary, jobs, args.seconds, gtest_args))
+    if jobs == 1 or (gtest_args and not args.jobs):
+        os.execv(binary, [str(binary), *gtest_args])
+    sys.exit(run_plain(binary, jobs, gtest_args))
+
+
+if __name__ == "__main__":
+    main()
