@@ -4,6 +4,7 @@ Run: pytest tests/python/test_bench.py
 """
 
 import argparse
+import itertools
 import json
 import sys
 import types
@@ -32,6 +33,7 @@ def bench(monkeypatch):
     import kv_sets
     import peers
     import result_file
+    import run_evaluations
 
     yield types.SimpleNamespace(
         rows=block_attention_cuda,
@@ -44,6 +46,7 @@ def bench(monkeypatch):
         sparse=bench_sparse_attention,
         merge=bench_merge_attention,
         total=bench_block_total,
+        evaluations=run_evaluations,
     )
     for name in set(sys.modules) - before:
         if str(getattr(sys.modules[name], "__file__", "")).startswith(str(BENCH)):
@@ -516,3 +519,96 @@ def test_block_total_on_the_cpu_with_the_timer_replaced(bench, monkeypatch, caps
     with pytest.raises(SystemExit):
         total.main()
     assert "--layers must be >= 3 for these rows, got 2" in capsys.readouterr().err
+
+
+# --- evaluations in parts --------------------------------------------------------------------------------------------
+
+
+def planned_cells(evaluations, job) -> set[tuple]:
+    """Task, length, method, K, g, dense layers and tokens per step of the rows that a job makes."""
+    values = evaluations.options_of(job.arguments)
+    lists = [values.get("--tasks", ["prose" if job.arguments[0] == "prose" else "needle"])]
+    lists += [values.get("--tokens", ["2048"]), values.get("--tokens-per-step", ["4"])]
+    lists += [values.get(option, ["0"]) for option in ("--methods", "--k", "--g", "--dense-layers")]
+    cells = set()
+    for task, tokens, step, method, k, g, dense in itertools.product(*lists):
+        cells.add((task, int(tokens), method, int(k), int(g), int(dense), int(step)))
+        cells.add((task, int(tokens), "exact", 0, 0, -1, int(step)))
+    return cells
+
+
+def test_runs_make_every_row_of_the_evaluation_files(bench):
+    evaluations = bench.evaluations
+    jobs = evaluations.read_jobs(BENCH / "evaluations.txt")
+    assert len({job.part for job in jobs}) == len(jobs) > 150
+    for out in {job.out for job in jobs}:
+        rows = json.loads((BENCH / "results" / "h100" / "eval" / out).read_text())["rows"]
+        own = [job for job in jobs if job.out == out]
+        if own[0].arguments[0] == "recall":
+            continue  # its rows have other keys
+        planned = set().union(*(planned_cells(evaluations, job) for job in own))
+        for row in rows:
+            names = ("task", "tokens", "method", "K", "g", "dense_layers")
+            assert (*(row[name] for name in names), row.get("tokens_per_step") or 4) in planned, (out, row)
+
+
+def test_jobs_are_cut_where_nothing_is_compared(bench, tmp_path):
+    runs = tmp_path / "runs.txt"
+    runs.write_text("# said\n\ncut16/a.json methods --tasks lines needle --methods mage --k 64 128 --g 1 32\n")
+    jobs = bench.evaluations.read_jobs(runs)
+    rest = ("--g", "1", "32", "--adapter", "smollm2-cut16-block")
+    assert [job.arguments for job in jobs] == [
+        ("methods", "--tasks", task, "--methods", "mage", "--k", k, *rest)
+        for task in ("lines", "needle")
+        for k in ("64", "128")
+    ]
+
+
+def test_parts_join_and_must_agree(bench):
+    exact = {"task": "lines", "method": "exact", "K": 0, "g": 0, "score": 1.0}
+    mage = {"task": "lines", "method": "mage", "K": 64, "g": 32, "score": 0.5}
+    first = {"rows": [exact, mage | {"p_g1": 0.25}]}
+    second = {"rows": [exact, mage | {"p_dense0": 0.75}, mage | {"K": 128}]}
+    rows = bench.evaluations.join([first, second])
+    assert rows == [exact, mage | {"p_g1": 0.25, "p_dense0": 0.75}, mage | {"K": 128}]
+    with pytest.raises(ValueError, match=r"parts must agree on score of .*'K': 64.*, got 0.5 and 0.75"):
+        bench.evaluations.join([first, {"rows": [mage | {"score": 0.75}]}])
+    before = [exact, mage | {"score": 0.25}, mage | {"K": 256}]
+    said = bench.evaluations.compare(rows, before)
+    assert said == "3 rows; of 3 before 1 the same, 1 changed, 1 gone"
+
+
+def test_evaluations_go_on_where_they_stood(bench, tmp_path, monkeypatch, capsys):
+    runs, parts, out = tmp_path / "runs.txt", tmp_path / "parts", tmp_path / "out"
+    runs.write_text("a.json methods --tasks lines needle --methods exact\nb.json heatmap --tokens 1024\n")
+    ran = []
+
+    def fake_run(command, **_):
+        ran.append(command)
+        row = {"task": command[command.index("--tasks") + 1], "method": "exact", "n": 2} if "--tasks" in command else {}
+        if row.get("task") == "needle" and len(ran) < 4:
+            return types.SimpleNamespace(returncode=1)
+        path = Path(command[command.index("--out") + 1])
+        names = {"name": "eval/methods", "model": "m", "device": "cpu", "commit": bench.evaluations.commit()}
+        path.write_text(json.dumps(names | {"first_seed": 1000, "complete": True, "rows": [row | {"n": 2}]}))
+        return types.SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(bench.evaluations.subprocess, "run", fake_run)
+    command = ["run_evaluations.py", "--runs", str(runs), "--text", "t.jsonl", "--parts", str(parts), "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", [*command, "--jobs", "1"])
+    with pytest.raises(SystemExit) as ended:
+        bench.evaluations.main()
+    said = capsys.readouterr().out
+    assert ended.value.code == 1 and len(ran) == 3
+    assert "3 jobs, 0 done before" in said and "a.json: 1 of 2 parts" in said and "failed: " in said
+    assert not (out / "a.json").exists() and (out / "b.json").exists()
+    with pytest.raises(SystemExit) as ended:
+        bench.evaluations.main()
+    assert ended.value.code == 0 and len(ran) == 4  # what was done is not run again
+    assert [row["task"] for row in json.loads((out / "a.json").read_text())["rows"]] == ["lines", "needle"]
+    assert ran[-1][-2:] == ["--out", str(parts / bench.evaluations.read_jobs(runs)[1].part)]
+    assert "1000" in ran[-1] and "t.jsonl" in ran[-1]
+    monkeypatch.setattr(sys, "argv", [*command, "--only", "c*"])
+    with pytest.raises(SystemExit):
+        bench.evaluations.main()
+    assert "--only must fit a file of" in capsys.readouterr().err

@@ -1,0 +1,188 @@
+"""Runs evaluations.txt in parts, several at once, and puts the parts together as result files.
+
+    python bench/run_evaluations.py --text eltec-eng.jsonl.xz [--only 'cut16/*'] [--jobs 12] [--minutes 9]
+        [--parts build/evaluations] [--out bench/results/h100/eval] [-- more arguments of every `mage eval`]
+
+Every job is one `mage eval` and leaves a file under --parts; one whose file is complete and of the libraries' commit
+does not run again, so that a run which --minutes ended goes on where it stood. The longest jobs start first. A result
+file is written when all of its parts are there, with a word on how it differs from the one that was there before. Rows
+that two parts have, as exact's, must be alike. From the root of a checkout; an H100 for files in a folder named h100.
+"""
+
+import argparse
+import fnmatch
+import hashlib
+import itertools
+import json
+import math
+import shlex
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from mage_ext.evaluation.needles import write_rows
+from mage_ext.info import commit
+
+HERE = Path(__file__).resolve().parent
+CUT_BY = {  # options whose values are jobs of their own, by suite
+    "methods": ("--tasks", "--tokens", "--tokens-per-step", "--k"),
+    "prose": ("--tokens", "--k"),
+    "recall": ("--tasks", "--tokens"),
+    "heatmap": ("--tokens",),
+    "thresholds": ("--tasks",),
+}
+# What a row is of.
+CASE = ("study", "task", "tokens", "depth", "t", "threshold", "tokens_per_step", "control", "method")
+CASE += ("dense_layers", "g", "K")
+
+
+@dataclass(frozen=True)
+class Job:
+    out: str  # the result file it is a part of
+    arguments: tuple[str, ...]  # of `mage eval`
+
+    @property
+    def part(self) -> str:
+        """Name of its file under --parts."""
+        digest = hashlib.sha256(shlex.join(self.arguments).encode()).hexdigest()[:12]
+        return f"{self.out.removesuffix('.json')}/{digest}.json"
+
+    @property
+    def cost(self) -> float:
+        """Grows with the time it takes: cells times tokens."""
+        values = options_of(self.arguments)
+        counts = (len(values.get(option, ())) or 1 for option in ("--methods", "--k", "--g", "--dense-layers"))
+        steps = 4 / int(values.get("--tokens-per-step", ["4"])[0])
+        lengths = sum(int(tokens) for tokens in values.get("--tokens", ["2048"]))
+        return math.prod(counts) * lengths * steps * int(values.get("--n", ["200"])[0])
+
+
+def options_of(arguments: tuple[str, ...]) -> dict[str, list[str]]:
+    """Values by option, of what follows the suite."""
+    values = {}
+    for word in arguments[1:]:
+        if word.startswith("--"):
+            values[word] = []
+        else:
+            values[list(values)[-1]].append(word)
+    return values
+
+
+def read_jobs(path: Path) -> list[Job]:
+    """All jobs of a list of runs, in its order."""
+    jobs = []
+    for line in path.read_text().splitlines():
+        if not line.strip() or line.startswith("#"):
+            continue
+        out, suite, *rest = shlex.split(line)
+        values = options_of((suite, *rest))
+        cut = [option for option in CUT_BY[suite] if option in values]
+        for chosen in itertools.product(*(values[option] for option in cut)):
+            one = values | {option: [value] for option, value in zip(cut, chosen, strict=True)}
+            if out.startswith("cut16/"):
+                one["--adapter"] = ["smollm2-cut16-block"]
+            jobs.append(Job(out, (suite, *itertools.chain.from_iterable((o, *v) for o, v in one.items()))))
+    return list(dict.fromkeys(jobs))
+
+
+def read_part(path: Path, of_commit: str) -> dict | None:
+    """A part that is complete and of this commit."""
+    if not path.exists():
+        return None
+    part = json.loads(path.read_text())
+    return part if part["complete"] and part["commit"] == of_commit else None
+
+
+def case_of(row: dict) -> tuple:
+    return tuple(row.get(key) for key in CASE)
+
+
+def join(parts: list[dict]) -> list[dict]:
+    """The rows of all parts. Of a row that several have, some may have more comparisons; what they share must be equal.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    rows = {}
+    for part in parts:
+        for row in part["rows"]:
+            known = rows.setdefault(case_of(row), {})
+            for key, value in row.items():
+                if known.setdefault(key, value) != value:
+                    case = {name: value for name, value in zip(CASE, case_of(row), strict=True) if value is not None}
+                    raise ValueError(f"parts must agree on {key} of {case}, got {known[key]} and {value}")
+    return list(rows.values())
+
+
+def compare(rows: list[dict], before: list[dict]) -> str:
+    """In words: how many rows were there before, and how many of these have a number that is another now."""
+    old = {case_of(row): row for row in before}
+    known = [(row, old[case_of(row)]) for row in rows if case_of(row) in old]
+    changed = [row for row, was in known if any(row[key] != was[key] for key in row.keys() & was.keys())]
+    same, gone = len(known) - len(changed), len(old) - len(known)
+    return f"{len(rows)} rows; of {len(old)} before {same} the same, {len(changed)} changed, {gone} gone"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--text", nargs="+", required=True, help="prose, as `mage eval` takes it")
+    parser.add_argument("--runs", type=Path, default=HERE / "evaluations.txt", help="the list of runs")
+    parser.add_argument("--only", nargs="+", default=["*"], help="result files by pattern")
+    parser.add_argument("--jobs", type=int, default=12, help="at once; 12 fill an H100 and 16 cores")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="then nothing starts, and what runs is stopped")
+    parser.add_argument("--parts", type=Path, default=Path("build/evaluations"))
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "h100" / "eval")
+    parser.add_argument("more", nargs="*", help="behind --: further arguments of every `mage eval`")
+    args = parser.parse_args()
+    of_commit, end = commit(), time.monotonic() + 60 * args.minutes
+    jobs = [job for job in read_jobs(args.runs) if any(fnmatch.fnmatch(job.out, name) for name in args.only)]
+    if not jobs:
+        parser.error(f"--only must fit a file of {args.runs}, got {' '.join(args.only)}")
+    missing = [job for job in jobs if read_part(args.parts / job.part, of_commit) is None]
+    print(f"{len(jobs)} jobs, {len(jobs) - len(missing)} done before", flush=True)
+    failed = []
+
+    def run(job: Job) -> None:
+        left = end - time.monotonic()
+        if left < 1:
+            return
+        path = args.parts / job.part
+        path.parent.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "mage_ext.cli", "eval", *job.arguments]
+        if "--first-seed" not in args.more:
+            command += ["--first-seed", "1000"]
+        command += ["--text", *args.text, "--out", str(path), *args.more]
+        start = time.monotonic()
+        with path.with_suffix(".log").open("w") as log:
+            try:
+                done = subprocess.run(command, stdout=log, stderr=log, timeout=None if left == math.inf else left)
+            except subprocess.TimeoutExpired:
+                return
+        if done.returncode:
+            failed.append(job)
+        seconds = f"{time.monotonic() - start:6.0f} s"
+        print(seconds, f"status {done.returncode}", job.out, shlex.join(job.arguments), flush=True)
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(run, sorted(missing, key=lambda job: -job.cost)))
+    unfinished = 0
+    for out in dict.fromkeys(job.out for job in jobs):
+        parts = [read_part(args.parts / job.part, of_commit) for job in jobs if job.out == out]
+        if None in parts:
+            unfinished += 1
+            print(f"{out}: {len(parts) - parts.count(None)} of {len(parts)} parts")
+            continue
+        rows, path, head = join(parts), args.out / out, parts[0]
+        before = json.loads(path.read_text())["rows"] if path.exists() else []
+        write_rows(path, head["name"], head["model"], head["device"], of_commit, rows, head["first_seed"])
+        print(f"{out}: {compare(rows, before)}")
+    for job in failed:
+        print(f"failed: {args.parts / job.part} (.log beside it)")
+    sys.exit(bool(failed or unfinished))
+
+
+if __name__ == "__main__":
+    main()
