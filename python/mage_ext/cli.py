@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from mage_ext._version import __version__
+
 if TYPE_CHECKING:
     import torch
 
@@ -921,9 +923,20 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Refuses an option that it does not know with the usage of its own command, not with that of `mage`."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        namespace, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return namespace, unknown
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The parser with every subcommand; `run` of the parsed namespace is the function to call."""
-    parser = argparse.ArgumentParser(prog="mage", description="Block-diffusion attention with MAGE selection.")
+    parser = _Parser(prog="mage", description="Block-diffusion attention with MAGE selection.")
+    parser.add_argument("--version", action="version", version=f"mage_ext {__version__}")
     commands = parser.add_subparsers(metavar="command", required=True)
     info = commands.add_parser("info", help="print what a bug report needs")
     info.set_defaults(run=_info)

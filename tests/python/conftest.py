@@ -12,6 +12,16 @@ def _has_hopper() -> bool:
     return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 
 
+def pytest_configure():
+    """Processes of `pytest -n` share the cores: each would take all of them, as would what tests start and compile."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if workers > 1:
+        own = max(1, len(os.sched_getaffinity(0)) // workers)
+        torch.set_num_threads(own)
+        os.environ.setdefault("OMP_NUM_THREADS", str(own))
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(own))
+
+
 def pytest_runtest_setup(item):
     """A test marked `gpu` skips without a Hopper GPU, or fails where MAGE_REQUIRE_GPU=1 says there is one."""
     if item.get_closest_marker("gpu") is None or _has_hopper():

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from mage_ext import cli, terminal
+from mage_ext._version import __version__
 from mage_ext.denoise import DenoiseConfig
 from mage_ext.evaluation import needles
 from mage_ext.models import builtin
@@ -234,6 +235,24 @@ def test_info_counts_kernels_by_family():
     names += [f"mage_token_mass_kernel_bf16_d128_rows{rows}" for rows in (64, 128)]
     assert _counted(names) == "append_kv, row_votes_select_long, merge_attention, token_mass (2)"
     assert _counted([]) == ""
+
+
+@pytest.mark.parametrize(
+    "command", [["info"], ["eval", "recall"], ["train", "adapter", "--text", "t", "--out", "o", "--minutes", "1"]]
+)
+def test_unknown_options_come_with_the_usage_of_their_command(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*command, "--bogus", "1"])
+    told = capsys.readouterr().err
+    words = " ".join(word for word in command[:2] if not word.startswith("-"))
+    assert ended.value.code == 2 and told.startswith(f"usage: mage {words} ")
+    assert told.endswith(f"mage {words}: error: unrecognized arguments: --bogus 1\n")
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--version"])
+    assert ended.value.code == 0 and capsys.readouterr().out == f"mage_ext {__version__}\n"
 
 
 def test_an_interrupt_is_one_line(monkeypatch, capsys):
