@@ -65,7 +65,7 @@ sanitize:  ## the C++ tests under compute-sanitizer: TOOLS="memcheck racecheck" 
 
 # FA3=... the library _vllm_fa3_C.abi3.so of a vllm wheel; FlashInfer is timed where the environment has it.
 BENCHES ?= block_attention sparse_attention token_mass row_votes select_kv merge_attention token_confidence block_total
-bench:  ## time every operator beside its peers and write bench/results/h100: FA3=_vllm_fa3_C.abi3.so; needs an H100
+bench:  ## time the operators beside their peers and write bench/results/h100: FA3=_vllm_fa3_C.abi3.so; needs an H100
 	@test -f "$(FA3)" || { echo "FA3 must name _vllm_fa3_C.abi3.so of a vllm wheel, got '$(FA3)'"; exit 1; }
 	@$(NEEDS_GPU)
 	@$(PREPARE) build

@@ -117,6 +117,13 @@ def join(parts: list[dict]) -> list[dict]:
     return list(rows.values())
 
 
+def without_headline(rows: list[dict], path: Path) -> list[dict]:
+    """Without what X_headline.json beside the file X.json has: more cases of the same cell."""
+    headline = path.with_name(f"{path.stem}_headline.json")
+    known = {case_of(row) for row in json.loads(headline.read_text())["rows"]} if headline.exists() else set()
+    return [row for row in rows if case_of(row) not in known]
+
+
 def compare(rows: list[dict], before: list[dict]) -> str:
     """In words: how many rows were there before, and how many of these have a number that is another now."""
     old = {case_of(row): row for row in before}
@@ -169,13 +176,14 @@ def main() -> None:
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(run, sorted(missing, key=lambda job: -job.cost)))
     unfinished = 0
-    for out in dict.fromkeys(job.out for job in jobs):
+    for out in sorted({job.out for job in jobs}, key=lambda out: ("_headline" not in out, out)):
         parts = [read_part(args.parts / job.part, of_commit) for job in jobs if job.out == out]
         if None in parts:
             unfinished += 1
             print(f"{out}: {len(parts) - parts.count(None)} of {len(parts)} parts")
             continue
-        rows, path, head = join(parts), args.out / out, parts[0]
+        path, head = args.out / out, parts[0]
+        rows = without_headline(join(parts), path)
         before = json.loads(path.read_text())["rows"] if path.exists() else []
         write_rows(path, head["name"], head["model"], head["device"], of_commit, rows, head["first_seed"])
         print(f"{out}: {compare(rows, before)}")
