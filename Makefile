@@ -52,7 +52,7 @@ format:  ## rewrite files in the house style
 
 # Of the GPU's tests, those that repeat the same launches a hundred times or in thousands of random cases are left out.
 TOOLS ?= memcheck racecheck synccheck initcheck
-SANITIZE ?= *Cuda*-*AreBitwiseEqual*:*Random*:*Streams*:*SameBits*:*LeaveTheWorkspaceAlone*
+SANITIZE ?= *Cuda*-*AreBitwiseEqual*:*Random*:*SameBits*:*LeaveTheWorkspaceAlone*
 sanitize:  ## the C++ tests under compute-sanitizer: TOOLS="memcheck racecheck" SECONDS=...; needs a Hopper GPU
 	@command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer must be on PATH (CUDA toolkit)"; exit 1; }
 	@$(NEEDS_GPU)

@@ -13,6 +13,7 @@ nothing installed but the tool.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -32,6 +33,7 @@ MOST_JOBS = 16  # processes that share one GPU
 MOST_FAILURES, LAST_LINES = 10, 40  # that are printed
 BATCH_MS, BATCH_TESTS, TEST_MS = 250, 8, 15  # of plain time; what a test costs at least
 CLEAN = re.compile(r"(ERROR SUMMARY: 0 errors|RACECHECK SUMMARY: 0 hazards displayed)")
+PASSED = re.compile(r"\[  PASSED  \] (\d+) test")
 
 
 def run_shards(binary: Path, jobs: int, gtest_args: list[str]) -> tuple[list[str], list[dict]]:
@@ -90,6 +92,13 @@ def make_batches(times: dict[str, float]) -> list[list[str]]:
     return [*batches, own] if own else batches
 
 
+def end(process: subprocess.Popen) -> None:
+    """Ends a process and all that it has started in its session."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
 def run_under(tool: str, binary: Path, jobs: int, seconds: float, gtest_args: list[str]) -> int:
     if not shutil.which("compute-sanitizer"):
         sys.exit("compute-sanitizer must be on PATH (CUDA toolkit)")
@@ -109,25 +118,33 @@ def run_under(tool: str, binary: Path, jobs: int, seconds: float, gtest_args: li
     clean = set(known[1:]) if known[:1] == [digest] else set()
     if not clean:
         state.write_text(f"{digest}\n")
-    reports = []
+    reports, running, ended = [], set(), False
+    others = [argument for argument in gtest_args if not argument.startswith("--gtest_filter")]
 
     def run_batch(index: int, names: list[str]) -> None:
         left = seconds - (time.monotonic() - start)
-        if left < 1:
+        if left < 1 or ended:
             return
         log = logs / f"{index}.log"
-        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", binary]
+        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", binary, *others]
         with log.open("w") as out:
+            # A session of its own, so that the tool and what it runs end together.
             process = subprocess.Popen(
                 [*command, f"--gtest_filter={':'.join(names)}"], stdout=out, stderr=out, start_new_session=True
             )
+            running.add(process)
             try:
                 status = process.wait(None if left == float("inf") else left)
             except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+                end(process)
                 return
-        if status == 0 and CLEAN.search(log.read_text(errors="replace")):
+            finally:
+                running.discard(process)
+        if ended:
+            return
+        text = log.read_text(errors="replace")
+        passed = sum(int(count) for count in PASSED.findall(text))
+        if status == 0 and CLEAN.search(text) and passed == len(names):
             clean.update(names)
             with state.open("a") as file:
                 file.write("".join(f"{name}\n" for name in names))
@@ -135,8 +152,14 @@ def run_under(tool: str, binary: Path, jobs: int, seconds: float, gtest_args: li
             reports.append((names, log))
 
     batches = make_batches({name: ms for name, ms in times.items() if name not in clean})
-    with ThreadPoolExecutor(jobs) as pool:
+    pool = ThreadPoolExecutor(jobs)
+    try:
         list(pool.map(run_batch, range(len(batches)), batches))
+    finally:  # an interrupt too leaves nothing on the GPU
+        ended = True
+        for process in list(running):
+            end(process)
+        pool.shutdown(cancel_futures=True)
     for names, log in reports:
         lines = log.read_text(errors="replace").splitlines()
         said = [line for line in lines if line.startswith("====") and "COMPUTE-SANITIZER" not in line] or lines
@@ -157,6 +180,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=0, help=f"processes; one a core, {MOST_JOBS} at most")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="with --tool: stop after this long")
     args, gtest_args = parser.parse_known_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     binary = args.binary.resolve()
     jobs = args.jobs or min(len(os.sched_getaffinity(0)), MOST_JOBS)
     if args.tool:

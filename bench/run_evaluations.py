@@ -1,21 +1,25 @@
 """Runs evaluations.txt in parts, several at once, and puts the parts together as result files.
 
     python bench/run_evaluations.py --text eltec-eng.jsonl.xz [--only 'cut16/*'] [--jobs 12] [--minutes 9]
-        [--parts build/evaluations] [--out bench/results/h100/eval] [-- more arguments of every `mage eval`]
+        [--parts build/evaluations] [--out bench/results/h100/eval] [--device cuda] [-- more of every `mage eval`]
 
-Every job is one `mage eval` and leaves a file under --parts; one whose file is complete and of the libraries' commit
-does not run again, so that a run which --minutes ended goes on where it stood. The longest jobs start first. A result
-file is written when all of its parts are there, with a word on how it differs from the one that was there before. Rows
-that two parts have, as exact's, must be alike. From the root of a checkout; an H100 for files in a folder named h100.
+Every job is one `mage eval` and leaves a file under --parts. One whose file is complete, of the libraries' commit and
+by the same command does not run again, so that a run which --minutes ended goes on where it stood. The longest start
+first. A result file is written when all of its parts are there, with a word on how it differs from the one that was
+there before. Rows that two parts have, as exact's, must be alike. From the root of a checkout; files in a folder named
+h100 need an H100.
 """
 
 import argparse
+import contextlib
 import fnmatch
 import hashlib
 import itertools
 import json
 import math
+import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -44,10 +48,9 @@ class Job:
     out: str  # the result file it is a part of
     arguments: tuple[str, ...]  # of `mage eval`
 
-    @property
-    def part(self) -> str:
-        """Name of its file under --parts."""
-        digest = hashlib.sha256(shlex.join(self.arguments).encode()).hexdigest()[:12]
+    def part(self, more: list[str]) -> str:
+        """Name of its file under --parts, with further arguments of `mage eval`."""
+        digest = hashlib.sha256(shlex.join([*self.arguments, *more]).encode()).hexdigest()[:12]
         return f"{self.out.removesuffix('.json')}/{digest}.json"
 
     @property
@@ -90,9 +93,10 @@ def read_jobs(path: Path) -> list[Job]:
 
 def read_part(path: Path, of_commit: str) -> dict | None:
     """A part that is complete and of this commit."""
-    if not path.exists():
+    try:
+        part = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):  # or cut in the middle, when its job was stopped
         return None
-    part = json.loads(path.read_text())
     return part if part["complete"] and part["commit"] == of_commit else None
 
 
@@ -139,56 +143,69 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=HERE / "evaluations.txt", help="the list of runs")
     parser.add_argument("--only", nargs="+", default=["*"], help="result files by pattern")
     parser.add_argument("--jobs", type=int, default=12, help="at once; 12 fill an H100 and 16 cores")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="then nothing starts, and what runs is stopped")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="then no job starts; those at work go on")
     parser.add_argument("--parts", type=Path, default=Path("build/evaluations"))
     parser.add_argument("--out", type=Path, default=HERE / "results" / "h100" / "eval")
+    parser.add_argument("--device", default="cuda", help="of every job")
     parser.add_argument("more", nargs="*", help="behind --: further arguments of every `mage eval`")
     args = parser.parse_args()
     of_commit, end = commit(), time.monotonic() + 60 * args.minutes
     jobs = [job for job in read_jobs(args.runs) if any(fnmatch.fnmatch(job.out, name) for name in args.only)]
     if not jobs:
         parser.error(f"--only must fit a file of {args.runs}, got {' '.join(args.only)}")
-    missing = [job for job in jobs if read_part(args.parts / job.part, of_commit) is None]
+    more = ["--device", args.device, "--text", *args.text, *args.more]
+    if "--first-seed" not in args.more:
+        more += ["--first-seed", "1000"]
+    paths = {job: args.parts / job.part(more) for job in jobs}
+    missing = [job for job in jobs if read_part(paths[job], of_commit) is None]
     print(f"{len(jobs)} jobs, {len(jobs) - len(missing)} done before", flush=True)
-    failed = []
+    failed, running, ended = [], set(), False
 
     def run(job: Job) -> None:
-        left = end - time.monotonic()
-        if left < 1:
+        if time.monotonic() > end or ended:
             return
-        path = args.parts / job.part
+        path, start = paths[job], time.monotonic()
         path.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "mage_ext.cli", "eval", *job.arguments]
-        if "--first-seed" not in args.more:
-            command += ["--first-seed", "1000"]
-        command += ["--text", *args.text, "--out", str(path), *args.more]
-        start = time.monotonic()
+        command = [sys.executable, "-m", "mage_ext.cli", "eval", *job.arguments, *more, "--out", str(path)]
         with path.with_suffix(".log").open("w") as log:
-            try:
-                done = subprocess.run(command, stdout=log, stderr=log, timeout=None if left == math.inf else left)
-            except subprocess.TimeoutExpired:
-                return
-        if done.returncode:
+            process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+            running.add(process)
+            status = process.wait()
+            running.discard(process)
+        if status:
             failed.append(job)
         seconds = f"{time.monotonic() - start:6.0f} s"
-        print(seconds, f"status {done.returncode}", job.out, shlex.join(job.arguments), flush=True)
+        print(seconds, f"status {status}", job.out, shlex.join(job.arguments), flush=True)
 
-    with ThreadPoolExecutor(args.jobs) as pool:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    pool = ThreadPoolExecutor(args.jobs)
+    try:
         list(pool.map(run, sorted(missing, key=lambda job: -job.cost)))
+    finally:  # an interrupt leaves nothing at work
+        ended = True
+        for process in list(running):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        pool.shutdown(cancel_futures=True)
     unfinished = 0
     for out in sorted({job.out for job in jobs}, key=lambda out: ("_headline" not in out, out)):
-        parts = [read_part(args.parts / job.part, of_commit) for job in jobs if job.out == out]
+        parts = [read_part(paths[job], of_commit) for job in jobs if job.out == out]
         if None in parts:
             unfinished += 1
             print(f"{out}: {len(parts) - parts.count(None)} of {len(parts)} parts")
             continue
         path, head = args.out / out, parts[0]
-        rows = without_headline(join(parts), path)
+        try:
+            rows = without_headline(join(parts), path)
+        except ValueError as error:
+            unfinished += 1
+            print(f"{out}: {error}")
+            continue
         before = json.loads(path.read_text())["rows"] if path.exists() else []
         write_rows(path, head["name"], head["model"], head["device"], of_commit, rows, head["first_seed"])
         print(f"{out}: {compare(rows, before)}")
     for job in failed:
-        print(f"failed: {args.parts / job.part} (.log beside it)")
+        print(f"failed: {paths[job].with_suffix('.log')}")
     sys.exit(bool(failed or unfinished))
 
 

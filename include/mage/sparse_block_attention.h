@@ -15,7 +15,8 @@
 // one that holds every unit gives what block_attention gives. A list that falls is the caller's error, which the debug
 // switch reports: a unit that comes again after a smaller one counts again. kv_lens limits rows as in block_attention.
 // split_tokens > 0 cuts the list-then-tail stream at its multiples. g is 1, 16, 32 or 64. Everything else as
-// block_attention; S is replaced by counts * g + tail in the cost.
+// block_attention; S is replaced by counts * g + tail in the cost. On CUDA the work is planned for full lists and short
+// tails: in a large batch one stream with a tail far longer than its list may take as long as all others.
 namespace mage {
 
 struct SparseBlockAttentionParams {

@@ -38,10 +38,11 @@ std::vector<RowCount> all_row_counts() {
     return rows;
 }
 
-// Of requests that are short, of which every sixth is empty.
+// Of requests that are mostly short, of which every sixth is empty: with two KV heads, of 66 requests twice as many
+// pairs of CTAs as run at once, of 130 nearly twice as many CTAs.
 std::vector<int32_t> wave_lengths(int requests) {
     std::vector<int32_t> lens;
-    for (int b = 0; b < requests; ++b) lens.push_back(b % 6 == 1 ? 0 : 1 + 37 * b % 150);
+    for (int b = 0; b < requests; ++b) lens.push_back(b % 6 == 1 ? 0 : 1 + (b % 17 == 3 ? 400 : 37 * b % 100));
     return lens;
 }
 
@@ -146,13 +147,19 @@ std::vector<SparseCase> cuda_sparse_cases() {
             add(of + "Rows224Causal", lens, 32, 7, 1, 64, 64, kBf16, g).attention.causal = true;
         }
     }
-    // More segments of long lists than run at once.
+    // More segments than run at once, of lists for which there is much room: one after the other, whole; and where the
+    // second turn would be nearly empty, cut evenly.
     for (const int64_t g : kGranularities) {
         const std::string of = of_g(g) + "Waves";
-        add(of + "Rows224", wave_lengths(36), 32, 14, 2, 64, 16, kBf16, g).capacity = 720 / g;
-        add(of + "Rows128", wave_lengths(70), 32, 8, 2, 64, 64, kFp16, g).capacity = 720 / g;
-        add(of + "Rows192Causal", wave_lengths(70), 32, 12, 2, 64, 32, kBf16, g).capacity = 720 / g;
-        cases.back().attention.causal = true;
+        add(of + "Rows224", wave_lengths(66), 32, 14, 2, 64, 16, kBf16, g).capacity = 720 / g;
+        add(of + (g < 32 ? "Rows128" : "Rows192Causal"), wave_lengths(130), 32, g < 32 ? 8 : 12, 2, 64, 32, kFp16, g)
+            .capacity = 720 / g;
+        cases.back().attention.causal = g >= 32;
+    }
+    for (const int64_t g : {1, 16}) {
+        SparseCase& c = add(of_g(g) + "ManySegmentsCut", wave_lengths(34), 32, 14, 2, 64, 64, kBf16, g);
+        c.capacity = 2080 / g;
+        c.list = ListKind::kUneven;
     }
     add("NoTokens", {0, 0, 0}, 3, 2, 1, 64, 16, kBf16, 32);
     add("OneRow", {130}, 1, 1, 1, 128, 16, kBf16, 16);
@@ -466,7 +473,7 @@ TEST(SparseBlockAttentionCudaRuns, AreBitwiseEqual) {
 TEST(SparseBlockAttentionCudaWaves, LeaveTheWorkspaceAlone) {
     MAGE_NEEDS_GPU();
     for (const int64_t heads : {14, 8, 12}) {
-        const int requests = heads == 14 ? 36 : 70;
+        const int requests = heads == 14 ? 66 : 130;
         SparseCase c = {{"", wave_lengths(requests), 32, heads, 2, 64, 64, kBf16}, 16, ListKind::kUneven};
         c.capacity = 45;
         SparseBuffers buffers(c);
@@ -528,12 +535,12 @@ TEST(SparseBlockAttentionCudaGraph, ReplaysWithNewLists) {
 
 TEST(SparseBlockAttentionCudaWaves, ReplayWithNewLists) {
     MAGE_NEEDS_GPU();
-    SparseBuffers captured(graph_case(16, 0, wave_lengths(36), 1));
+    SparseBuffers captured(graph_case(16, 0, wave_lengths(66), 1));
     SparseOnDevice device(captured);
     Streams streams;
     streams.capture([&](cudaStream_t stream) { cuda::sparse_block_attention(device.params, stream); });
     for (uint32_t i = 0; i < 3; ++i) {
-        std::vector<int32_t> lens = wave_lengths(36);
+        std::vector<int32_t> lens = wave_lengths(66);
         std::rotate(lens.begin(), lens.begin() + 5 * i, lens.end());
         lens[i] = 600;
         SparseBuffers other(graph_case(16, 0, lens, i + 2, kLists[i], kTails[i]));
@@ -628,7 +635,7 @@ TEST(SparseBlockAttentionCudaOverlap, WaitsForEveryInput) {
         int64_t g, split_tokens;
         std::vector<int32_t> lens;
     };
-    std::vector<Batch> batches = {{16, 0, wave_lengths(36)}};
+    std::vector<Batch> batches = {{16, 0, wave_lengths(66)}};
     for (const int64_t g : kGranularities) {
         for (const int64_t split_tokens : {0, 64}) batches.push_back({g, split_tokens, {200, 300, 150}});
     }

@@ -551,7 +551,7 @@ def test_runs_make_the_rows_of_the_evaluation_files(bench):
     """Exactly these. Rows of recall are of another kind."""
     evaluations, folder = bench.evaluations, BENCH / "results" / "h100" / "eval"
     jobs = evaluations.read_jobs(BENCH / "evaluations.txt")
-    assert len({job.part for job in jobs}) == len(jobs) > 150
+    assert len({job.part([]) for job in jobs}) == len(jobs) > 150
     for out in {job.out for job in jobs}:
         own = [job for job in jobs if job.out == out]
         if own[0].arguments[0] == "recall":
@@ -592,22 +592,29 @@ def test_parts_join_and_must_agree(bench, tmp_path):
     assert kept == [mage | {"p_g1": 0.25, "p_dense0": 0.75}]
 
 
+class FakeJob:
+    def __init__(self, status: int):
+        self.wait = lambda: status
+
+
 def test_evaluations_go_on_where_they_stood(bench, tmp_path, monkeypatch, capsys):
     runs, parts, out = tmp_path / "runs.txt", tmp_path / "parts", tmp_path / "out"
     runs.write_text("a.json methods --tasks lines needle --methods exact\nb.json heatmap --tokens 1024\n")
     ran = []
 
-    def fake_run(command, **_):
+    def fake_run(command, **options):
+        assert options["start_new_session"]
         ran.append(command)
         row = {"task": command[command.index("--tasks") + 1], "method": "exact", "n": 2} if "--tasks" in command else {}
         if row.get("task") == "needle" and len(ran) < 4:
-            return types.SimpleNamespace(returncode=1)
+            return FakeJob(1)
         path = Path(command[command.index("--out") + 1])
         names = {"name": "eval/methods", "model": "m", "device": "cpu", "commit": bench.evaluations.commit()}
         path.write_text(json.dumps(names | {"first_seed": 1000, "complete": True, "rows": [row | {"n": 2}]}))
-        return types.SimpleNamespace(returncode=0)
+        return FakeJob(0)
 
-    monkeypatch.setattr(bench.evaluations.subprocess, "run", fake_run)
+    monkeypatch.setattr(bench.evaluations.subprocess, "Popen", fake_run)
+    monkeypatch.setattr(bench.evaluations.signal, "signal", lambda *_: None)
     command = ["run_evaluations.py", "--runs", str(runs), "--text", "t.jsonl", "--parts", str(parts), "--out", str(out)]
     monkeypatch.setattr(sys, "argv", [*command, "--jobs", "1"])
     with pytest.raises(SystemExit) as ended:
@@ -620,8 +627,17 @@ def test_evaluations_go_on_where_they_stood(bench, tmp_path, monkeypatch, capsys
         bench.evaluations.main()
     assert ended.value.code == 0 and len(ran) == 4  # what was done is not run again
     assert [row["task"] for row in json.loads((out / "a.json").read_text())["rows"]] == ["lines", "needle"]
-    assert ran[-1][-2:] == ["--out", str(parts / bench.evaluations.read_jobs(runs)[1].part)]
-    assert "1000" in ran[-1] and "t.jsonl" in ran[-1]
+    more = ["--device", "cuda", "--text", "t.jsonl", "--first-seed", "1000"]
+    path = parts / bench.evaluations.read_jobs(runs)[1].part(more)
+    assert ran[-1][-8:] == [*more, "--out", str(path)]
+    path.write_text(path.read_text()[:40])  # a job that was stopped in the middle of its file
+    with pytest.raises(SystemExit):
+        bench.evaluations.main()
+    assert len(ran) == 5
+    monkeypatch.setattr(sys, "argv", [*command, "--device", "cpu"])  # another command has parts of its own
+    with pytest.raises(SystemExit):
+        bench.evaluations.main()
+    assert len(ran) == 8
     monkeypatch.setattr(sys, "argv", [*command, "--only", "c*"])
     with pytest.raises(SystemExit):
         bench.evaluations.main()

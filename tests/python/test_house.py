@@ -511,6 +511,8 @@ import os, subprocess, sys
 command = sys.argv[sys.argv.index("9") + 1 :]
 status = subprocess.run(command, env=os.environ | {"FAKE_SLEEP": os.environ.get("FAKE_SLEEP_UNDER", "0")}).returncode
 warnings = int("Suite.warns" in command[-1] and "FAKE_WARNS" in os.environ)
+if "FAKE_SKIPS" not in os.environ:
+    print(f"[  PASSED  ] {command[-1].count(':') + 1} tests.")
 print(f"========= RACECHECK SUMMARY: {warnings} hazards displayed (0 errors, {warnings} warnings)")
 sys.exit(status)
 """
@@ -546,7 +548,7 @@ def test_cpp_tests_under_a_tool_go_on_where_they_stood(cpp_tests, monkeypatch, c
     module, binary = cpp_tests
     monkeypatch.setenv("FAKE_SLEEP_UNDER", "60")
     monkeypatch.setenv("FAKE_WARNS", "1")
-    assert module.run_under("racecheck", binary, 2, 2.0, []) == 1
+    assert module.run_under("racecheck", binary, 2, 6.0, []) == 1
     out = capsys.readouterr().out
     assert "racecheck reports, in one of Suite.warns" in out and "(0 errors, 1 warnings)" in out
     assert "racecheck: 2 tests clean, 1 in batches with reports, 1 not run" in out
@@ -561,3 +563,6 @@ def test_cpp_tests_under_a_tool_go_on_where_they_stood(cpp_tests, monkeypatch, c
     monkeypatch.setenv("FAKE_WARNS", "1")
     assert module.run_under("racecheck", binary, 2, float("inf"), []) == 1
     assert "racecheck: 3 tests clean, 1 in batches with reports, 0 not run" in capsys.readouterr().out
+    monkeypatch.setenv("FAKE_SKIPS", "1")  # a test that does not run under the tool is not clean
+    assert module.run_under("synccheck", binary, 2, float("inf"), []) == 1
+    assert "synccheck: 0 tests clean, 4 in batches with reports, 0 not run" in capsys.readouterr().out
