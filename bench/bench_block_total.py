@@ -152,7 +152,7 @@ def mass_calls(shape: Shape, layers: list[KvSet], g: int, masses: list[Tensor], 
     if g > 1:
         calls, outputs = our_calls(shape, layers, f"mass{g}", masses)
         if exact:
-            check(shape, layers[-1], f"mass{g}", calls[-1], [*outputs[:2], masses[-1]], exact)
+            check(f"mass{g}", calls[-1], [*outputs[:2], masses[-1]], {0: exact})
         return calls
     attention, lses = attention_calls(shape, layers)
     tokens, _, options = token_calls(shape, layers, lses, "all", 0, masses)
@@ -169,7 +169,7 @@ def capture_exact(layers: list[KvSet], peers: list) -> tuple[dict, list, str | N
     shape = Shape(MODEL, (CONTEXT,), Q)
     exact = exact_results(shape, layers[-1])
     calls, outputs = our_calls(shape, layers, "none")
-    check(shape, layers[-1], "none", calls[-1], outputs, exact)
+    check("none", calls[-1], outputs, {0: exact})
     graphs, name = {"exact": capture(calls)}, None
     variants, absent = capture_peers(peers, shape, layers[-1:], exact[0])
     if variants:

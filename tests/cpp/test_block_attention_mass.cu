@@ -57,6 +57,16 @@ std::vector<CudaMassCase> cuda_mass_cases() {
                          MassNorm::kPrefix,
                          true});
     }
+    // As many requests, all as long as one another, with lines of unit sums that are dropped once they are read.
+    for (const RowCount& r : kRowCounts) {
+        const std::vector<int32_t> equal(34, 300);
+        cases.push_back(
+            {{std::string("EqualRequests") + r.name, equal, r.queries, 4 * r.heads, 4, 64, 64, DType::kFloat16},
+             cases.size() % 2 == 0 ? 64 : 16,
+             MassScore::kMean,
+             MassNorm::kContext,
+             false});
+    }
     // All of them for every row shape.
     for (const RowCount& r : kRowCounts) {
         for (const int64_t g : granularities) {
@@ -386,12 +396,11 @@ TEST(BlockAttentionMassCudaGraph, ReplaysWithNewLengths) {
         c.attention.seed = seed;
         return c;
     };
-    for (const bool packs : {true, false}) {
-        MassOnDevice captured(graph_case({77, 0, 130}, 1), packs);
+    const auto expect_replays = [&](const std::vector<std::vector<int32_t>>& batches, bool packs) {
+        MassOnDevice captured(graph_case(batches[0], 1), packs);
         Streams streams;
         streams.capture([&](cudaStream_t stream) { captured.launch(stream); });
-        const std::vector<std::vector<int32_t>> batches = {{600, 1, 0}, {0, 0, 0}, {64, 599, 600}};
-        for (size_t i = 0; i < batches.size(); ++i) {
+        for (size_t i = 1; i < batches.size(); ++i) {
             MassOnDevice other(graph_case(batches[i], static_cast<uint32_t>(i) + 2));
             captured.attention.set(other.buffers);
             captured.device_prefix.set(other.prefix_lens);
@@ -404,6 +413,16 @@ TEST(BlockAttentionMassCudaGraph, ReplaysWithNewLengths) {
             expect_naive_mass(other);
             MAGE_EXPECT_CUDA_ATTENTION(other.buffers);
         }
+    };
+    // Of more than a warp of requests, all as long as one another, and then not.
+    std::vector<int32_t> equal(34, 130), uneven(34, 130);
+    uneven[0] = 600;
+    uneven[1] = 0;
+    uneven[33] = 1;
+    for (const bool packs : {true, false}) {
+        expect_replays({{77, 0, 130}, {600, 1, 0}, {0, 0, 0}, {64, 599, 600}}, packs);
+        expect_replays({equal, uneven, equal, std::vector<int32_t>(34, 0)}, packs);
+        if (HasFatalFailure()) return;
     }
 }
 
