@@ -120,13 +120,16 @@ def run_under(tool: str, binary: Path, jobs: int, seconds: float, gtest_args: li
         state.write_text(f"{digest}\n")
     reports, running, ended = [], set(), False
     others = [argument for argument in gtest_args if not argument.startswith("--gtest_filter")]
+    # racecheck's analysis runs on the CPU, on all cores in every process unless it is told otherwise.
+    workers = max(1, len(os.sched_getaffinity(0)) // jobs)
+    options = ["--racecheck-num-workers", str(workers)] if tool == "racecheck" else []
 
     def run_batch(index: int, names: list[str]) -> None:
         left = seconds - (time.monotonic() - start)
         if left < 1 or ended:
             return
         log = logs / f"{index}.log"
-        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", binary, *others]
+        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *options, binary, *others]
         with log.open("w") as out:
             # A session of its own, so that the tool and what it runs end together.
             process = subprocess.Popen(

@@ -15,9 +15,10 @@
 //   out   [B, Q, H, D]              out   contiguous, dtype of outs
 //   lse   [B, H, Q] float32         out   contiguous; natural log, or log2 with log2_out
 //
-// A part with lse -inf has no say: its out is not read. If all are -inf: out 0, lse -inf. Sums in float32, parts in the
-// order given; deterministic; no workspace. D is at least 1. On a GPU at most kMaxMergeParts parts, and 2^31 vectors of
-// 16 bytes in outs (2^31 elements, where D, a base or a stride is not a multiple of 16 bytes).
+// A part with lse -inf has no say, whatever its out holds (NaN included). If all are -inf: out 0, lse -inf. Sums in
+// float32, parts in the order given; deterministic; no workspace. D is at least 1. On a GPU at most kMaxMergeParts
+// parts, and 2^31 vectors of 16 bytes in outs (2^31 elements, where D, a base or a stride is not a multiple of 16
+// bytes).
 namespace mage {
 
 // Parts whose addresses are arguments of one kernel.

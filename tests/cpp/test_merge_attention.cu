@@ -156,10 +156,10 @@ TEST(MergeAttentionPlan, TakesVectorsWhereItCan) {
     MergeBuffers buffers(merge_cases()[1]);  // 32 x 28 rows of 256 bytes
     const auto at = [](int64_t address) { return reinterpret_cast<char*>(address); };
     buffers.bind(at(4096), nullptr, at(1 << 30), nullptr);
-    EXPECT_EQ(cuda::merge_attention_plan(buffers.params).grid[0], 32u * 28 * 16 / 256);
-    EXPECT_EQ(cuda::merge_attention_plan(buffers.params).block[0], 256u);
+    EXPECT_EQ(cuda::merge_attention_plan(buffers.params).grid[0], 32u * 28 * 16 / 128);
+    EXPECT_EQ(cuda::merge_attention_plan(buffers.params).block[0], 128u);
     buffers.bind(at(4096 + 2), nullptr, at(1 << 30), nullptr);
-    EXPECT_EQ(cuda::merge_attention_plan(buffers.params).grid[0], 32u * 28 * 128 / 256);
+    EXPECT_EQ(cuda::merge_attention_plan(buffers.params).grid[0], 32u * 28 * 128 / 128);
     buffers.params.parts.resize(kMaxMergeParts + 1);
     try {
         cuda::merge_attention_plan(buffers.params);

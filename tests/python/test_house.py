@@ -509,6 +509,8 @@ sys.exit(broken in names)
 FAKE_TOOL = r"""#!/usr/bin/env python3
 import os, subprocess, sys
 command = sys.argv[sys.argv.index("9") + 1 :]
+if "racecheck" in sys.argv:
+    assert command.pop(0) == "--racecheck-num-workers" and int(command.pop(0)) > 0
 status = subprocess.run(command, env=os.environ | {"FAKE_SLEEP": os.environ.get("FAKE_SLEEP_UNDER", "0")}).returncode
 warnings = int("Suite.warns" in command[-1] and "FAKE_WARNS" in os.environ)
 if "FAKE_SKIPS" not in os.environ:

@@ -1,8 +1,8 @@
 // Purpose   out[r] = sum_i exp(lse_i[r] - lse[r]) out_i[r]; see mage/merge_attention.h.
 // Schedule  one thread per 16-byte vector of a row (per element, where a base, a stride or the row is not a multiple of
 //           16 bytes); consecutive threads take consecutive vectors, then heads, then queries. Every thread finds the
-//           weights of its row by itself: three walks over the parts' lse, of which the second and third hit L1, cost
-//           less than an exchange. The out of a part is read only after its lse has said that it counts.
+//           weights of its row by itself. All loads of eight parts, lse and out, are on their way before the first is
+//           used: the call is one round trip to memory. Beyond eight, the other lse are walked once for the largest.
 // Memory    registers; the parts' addresses are kernel arguments, so that a graph keeps them and nothing is copied.
 // Sync      none; waits for the kernel before it by itself (programmatic dependent launch).
 // Ceiling   (N + 1) * B * Q * H * D * dtype_bytes bytes moved; launch bound below some MB.
@@ -22,11 +22,11 @@ namespace mage::cuda {
 namespace {
 
 constexpr char kOp[] = "merge_attention";
-constexpr uint32_t kThreads = 256;
+constexpr uint32_t kThreads = 128;  // blocks of a small call reach more SMs
 constexpr int64_t kVectorBytes = 16;
 constexpr float kLn2 = 0.693147180559945f;
 
-// Few parts are the rule (a prefix and a tail), and then the arguments are small.
+// Parts whose loads are under way together. No more are the rule (a prefix and a tail): then the arguments are small.
 constexpr int kFewParts = 8;
 
 // Strides in bytes.
@@ -76,18 +76,29 @@ __device__ __forceinline__ uint32_t pack(const float* values) {
     }
 }
 
+// What one thread loads of a part at once: a vector, or one element.
 template <typename T, int kElements>
-__device__ __forceinline__ void load(const char* from, float (&values)[kElements]) {
+using Vector = std::conditional_t<kElements == 1, T, uint4>;
+
+template <typename T>
+__device__ __forceinline__ void unpack(uint4 words, float* values) {
+    constexpr int kPerWord = 4 / sizeof(T);
+    unpack<T>(words.x, values);
+    unpack<T>(words.y, values + kPerWord);
+    unpack<T>(words.z, values + 2 * kPerWord);
+    unpack<T>(words.w, values + 3 * kPerWord);
+}
+
+template <typename T, int kElements>
+__device__ __forceinline__ void add(const Vector<T, kElements>& vector, float weight, float (&merged)[kElements]) {
+    float values[kElements];
     if constexpr (kElements == 1) {
-        values[0] = static_cast<float>(*reinterpret_cast<const T*>(from));
+        values[0] = static_cast<float>(vector);
     } else {
-        const uint4 words = *reinterpret_cast<const uint4*>(from);
-        constexpr int kPerWord = 4 / sizeof(T);
-        unpack<T>(words.x, values);
-        unpack<T>(words.y, values + kPerWord);
-        unpack<T>(words.z, values + 2 * kPerWord);
-        unpack<T>(words.w, values + 3 * kPerWord);
+        unpack<T>(vector, values);
     }
+#pragma unroll
+    for (int d = 0; d < kElements; ++d) merged[d] = fmaf(weight == 0.0f ? 0.0f : values[d], weight, merged[d]);
 }
 
 template <typename T, int kElements>
@@ -108,10 +119,7 @@ __device__ __forceinline__ void store(char* to, const float (&values)[kElements]
 template <typename T, int kElements, int kParts>
 __global__ void __launch_bounds__(kThreads)
     mage_merge_attention_kernel(const __grid_constant__ MergeArgs<kParts> args) {
-    device::dependency_wait();
-    device::dependency_release();
     const uint32_t item = blockIdx.x * kThreads + threadIdx.x;
-    if (item >= args.vectors) return;
     const uint32_t row = item / args.row_vectors;
     const uint32_t vector = item - row * args.row_vectors;
     const uint32_t position = row / args.num_heads;
@@ -120,31 +128,51 @@ __global__ void __launch_bounds__(kThreads)
     const uint32_t query = position - request * args.num_queries;
     const int64_t lse_at = (int64_t{request} * args.num_heads + head) * args.num_queries + query;
     const int64_t offset = int64_t{vector} * kElements * sizeof(T);
+    device::dependency_wait();
+    device::dependency_release();
+    if (item >= args.vectors) return;
 
-    // Natural logs; the largest is the reference of the sums. NaN stays once it is met.
-    const auto lse_of = [&](uint32_t i) { return args.parts[i].lse[lse_at] * (args.log2_in ? kLn2 : 1.0f); };
-    float highest = -INFINITY;
-#pragma unroll 4
-    for (uint32_t i = 0; i < args.num_parts; ++i) {
-        const float lse = lse_of(i);
-        if (lse > highest || isnan(lse)) highest = lse;
-    }
-    const auto weight_of = [&](float lse) { return lse == -INFINITY ? 0.0f : expf(lse - highest); };
-    float sum = 0.0f;
-#pragma unroll 4
-    for (uint32_t i = 0; i < args.num_parts; ++i) sum += weight_of(lse_of(i));
-
+    float highest = -INFINITY, sum = 0.0f;
     float merged[kElements] = {};
-    for (uint32_t i = 0; i < args.num_parts; ++i) {
-        const float weight = weight_of(lse_of(i));
-        if (weight == 0.0f) continue;
-        const PartArgs& part = args.parts[i];
-        float values[kElements];
-        load<T>(part.out + request * part.request + query * part.query + head * part.head + offset, values);
-        const float share = weight / sum;
+    const auto raise = [&](float lse) {  // NaN stays once it is met
+        if (lse > highest || isnan(lse)) highest = lse;
+    };
+    const float unit = args.log2_in ? kLn2 : 1.0f;
+    uint32_t first = 0;
+    do {
+        float lses[kFewParts];
+        Vector<T, kElements> vectors[kFewParts] = {};
 #pragma unroll
-        for (int d = 0; d < kElements; ++d) merged[d] = fmaf(values[d], share, merged[d]);
-    }
+        for (int i = 0; i < kFewParts; ++i) {
+            lses[i] = -INFINITY;
+            if (first + i >= args.num_parts) continue;
+            const PartArgs& part = args.parts[first + i];
+            const char* out = part.out + request * part.request + query * part.query + head * part.head + offset;
+            lses[i] = part.lse[lse_at];
+            vectors[i] = *reinterpret_cast<const Vector<T, kElements>*>(out);
+        }
+#pragma unroll
+        for (float& lse : lses) lse *= unit;
+        if (first == 0) {
+#pragma unroll
+            for (float lse : lses) raise(lse);
+            if constexpr (kParts > kFewParts) {
+#pragma unroll 8
+                for (uint32_t i = kFewParts; i < args.num_parts; ++i) raise(args.parts[i].lse[lse_at] * unit);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < kFewParts; ++i) {
+            const float weight = lses[i] == -INFINITY ? 0.0f : expf(lses[i] - highest);
+            sum += weight;
+            add<T, kElements>(vectors[i], weight, merged);
+        }
+        first += kFewParts;
+    } while (kParts > kFewParts && first < args.num_parts);
+
+    const float scale = sum == 0.0f ? 0.0f : 1.0f / sum;
+#pragma unroll
+    for (float& value : merged) value *= scale;
     store<T>(args.out + int64_t{item} * kElements * sizeof(T), merged);
     if (vector == 0) {
         const float lse = sum == 0.0f ? -INFINITY : highest + logf(sum);
