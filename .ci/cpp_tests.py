@@ -4,7 +4,8 @@
     python3 .ci/cpp_tests.py BINARY --tool racecheck [--jobs N] [--seconds S] [gtest arguments]
 
 Plain: the processes share the tests; prints what failed and a line at the end. With gtest arguments it is one process
-unless --jobs says otherwise, and prints what GoogleTest prints.
+unless --jobs says otherwise, and prints what GoogleTest prints. Several GPUs (all, or those of CUDA_VISIBLE_DEVICES)
+share the processes.
 
 Under a tool: the tests run once plain, which tells how long each takes, then in batches from short to long ones. Its
 warnings count as much as its errors. Tests found clean are kept in build/sanitize/<tool>.txt for this very binary, so
@@ -17,6 +18,7 @@ import contextlib
 import hashlib
 import json
 import os
+import queue
 import re
 import shutil
 import signal
@@ -29,19 +31,36 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
-MOST_JOBS = 16  # processes that share one GPU
+MOST_JOBS = 16  # processes that share a GPU
 MOST_FAILURES, LAST_LINES = 10, 40  # that are printed
 BATCH_MS, BATCH_TESTS, TEST_MS = 250, 8, 15  # of plain time; what a test costs at least
 CLEAN = re.compile(r"(ERROR SUMMARY: 0 errors|RACECHECK SUMMARY: 0 hazards displayed)")
 PASSED = re.compile(r"\[  PASSED  \] (\d+) test")
 
 
+def visible_gpus() -> list[str]:
+    """As CUDA_VISIBLE_DEVICES names them; none where there is no driver."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [name for name in named.split(",") if name]
+    if not shutil.which("nvidia-smi"):
+        return []
+    listed = subprocess.run(["nvidia-smi", "-L"], stdout=subprocess.PIPE, text=True, check=False).stdout
+    return re.findall(r"^GPU (\d+):", listed, re.MULTILINE)
+
+
+def env_of(process: int, gpus: list[str]) -> dict[str, str]:
+    """The environment of one of several processes: one GPU of all."""
+    return os.environ | ({"CUDA_VISIBLE_DEVICES": gpus[process % len(gpus)]} if gpus else {})
+
+
 def run_shards(binary: Path, jobs: int, gtest_args: list[str]) -> tuple[list[str], list[dict]]:
     """All tests in `jobs` processes: what failed, in words, and GoogleTest's records of the tests that ran."""
+    gpus = visible_gpus()
 
     def run_one(shard: int) -> tuple[list[str], list[dict]]:
         out = Path(folder, f"{shard}.json")
-        env = os.environ | {"GTEST_TOTAL_SHARDS": str(jobs), "GTEST_SHARD_INDEX": str(shard)}
+        env = env_of(shard, gpus) | {"GTEST_TOTAL_SHARDS": str(jobs), "GTEST_SHARD_INDEX": str(shard)}
         command = [binary, *gtest_args, f"--gtest_output=json:{out}"]
         to = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         done = subprocess.run(command, env=env, check=False, **to)
@@ -120,21 +139,20 @@ def run_under(tool: str, binary: Path, jobs: int, seconds: float, gtest_args: li
         state.write_text(f"{digest}\n")
     reports, running, ended = [], set(), False
     others = [argument for argument in gtest_args if not argument.startswith("--gtest_filter")]
-    # racecheck's analysis runs on the CPU, on all cores in every process unless it is told otherwise.
-    workers = max(1, len(os.sched_getaffinity(0)) // jobs)
-    options = ["--racecheck-num-workers", str(workers)] if tool == "racecheck" else []
+    gpus, places = visible_gpus(), queue.SimpleQueue()
+    for place in range(jobs):
+        places.put(place)
 
     def run_batch(index: int, names: list[str]) -> None:
         left = seconds - (time.monotonic() - start)
         if left < 1 or ended:
             return
-        log = logs / f"{index}.log"
-        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *options, binary, *others]
+        log, place = logs / f"{index}.log", places.get()
+        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", binary, *others]
         with log.open("w") as out:
             # A session of its own, so that the tool and what it runs end together.
-            process = subprocess.Popen(
-                [*command, f"--gtest_filter={':'.join(names)}"], stdout=out, stderr=out, start_new_session=True
-            )
+            own = {"stdout": out, "stderr": out, "start_new_session": True, "env": env_of(place, gpus)}
+            process = subprocess.Popen([*command, f"--gtest_filter={':'.join(names)}"], **own)
             running.add(process)
             try:
                 status = process.wait(None if left == float("inf") else left)
@@ -143,6 +161,7 @@ def run_under(tool: str, binary: Path, jobs: int, seconds: float, gtest_args: li
                 return
             finally:
                 running.discard(process)
+                places.put(place)
         if ended:
             return
         text = log.read_text(errors="replace")
@@ -180,12 +199,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("binary", type=Path)
     parser.add_argument("--tool", choices=TOOLS)
-    parser.add_argument("--jobs", type=int, default=0, help=f"processes; one a core, {MOST_JOBS} at most")
+    parser.add_argument("--jobs", type=int, default=0, help=f"processes; one a core, {MOST_JOBS} a GPU at most")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="with --tool: stop after this long")
     args, gtest_args = parser.parse_known_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     binary = args.binary.resolve()
-    jobs = args.jobs or min(len(os.sched_getaffinity(0)), MOST_JOBS)
+    jobs = args.jobs or min(len(os.sched_getaffinity(0)), MOST_JOBS * max(1, len(visible_gpus())))
     if args.tool:
         sys.exit(run_under(args.tool, binary, jobs, args.seconds, gtest_args))
     if jobs == 1 or (gtest_args and not args.jobs):

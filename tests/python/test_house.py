@@ -509,10 +509,9 @@ sys.exit(broken in names)
 FAKE_TOOL = r"""#!/usr/bin/env python3
 import os, subprocess, sys
 command = sys.argv[sys.argv.index("9") + 1 :]
-if "racecheck" in sys.argv:
-    assert command.pop(0) == "--racecheck-num-workers" and int(command.pop(0)) > 0
 status = subprocess.run(command, env=os.environ | {"FAKE_SLEEP": os.environ.get("FAKE_SLEEP_UNDER", "0")}).returncode
 warnings = int("Suite.warns" in command[-1] and "FAKE_WARNS" in os.environ)
+print("device", os.environ.get("CUDA_VISIBLE_DEVICES"))
 if "FAKE_SKIPS" not in os.environ:
     print(f"[  PASSED  ] {command[-1].count(':') + 1} tests.")
 print(f"========= RACECHECK SUMMARY: {warnings} hazards displayed (0 errors, {warnings} warnings)")
@@ -568,3 +567,17 @@ def test_cpp_tests_under_a_tool_go_on_where_they_stood(cpp_tests, monkeypatch, c
     monkeypatch.setenv("FAKE_SKIPS", "1")  # a test that does not run under the tool is not clean
     assert module.run_under("synccheck", binary, 2, float("inf"), []) == 1
     assert "synccheck: 0 tests clean, 4 in batches with reports, 0 not run" in capsys.readouterr().out
+
+
+def test_cpp_tests_share_the_gpus(cpp_tests, monkeypatch):
+    module, binary = cpp_tests
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-5")
+    monkeypatch.setenv("FAKE_SLEEP_UNDER", "1")
+    assert module.run_under("memcheck", binary, 2, float("inf"), []) == 0
+    logs = [log.read_text() for log in (module.ROOT / "build" / "sanitize" / "memcheck").iterdir()]
+    assert {re.search("device (.*)", log)[1] for log in logs} == {"3", "GPU-5"}
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    smi = binary.parent / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA H100 (UUID: GPU-1)'\necho 'GPU 1: NVIDIA H100 (UUID: GPU-2)'\n")
+    smi.chmod(0o755)
+    assert module.visible_gpus() == ["0", "1"]
