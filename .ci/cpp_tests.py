@@ -33,7 +33,10 @@ ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 MOST_JOBS = 16  # processes that share a GPU
 MOST_FAILURES, LAST_LINES = 10, 40  # that are printed
-BATCH_MS, BATCH_TESTS, TEST_MS = 250, 8, 15  # of plain time; what a test costs at least
+TEST_MS = 15  # of plain time, what a test costs at least
+# Plain time and tests of a batch. A process takes seconds to start under a tool; a killed batch loses what it had done.
+BATCH_MS, BATCH_TESTS = 2000, 64
+RACECHECK_MS, RACECHECK_TESTS = 250, 8  # which takes some hundred times as long
 CLEAN = re.compile(r"(ERROR SUMMARY: 0 errors|RACECHECK SUMMARY: 0 hazards displayed)")
 PASSED = re.compile(r"\[  PASSED  \] (\d+) test")
 
@@ -99,11 +102,11 @@ def run_plain(binary: Path, jobs: int, gtest_args: list[str]) -> int:
     return 1 if failed or not tests else 0
 
 
-def make_batches(times: dict[str, float]) -> list[list[str]]:
+def make_batches(times: dict[str, float], most_ms: float, most_tests: int) -> list[list[str]]:
     """Tests from short to long ones, several short ones together."""
     batches, own, total = [], [], 0.0
     for name in sorted(times, key=times.get):
-        if own and (total + times[name] + TEST_MS > BATCH_MS or len(own) == BATCH_TESTS):
+        if own and (total + times[name] + TEST_MS > most_ms or len(own) == most_tests):
             batches.append(own)
             own, total = [], 0.0
         own.append(name)
@@ -173,7 +176,8 @@ def run_under(tool: str, binary: Path, jobs: int, seconds: float, gtest_args: li
         else:
             reports.append((names, log))
 
-    batches = make_batches({name: ms for name, ms in times.items() if name not in clean})
+    most = (RACECHECK_MS, RACECHECK_TESTS) if tool == "racecheck" else (BATCH_MS, BATCH_TESTS)
+    batches = make_batches({name: ms for name, ms in times.items() if name not in clean}, *most)
     pool = ThreadPoolExecutor(jobs)
     try:
         list(pool.map(run_batch, range(len(batches)), batches))

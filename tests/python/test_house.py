@@ -528,6 +528,7 @@ def cpp_tests(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setattr(module, "ROOT", tmp_path)
     monkeypatch.setattr(module, "BATCH_TESTS", 1)
+    monkeypatch.setattr(module, "RACECHECK_TESTS", 1)
     return module, tmp_path / "tests"
 
 
