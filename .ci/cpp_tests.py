@@ -53,8 +53,9 @@ def visible_gpus() -> list[str]:
 
 
 def env_of(process: int, gpus: list[str]) -> dict[str, str]:
-    """The environment of one of several processes: one GPU of all."""
-    return os.environ | ({"CUDA_VISIBLE_DEVICES": gpus[process % len(gpus)]} if gpus else {})
+    """The environment of one of several processes: one GPU of all, and threads that don't spin while others work."""
+    gpu = {"CUDA_VISIBLE_DEVICES": gpus[process % len(gpus)]} if gpus else {}
+    return {"OMP_WAIT_POLICY": "passive"} | os.environ | gpu
 
 
 def run_shards(binary: Path, jobs: int, gtest_args: list[str]) -> tuple[list[str], list[dict]]:
@@ -142,6 +143,7 @@ def run_under(tool: str, binary: Path, jobs: int, seconds: float, gtest_args: li
         state.write_text(f"{digest}\n")
     reports, running, ended = [], set(), False
     others = [argument for argument in gtest_args if not argument.startswith("--gtest_filter")]
+    threads = {"OMP_THREAD_LIMIT": str(max(1, len(os.sched_getaffinity(0)) // jobs))}
     gpus, places = visible_gpus(), queue.SimpleQueue()
     for place in range(jobs):
         places.put(place)
@@ -154,7 +156,7 @@ def run_under(tool: str, binary: Path, jobs: int, seconds: float, gtest_args: li
         command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", binary, *others]
         with log.open("w") as out:
             # A session of its own, so that the tool and what it runs end together.
-            own = {"stdout": out, "stderr": out, "start_new_session": True, "env": env_of(place, gpus)}
+            own = {"stdout": out, "stderr": out, "start_new_session": True, "env": threads | env_of(place, gpus)}
             process = subprocess.Popen([*command, f"--gtest_filter={':'.join(names)}"], **own)
             running.add(process)
             try:
