@@ -70,6 +70,12 @@ __device__ __forceinline__ float warp_max(float value) {
     return value;
 }
 
+__device__ __forceinline__ float warp_max_or_nan(float value) {
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) value = max_or_nan(value, __shfl_xor_sync(~0u, value, step));
+    return value;
+}
+
 __device__ __forceinline__ float warp_sum(float value) {
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(~0u, value, step);

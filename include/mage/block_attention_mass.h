@@ -15,10 +15,10 @@
 //
 // The rows are the R = G * Q rows of a KV head. Exact for any number of splits: unit sums are kept per row and finished
 // with the final lse. They are kept in float32, but on CUDA, where they would take 12 MB and more, R <= 192 and
-// split_tokens 0, in 16 bits, with an error of up to 2^-10 of each. A request whose rows are all masked, or that is
-// empty, has mass 0. A kept row that sees no token (kv_lens 0), or, under norm prefix, whose total below P is smaller
-// than 2^-126 of its whole, adds nothing but is counted in the mean. Masses of score mean sum to 1 over [0, S), or over
-// [0, P). A masked row may hold anything, NaN included.
+// split_tokens 0, in 16 bits, with an error of up to 2^-10 of each, and then shares below 2^-33 may count as 0. A
+// request whose rows are all masked, or that is empty, has mass 0. A kept row that sees no token (kv_lens 0), or, under
+// norm prefix, whose total below P is smaller than 2^-126 of its whole, adds nothing but is counted in the mean. Masses
+// of score mean sum to 1 over [0, S), or over [0, P). A masked row may hold anything, NaN included.
 //
 // g is 16, 32 or 64, and on the CPU also 1, which costs a second pass over K (token_mass).
 namespace mage {

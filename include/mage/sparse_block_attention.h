@@ -28,8 +28,9 @@ struct SparseBlockAttentionParams {
     int64_t granularity = 64;             // g
 };
 
-// Bytes of workspace, enough for every backend: as block_attention_workspace says, with the splits of this op; a stream
-// may have capacity * g + max_seq_len + 64 tokens on CUDA, and each is a request of its own there.
+// Bytes of workspace, enough for every backend: as block_attention_workspace says, with the splits of this op. On CUDA
+// a stream may have capacity * g + max_seq_len + 64 tokens and is a request of its own, and tiles have at least 128
+// rows.
 int64_t sparse_block_attention_workspace(int64_t num_requests, int64_t num_queries, int64_t num_heads,
                                          int64_t num_kv_heads, int64_t head_dim, int64_t max_seq_len,
                                          int64_t granularity, int64_t capacity, int64_t split_tokens);

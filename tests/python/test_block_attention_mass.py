@@ -149,8 +149,9 @@ def test_row_mask_is_a_selection_of_rows():
             poisoned, _, mass = ops.block_attention_mass(**tensors, **case.options, g=g, row_mask=mask, **norm)
             assert not mass.isnan().any() and poisoned[:, 0].isnan().all()
             assert_same_bits(poisoned[:, 3:], out[:, 3:])
-            kept_rows = ops.block_attention_mass(**tensors, **case.options, g=g, **norm)[2]
-            assert kept_rows.isnan().any()  # a kept row's NaN is not swallowed
+            for score in ("mean", "max"):
+                kept_rows = ops.block_attention_mass(**tensors, **case.options, g=g, score=score, **norm)[2]
+                assert kept_rows.isnan().any()  # a kept row's NaN is not swallowed
 
 
 @pytest.mark.parametrize("score", ["mean", "max"])
@@ -317,6 +318,21 @@ def test_cuda_masked_row_may_hold_nan():
     out, _, mass = ops.block_attention_mass(**tensors, **case.options, g=32, row_mask=mask)
     assert_same_bits(mass, expected[2])
     assert_same_bits(out[:, 3:], expected[0][:, 3:])
+
+
+@gpu
+@pytest.mark.parametrize("score", ["mean", "max"])
+@pytest.mark.parametrize("max_seq_len", [300, 1 << 20])  # unit sums of 0.1 MB, and of so many that they are packed
+def test_cuda_nan_of_a_kept_row_shows(score, max_seq_len):
+    """In every unit of its KV head that has tokens, and of no other."""
+    case = CUDA_ATTENTION_CASES["page_of_128"]
+    tensors = case.tensors(device="cuda")
+    tensors["q"][:, 0, 0] = math.nan
+    mass = ops.block_attention_mass(**tensors, **case.options | {"max_seq_len": max_seq_len}, g=32, score=score)[2]
+    for b, tokens in enumerate(case.lens):
+        used = -(-tokens // 32)
+        assert mass[b, 0, :used].isnan().all() and not mass[b, 0, used:].isnan().any()
+    assert not mass[:, 1:].isnan().any()
 
 
 @gpu

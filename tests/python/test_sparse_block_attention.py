@@ -541,6 +541,24 @@ def test_cuda_streams_run_at_once():
 
 
 @gpu
+@pytest.mark.parametrize("key", [101.0, 102.0, -200.0])
+@pytest.mark.parametrize("dtype", [FP16, BF16])
+def test_cuda_equal_scores_weigh_the_same_however_large(dtype, key):
+    """scale * q k log2(e), of 2^24 and more, is rounded by up to 32: a short list must not show that."""
+    case = replace(CUDA_ATTENTION_CASES["block_of_135m"], lens=(517,), dtype=dtype, softmax_scale=65536.0)
+    tensors, chosen = cuda_inputs(case, 16, 0.4)
+    tensors["q"].fill_(10.0)
+    tensors["q"][..., 63] = 1.0
+    tensors["k_cache"].fill_(10.0)
+    tensors["k_cache"][..., 63] = key  # q k = 6300 + key
+    out, lse = ops.sparse_block_attention(**tensors, **chosen, g=16, **on_cuda(case.options))
+    assert (lse / (65536.0 * (6300 + key)) - 1).abs().max() < 1e-6
+    tensors["q"].zero_()
+    mean, _ = ops.sparse_block_attention(**tensors, **chosen, g=16, **on_cuda(case.options))
+    assert_same_bits(out, mean)
+
+
+@gpu
 def test_cuda_nan_of_a_listed_token_shows():
     """In out and lse of the rows of its KV head, and of no others; that of an unlisted one nowhere."""
     case = replace(CUDA_ATTENTION_CASES["one_row"], lens=(130,))

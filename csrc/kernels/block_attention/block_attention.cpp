@@ -27,6 +27,7 @@ constexpr int64_t kManyBlocks = 32;            // of a stream that finish masses
 constexpr int64_t kBlocksAtOnce = 2 * 132;     // of the merge
 constexpr int64_t kMostStreamsOfTurns = 1024;  // of more, blocks that leave at once would cost more than turns
 constexpr int kMaxCluster = 16;                // CTAs
+constexpr int64_t kFurthestAhead = 1024;       // tokens past its end that a warp may count
 constexpr int32_t kShortBoxShift = 4;          // of boxes of short lists
 
 const AttentionVariant& variant_of(DType dtype, int64_t head_dim, int row_shape, Serves serves) {
@@ -157,7 +158,8 @@ void launch_block_attention(const char* op, const BlockAttentionParams& p, const
     const int64_t list_tokens = lists == nullptr ? 0 : lists->capacity * lists->granularity;
     const int64_t most_positions =
         lists == nullptr ? p.max_seq_len : core::max_list_positions(list_tokens, p.max_seq_len);
-    MAGE_CHECK(most_positions < (int64_t{1} << 31), op, ": lists and tail must have fewer than 2^31 tokens, got ",
+    const int64_t limit = (int64_t{1} << 31) - std::max(p.split_tokens, kFurthestAhead);
+    MAGE_CHECK(most_positions < limit, op, ": lists and tail must have fewer than ", limit, " tokens, got ",
                most_positions);
     core::AttentionPlan plan = lists == nullptr ? core::plan_attention(p, core::multiprocessors(op))
                                                 : core::plan_list_attention(p, list_tokens, core::multiprocessors(op));

@@ -41,6 +41,20 @@ struct Ring {
 
 // --- Producer --------------------------------------------------------------------------------------------------------
 
+// Of a pair, until the consumers of both CTAs have released all that this one's ring has had: none does so after its
+// end. `ring` is where the next tile would go.
+template <typename Config>
+__device__ __forceinline__ void wait_for_releases(AttentionShared<Config>& shared, Ring<Config::kStages> ring) {
+    if constexpr (Config::kCtas > 1) {
+#pragma unroll 1
+        for (int i = 0; i < Config::kStages; ++i) {
+            device::mbarrier_wait(device::shared_address(&shared.empty_k[ring.stage]), ring.parity ^ 1);
+            device::mbarrier_wait(device::shared_address(&shared.empty_v[ring.stage]), ring.parity ^ 1);
+            ring.advance();
+        }
+    }
+}
+
 // One warp asks the copy engine for boxes of 16 tokens and more, a lane for each.
 template <typename Config>
 __device__ __forceinline__ void produce(const AttentionArgs& args, const CUtensorMap* k_map, const CUtensorMap* v_map,
@@ -103,6 +117,7 @@ __device__ __forceinline__ void produce(const AttentionArgs& args, const CUtenso
             ring.advance();
         }
     } while (next_piece_of_warp<Config>(args, shared, &shared.piece[threadIdx.x / kWarp]));
+    wait_for_releases<Config>(shared, ring);
 }
 
 // Of the calling warp's piece: where a segment begins, its pieces are written down for the merge.
@@ -185,6 +200,7 @@ __device__ __forceinline__ void gather(const AttentionArgs& args, AttentionShare
         }
     } while (next_piece_of_warp<Config>(args, shared, &shared.piece[warp]));
     arrive<0>(behind);
+    wait_for_releases<Config>(shared, ring);
 }
 
 // --- Consumers: kWarpgroups warpgroups of 64 rows each ---------------------------------------------------------------
@@ -786,6 +802,8 @@ struct Consumer {
             store();
             Piece& next = shared.next[threadIdx.x / kWarp];
             if (!next_piece_of_warp<Config>(args, shared, &next)) break;
+            // The next Q may come when all warps are done with this one; store_out has waited for that.
+            if (piece.slot >= 0) device::named_barrier(kGroupBarrier + warpgroup, kWarpgroup);
             start_q(next);
             finish_q();
             if (lane == 0) shared.piece[threadIdx.x / kWarp] = next;

@@ -308,14 +308,14 @@ __device__ __forceinline__ void finish_units(const AttentionArgs& args, int64_t 
             for (int i = 0; i < kRows; ++i) {
                 const float sum = final_sums[i];
                 const float share = sum == -INFINITY ? 0.0f : device::exp2_fast(own.values[i] - sum);
-                mass = args.score_max != 0 ? fmaxf(mass, share) : mass + share;
+                mass = args.score_max != 0 ? device::max_or_nan(mass, share) : mass + share;
             }
         }
         if (args.rows > kRows * kWarp) load_final_sums(lane);
         __syncwarp();
         if (unit < used) device::discard_lines(at, args.rows * 4, lane);
         if (unit + step < used) own.load(args, at + int64_t{step} * args.rows, lane, true);
-        mass = args.score_max != 0 ? device::warp_max(mass) : device::warp_sum(mass);
+        mass = args.score_max != 0 ? device::warp_max_or_nan(mass) : device::warp_sum(mass);
         if (lane == 0) args.mass[stream * args.num_units + unit] = mass * factor;
     }
 }
@@ -364,7 +364,7 @@ struct PackedUnits {
         for (int e = 0; e < kRows; ++e) {
             const float sum = e % 2 == 0 ? core::PackedSum::low(own[e / 2]) : core::PackedSum::high(own[e / 2]);
             const float share = sum * factor_of(e);
-            all = kMax ? fmaxf(all, share) : all + share;
+            all = kMax ? device::max_or_nan(all, share) : all + share;
         }
         return all;
     }
@@ -376,7 +376,7 @@ template <bool kMax>
 __device__ __forceinline__ float reduce_units(const float (&values)[PackedUnits::kAtOnce], int32_t shift) {
     const int32_t lane = threadIdx.x % kWarp;
     const int32_t half = 1 << shift >> 1, quarter = half >> 1;
-    const auto join = [](float x, float y) { return kMax ? fmaxf(x, y) : x + y; };
+    const auto join = [](float x, float y) { return kMax ? device::max_or_nan(x, y) : x + y; };
     const bool upper = (lane & half) != 0, second = (lane & quarter) != 0;
     const float first = join(upper ? values[2] : values[0], __shfl_xor_sync(~0u, upper ? values[0] : values[2], half));
     const float next = join(upper ? values[3] : values[1], __shfl_xor_sync(~0u, upper ? values[1] : values[3], half));

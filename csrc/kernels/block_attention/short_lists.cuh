@@ -552,8 +552,16 @@ struct ShortListConsumer {
         }
     }
 
-    // P of this group's boxes, of which `boxes` are used.
+    // P of this group's boxes, of which `boxes` are used. A base is rounded. From kRounded on an exponent that is not
+    // could be far from 0 where it should be 0, so scores are rounded alike before they are held against it.
     __device__ __forceinline__ void exponentials(const float (&base)[2], int32_t boxes) {
+        constexpr float kRounded = 16384.0f;
+        float scale = args.scale_log2;
+        if (__any_sync(~0u, fmaxf(fabsf(base[0]), fabsf(base[1])) >= kRounded)) {
+#pragma unroll
+            for (int i = 0; i < Config::kColumns / 2; ++i) s[i] *= scale;
+            scale = 1.0f;
+        }
 #pragma unroll
         for (int i = 0; i < Config::kOwnBoxes; ++i) {
             if (i > 0 && i >= boxes) {
@@ -561,8 +569,7 @@ struct ShortListConsumer {
                 continue;
             }
 #pragma unroll
-            for (int j = 8 * i; j < 8 * i + 8; ++j)
-                s[j] = device::exp2_fast(fmaf(s[j], args.scale_log2, -base[j / 2 % 2]));
+            for (int j = 8 * i; j < 8 * i + 8; ++j) s[j] = device::exp2_fast(fmaf(s[j], scale, -base[j / 2 % 2]));
             sum[0] += (s[8 * i] + s[8 * i + 1]) + (s[8 * i + 4] + s[8 * i + 5]);
             sum[1] += (s[8 * i + 2] + s[8 * i + 3]) + (s[8 * i + 6] + s[8 * i + 7]);
 #pragma unroll
