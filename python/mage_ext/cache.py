@@ -8,6 +8,7 @@ Test: pytest tests/python/test_cache.py
 """
 
 import weakref
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -224,16 +225,20 @@ class PagedCache:
 
     def retain(self, pages: Sequence[int]) -> None:
         """One more user for each of `pages`, all of them in use; else ValueError, or TypeError if it is no list."""
-        for page in self._checked(pages):
-            if not self._users[page]:
-                raise ValueError(f"PagedCache: pages must be in use, got free page {page}")
+        for page in self._used(pages):
             self._users[page] += 1
 
     def release(self, pages: Sequence[int]) -> None:
-        """One user less for each of `pages`; pages without users are free again. Raises as retain does."""
-        for page in reversed(self._checked(pages)):
-            if not self._users[page]:
-                raise ValueError(f"PagedCache: pages must be in use, got free page {page}")
+        """One user less for each of `pages`; pages without users are free again. Raises as retain does, also where a
+        page comes more often than it has users."""
+        pages = self._used(pages)
+        for page, times in Counter(pages).items():
+            if times > self._users[page]:
+                raise ValueError(
+                    f"PagedCache: pages must have a user for each time they come, got page {page} {times} times, which "
+                    f"has {self._users[page]}"
+                )
+        for page in reversed(pages):
             self._users[page] -= 1
             if not self._users[page]:
                 self._free.append(page)
@@ -249,6 +254,13 @@ class PagedCache:
             raise ValueError(f"PagedCache: targets must be as many as sources, {len(sources)}, got {len(targets)}")
         if sources:
             self._pools[:, :, upload(targets, self.device)] = self._pools[:, :, upload(sources, self.device)]
+
+    def _used(self, pages: Sequence[int]) -> list[int]:
+        pages = self._checked(pages)
+        for page in pages:
+            if not self._users[page]:
+                raise ValueError(f"PagedCache: pages must be in use, got free page {page}")
+        return pages
 
     def _checked(self, pages: Sequence[int], name: str = "pages") -> list[int]:
         pages = check_list("PagedCache", name, pages, "a list of page numbers")

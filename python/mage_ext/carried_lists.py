@@ -13,6 +13,7 @@ from torch import Tensor
 from mage_ext import selection as selections
 from mage_ext._upload import upload
 from mage_ext.denoise_config import DenoiseConfig
+from mage_ext.models.config import ModelConfig
 from mage_ext.selection import BlockSelection
 from mage_ext.token_candidates import Candidates, select_tokens
 
@@ -64,6 +65,23 @@ class CarriedLists:
                 self.selection = _without(self.selection, upload([row < 0 for row in rows], device))
             self.requests = requests
         return self.selection
+
+    def start_empty(
+        self, requests: list[int | None], num_layers: int, model: ModelConfig, device: torch.device
+    ) -> None:
+        """Before there is a selection: one that lists nothing, whose tail starts at 0."""
+        if self.selection is not None:
+            return
+        heads = (num_layers, len(requests), model.num_kv_heads)
+        self.selection = BlockSelection(
+            indices=torch.full((*heads, 1), -1, dtype=torch.int32, device=device),
+            counts=torch.zeros(heads, dtype=torch.int32, device=device),
+            kept_mass=torch.ones(heads, device=device),
+            tail_start=torch.zeros(len(requests), dtype=torch.int32, device=device),
+            g=self._config.selection.g,
+            overflow=torch.zeros(heads, dtype=torch.bool, device=device),
+        )
+        self.requests = requests
 
     def take(
         self,
@@ -129,6 +147,10 @@ class CarriedLists:
         self._drifted = {
             request for request, share in zip(requests, kept, strict=True) if request is not None and share < bound
         }
+
+    def forget(self, request: int) -> None:
+        """A request's lists are not its own: its next block selects."""
+        self._ages.pop(request, None)
 
     def end_block(self, requests: list[int]) -> None:
         """Ages the lists of requests that go on to another block."""

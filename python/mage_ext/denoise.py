@@ -188,13 +188,15 @@ def generate(
         if state.model is not model or cache is not None:
             raise ValueError("generate: model and cache must be those of the state's prefill, got others")
         if seeds is not None:
-            state.seeds = check_seeds("generate", seeds, len(state.prompts))
+            seeds = check_seeds("generate", seeds, len(state.prompts))
         for index, prompt in enumerate(state.prompts):
             check_length("generate", model, index, prompt, config.max_new_tokens)
     else:
         state = new_state("generate", model, prompts, config, seeds, cache, max_batch)
     graphs = StepGraphs() if graphs is None else graphs
     run = _Run(state, config, layers, sub_block_size, max_batch, graphs, callback, Progress(progress))
+    if state is prompts and seeds is not None:
+        state.seeds = seeds
     state.used = True
 
     def finish() -> list[Result]:
@@ -291,7 +293,7 @@ class _Variant:
     Fields:
         exact, sparse, method: some request is attended so in the selecting layers; none: these are dense.
         emits: mass. fused: the block before is sent, too, and committed. narrow: sub-blocks alone are sent.
-        later: not the block's first step, under the sub-block cache. capacity: of the lists, 0 without.
+        later: under the sub-block cache, behind the block's first exact_steps steps. capacity: of the lists, 0 without.
     """
 
     exact: bool = False
@@ -333,7 +335,11 @@ class _Run:
         self.active: list[int] = []
         self._bound_lists: BlockSelection | None = None  # what the graphs' lists hold
         graphs.take(self)
-        self._bind()
+        try:
+            self._bind()
+        except ValueError:
+            graphs.leave(self)
+            raise
 
     def give_back(self) -> None:
         """Returns the pages of all requests, and the graphs to whoever comes next."""
@@ -475,7 +481,8 @@ class _Run:
                 goes_on = not all(ended)
                 if not any(live):
                     break
-                narrow = config.sub_block_cache and step > 0 and not any(first_open)
+                # Those that sit a narrow forward out must not miss the one that selects.
+                narrow = config.sub_block_cache and step >= config.exact_steps and not any(first_open)
             self.progress.show(f"block {index}, forward {step}, {len(self.active)} requests")
             self._step(slots, plan, index, step, narrow)
             flags.push(slots.flags)
@@ -541,7 +548,12 @@ class _Run:
     def _variant(self, slots: BlockSlots, plan: list[str], step: int, narrow: bool) -> _Variant:
         config = self.config
         ways = {self._way(way, step) for way in plan[: len(self.active)]}
-        parts = {"narrow": narrow, "later": config.sub_block_cache and step > 0}
+        strict = config.strict and config.mode == "mage"
+        if strict and step >= config.exact_steps:
+            # Requests that are exact go through the lists' kernel, whoever their mates are.
+            ways = {"sparse"}
+            self.lists.start_empty(slots.requests, len(self.layers), self.state.model.config, slots.start.device)
+        parts = {"narrow": narrow, "later": config.sub_block_cache and step >= config.exact_steps}
         parts["fused"] = step == 0 and any(row is not None and row.uncommitted_in is not None for row in slots.rows)
         if not self.layers or ways == {"exact"}:
             return _Variant(**parts)
@@ -549,7 +561,7 @@ class _Run:
             return _Variant(method=True, **parts)
         if "select" not in ways and "sparse" not in ways:
             return _Variant(**parts)
-        if "exact" in ways and "sparse" in ways and "select" in plan and step < config.exact_steps - 1:
+        if ways == {"exact", "sparse"} and (strict or ("select" in plan and step < config.exact_steps - 1)):
             # Before they select, requests are exact while others already go by the lists that they carry.
             capacity = self.lists.rows(slots.requests).capacity
             return _Variant(exact=True, sparse=True, capacity=capacity, **parts)
@@ -627,8 +639,9 @@ class _Run:
         keys = [key.flatten() for key in (rows.seeds, rows.drawn_positions, rows.steps)]
         drawn = None if rows.drawn is None else rows.drawn.flatten()
         chosen = None
-        if hidden.device.type == "cpu":
-            # Rows that may be decided alone. Elsewhere all, since their number is known on the device only.
+        if hidden.device.type == "cpu" and not self.config.strict:
+            # Rows that may be decided alone. Elsewhere all, since their number is known on the device only; strict:
+            # sums of a product may depend on how many rows it has.
             window = rows.drawn_positions - slots.positions[:, :1]
             chosen = rows.candidates.gather(1, window).flatten().nonzero().squeeze(1)
             drawn = chosen if drawn is None else drawn[chosen]
@@ -685,6 +698,8 @@ class _Run:
             request = row.request
             stats = state.stats[request]
             self._count(row, plan[place], {name: value[place] for name, value in values.items()})
+            if plan[place] == "select" and values["steps"][place] < config.exact_steps:
+                self.lists.forget(request)  # it ended before it could select
             new = values["tokens"][place][row.prompt_end :]
             ended = values["ended"][place]
             if ended:

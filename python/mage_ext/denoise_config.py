@@ -34,15 +34,16 @@ class DenoiseConfig:
             returns a BlockSelection. Not with candidates, which have no masses of all tokens.
         sub_block_size: positions that are decided before any later one; None: the model's own (whole block if it has
             none).
-        sub_block_cache: once the first position of the current sub-block is decided, forwards send that sub-block alone
-            and the block's other K/V stay as they were.
+        sub_block_cache: once the first position of the current sub-block is decided, forwards behind the first
+            exact_steps send that sub-block alone and the block's other K/V stay as they were. Not with mode "method".
         fuse_commit: the commit of a block and the first forward of the next are one forward of both blocks' rows, for
             families without token shift. It reads the context once instead of twice and changes nothing else.
         exact_steps: forwards of a block that are exact before the sparse ones, the last of them selects: 1 is MAGE.
         method: attention of the selecting layers in mode "method", an `AttentionMethod`: for baselines.
         strict: a request's tokens do not depend on its batch mates at all: places are padded to max_batch, prompts are
-            prefilled one by one in whole chunks, attention is split at fixed boundaries. It holds between calls with
-            the same max_batch and costs time.
+            prefilled one by one in whole chunks, attention is split at fixed boundaries, all rows are drawn. It holds
+            between calls with the same max_batch and costs time. With fuse_commit or sub_block_cache it holds up to
+            rounding: how many rows are multiplied together depends on the mates there.
         cuda_graphs: on CUDA, phases of a block that recur are captured once and replayed. Callbacks and overrides run
             between them. Off, every kernel is launched anew and the ranges of layers and ops can be seen.
         prefill_chunk: tokens of each request per prefill forward; multiples of the block are taken. Larger chunks fill
@@ -107,6 +108,11 @@ class DenoiseConfig:
             raise ValueError(
                 'DenoiseConfig: fuse_commit must be off with mode "method" and refresh policies other than "block", '
                 "whose first forwards are sparse, got True"
+            )
+        if self.mode == "method" and self.sub_block_cache:
+            raise ValueError(
+                'DenoiseConfig: sub_block_cache must be off with mode "method", whose lists come from the rows sent, '
+                "got True"
             )
         if self.select_override is not None and not callable(self.select_override):
             raise TypeError(f"DenoiseConfig: select_override must be callable, got {self.select_override!r}")

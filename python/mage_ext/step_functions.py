@@ -224,7 +224,7 @@ def rows_of_step(
     """The rows of a forward from the tensors of the slots.
 
     Args:
-        narrow: sub-blocks alone are sent. later: not the block's first step, under the sub-block cache.
+        narrow: sub-blocks alone are sent. later: under the sub-block cache, behind the first steps, which write all.
         fused: the block before is sent, too, and committed. both_kinds: requests that carry lists are sparse, the
             others exact.
         all_rows_count: of those sent, for mass; else those whose logits an undecided position consumes.

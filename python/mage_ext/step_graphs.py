@@ -38,7 +38,7 @@ class StepGraphs:
         self.bound = 0
         self._user: weakref.ref | None = None
         self._owner: tuple[torch.nn.Module, PagedCache] | None = None
-        self._pools: int | None = None
+        self._pools: tuple[int, int] | None = None  # address, pages
         self._config: DenoiseConfig | None = None
         self._seen: set[Hashable] = set()
         self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, object]] = {}
@@ -84,7 +84,7 @@ class StepGraphs:
         # No phase depends on these: an override runs between graphs.
         self._config = dataclasses.replace(config, max_new_tokens=1, select_override=None)
         self.enabled = config.cuda_graphs and cache.device.type == "cuda"
-        pools = cache.layer(0)[0].data_ptr()
+        pools = cache.layer(0)[0].data_ptr(), cache.num_pages
         if max_seq_len > self.bound or pools != self._pools:
             for store in (self._seen, self._graphs, self._kept):
                 store.clear()

@@ -69,10 +69,12 @@ def write(
         text = loaded.tokenizer.decode(tokens)
         if live:
             out.write(_CLEAR)
-        out.write(text[len(shown) :])
+        # Bytes that the next block may complete to a character come with it.
+        whole = text.rstrip("\ufffd")
+        out.write(whole[len(shown) :])
         out.flush()
-        shown = text
-    out.write("\n")
+        shown = whole
+    out.write(f"{loaded.tokenizer.decode(tokens)[len(shown) :]}\n")
     return blocks.results[0]
 
 

@@ -234,12 +234,11 @@ def test_quest_is_what_it_is_defined_to_be(variant, page_size, options):
     assert all(0 < result.stats.kv_share < 2 for result in results)
 
 
-def test_quest_with_sub_blocks_that_are_sent_alone():
-    model = _model()
-    cache = _cache(model)
-    method = CheckedQuest(cache, k=32, g=16)
-    generate(model, _prompts(model, (90, 40)), _config(method, sub_block_cache=True), cache=cache)
-    assert method.checked > 20
+def test_methods_refuse_sub_blocks_that_are_sent_alone():
+    """Their lists would come from the rows sent, and how many these are depends on the mates."""
+    method = Tidal((1, 2), k=32, g=16)
+    with pytest.raises(ValueError, match=r'sub_block_cache must be off with mode "method", .*, got True'):
+        _config(method, sub_block_cache=True)
 
 
 @pytest.mark.parametrize("kind", ["quest", "tidal"])

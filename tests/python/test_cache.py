@@ -165,6 +165,15 @@ def test_release_and_retain_of_a_free_page_are_errors():
         cache.release([3])
     with pytest.raises(ValueError, match="in use, got free page 3"):
         cache.retain([3])
+    page, free = cache.allocate(1)[0], cache.num_free
+    other = (page + 1) % cache.num_pages
+    with pytest.raises(ValueError, match=f"in use, got free page {other}"):
+        cache.retain([page, other])
+    with pytest.raises(ValueError, match=f"a user for each time they come, got page {page} 2 times, which has 1"):
+        cache.release([page, page])
+    assert cache.num_free == free
+    cache.release([page])  # nothing was counted
+    assert cache.num_free == free + 1
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,10 @@
 import argparse
 import io
 import json
+import os
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -228,6 +230,21 @@ def test_on_a_terminal_the_block_is_seen_to_unmask():
     assert result.text and result.text in out.getvalue()
 
 
+@pytest.mark.parametrize("tail", ["!", "\u2026", ""])
+def test_a_character_of_two_blocks_is_printed_once(tail, monkeypatch):
+    """Blocks of three bytes: each part of a character comes with the block that completes it."""
+    data = f"a\U0001f994b\U0001f9c0{tail}".encode()
+    blocks = [SimpleNamespace(tokens=list(data[i : i + 3])) for i in range(0, len(data), 3)]
+
+    stream = type("Stream", (list,), {"results": ["the result"]})(blocks)
+    monkeypatch.setattr(terminal, "generate", lambda *arguments, **options: stream)
+    tokenizer = SimpleNamespace(decode=lambda tokens: bytes(tokens).decode(errors="replace"))
+    out = io.StringIO()
+    loaded = SimpleNamespace(model=None, tokenizer=tokenizer)
+    assert terminal.write(loaded, [1], DenoiseConfig(), 0, out) == "the result"
+    assert out.getvalue() == data.decode() + "\n"
+
+
 def test_info_counts_kernels_by_family():
     from mage_ext.info import _counted
 
@@ -299,6 +316,27 @@ def test_an_interrupt_is_one_line(monkeypatch, capsys):
 def test_mistakes_are_told_before_the_work(arguments, message, capsys):
     assert cli.main(arguments) == 2
     assert capsys.readouterr().err == f"mage: error: {message}\n"
+
+
+@pytest.mark.parametrize("suite", ["needles", "methods", "recall", "prose", "heatmap", "thresholds"])
+def test_files_of_an_h100_are_refused_before_the_work(suite, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(needles, "Runner", None)
+    (tmp_path / "h100").mkdir()
+    out = str(tmp_path / "h100" / "x.json")
+    assert cli.main(["eval", suite, "--device", "cpu", "--out", out]) == 2
+    told = f"mage: error: eval: out must be outside of folders named h100 on cpu, got {out!r}\n"
+    assert capsys.readouterr().err == told
+
+
+def test_a_folder_that_takes_no_new_file_is_refused(tmp_path, monkeypatch, capsys):
+    """A file is replaced by a new one of its folder; what is no file is written in place."""
+    path, access = tmp_path / "x.json", os.access
+    path.write_text("before")
+    monkeypatch.setattr(os, "access", lambda place, mode: str(place) != str(tmp_path) and access(place, mode))
+    assert cli.main(["eval", "needles", "--out", str(path)]) == 2
+    assert "eval: out must be a file that can be written, in a folder that can be, got '" in capsys.readouterr().err
+    os.mkfifo(tmp_path / "pipe")
+    cli._check_out("eval", str(tmp_path / "pipe"))
 
 
 def test_a_report_spares_its_files(tmp_path, capsys):

@@ -283,7 +283,7 @@ def test_sub_block_cache_equals_its_own_twin(variant, mode):
 @pytest.mark.parametrize("score_rows", ["all", "open"])
 @pytest.mark.parametrize("variant", ["fast_dllm_v2", "sdar_b16"])
 def test_lists_of_a_sub_block_alone_equal_the_twin(variant, score_rows):
-    """The forward that selects is the second one, and may send a sub-block: its rows alone count."""
+    """The second forward selects, from the whole block; those behind it send a sub-block alone."""
     model = _model(variant, num_layers=2)
     config = DenoiseConfig(
         mode="mage",
@@ -300,7 +300,7 @@ def test_lists_of_a_sub_block_alone_equal_the_twin(variant, score_rows):
     results, margins = _generate(model, prompts, config)
     for prompt in prompts:
         generate(model, [prompt], config, callback=lambda info: sent.add((info.kind, info.rows)))
-    assert ("select", 8) in sent
+    assert ("select", 32 if variant == "fast_dllm_v2" else 16) in sent and ("sparse", 8) in sent
     for result, plain in _same(results, [plain_generate(model, prompt, config) for prompt in prompts], margins):
         assert result.stats.forwards["sparse"] == sum(step.sparse for step in plain.steps) > 0
 
@@ -324,6 +324,17 @@ _REFRESH = {
     "blocks": {"refresh": "blocks", "refresh_blocks": 2},
     "kept_mass": {"refresh": "kept_mass", "refresh_bound": 0.75},
 }
+
+
+def _let_flags_lag(monkeypatch):
+    """By a step, as on CUDA."""
+    plain_init = denoise._LaggingFlags.__init__
+
+    def lagging(self, device):
+        plain_init(self, device)
+        self.lag = 1
+
+    monkeypatch.setattr(denoise._LaggingFlags, "__init__", lagging)
 
 
 def _mage(variant, selection, max_new_tokens=40, **fields):
@@ -494,15 +505,35 @@ def test_candidates_beside_other_options(fields):
 
 
 @pytest.mark.parametrize("rule", ["fixed_max", "layer_max", "joint_candidates"])
-def test_every_rule_selects_from_the_rows_of_a_sub_block(rule):
-    """With open rows: the mask is that of the rows sent."""
+def test_a_forward_that_selects_sends_the_whole_block(rule):
+    """Also the second one, whatever is cached: who sits a forward of a sub-block out would select from nothing."""
     model = _model("fast_dllm_v2")
     sampler = SamplerConfig(name="sequential", tokens_per_step=2)
     config = _mage("fast_dllm_v2", _RULES[rule], sub_block_cache=True, exact_steps=2)
     config = dataclasses.replace(config, sampler=sampler)
     sent = set()
     (result,) = generate(model, _prompts(model.config, [70]), config, callback=lambda i: sent.add((i.kind, i.rows)))
-    assert ("select", 8) in sent and result.stats.forwards["sparse"] > 0
+    assert ("select", 32) in sent and ("select", 8) not in sent and ("sparse", 8) in sent
+    assert result.stats.forwards["sparse"] > 0
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("fields", [dict(refresh="blocks", refresh_blocks=4), dict(sub_block_cache=True)], ids=str)
+@pytest.mark.parametrize("threshold", [0.05, 0.1])
+def test_blocks_that_end_before_they_select(threshold, fields, lag, monkeypatch):
+    """With three exact forwards: who is done before the third has no lists of its own, whatever its mates still do."""
+    if lag:
+        _let_flags_lag(monkeypatch)
+    model = _model("sdar_b16", eos_ids=())
+    config = _mage("sdar_b16", SelectionConfig(k=32, g=16), 80, exact_steps=3, sub_block_size=8, **fields)
+    sampler = SamplerConfig("low_confidence_dynamic", threshold=threshold)
+    config = dataclasses.replace(config, sampler=sampler, dense_layers=())
+    prompts = _prompts(model.config, (130, 150, 170, 190))
+    results, margins = _generate(model, prompts, config)
+    assert threshold > 0.05 or any(r.stats.forwards["select"] < len(r.tokens) // 16 for r in results)
+    for result, alone in _same(results, [generate(model, [prompt], config)[0] for prompt in prompts], margins):
+        assert alone.stats.forwards == result.stats.forwards
+        assert alone.stats.kv_bytes == result.stats.kv_bytes
 
 
 @pytest.mark.parametrize("refresh", _REFRESH)
@@ -667,13 +698,7 @@ def test_a_flag_that_lags_changes_nothing(variant, mode, monkeypatch):
         return results, cache, kinds
 
     results, cache, kinds = run()
-    plain_init = denoise._LaggingFlags.__init__
-
-    def lagging(self, device):
-        plain_init(self, device)
-        self.lag = 1
-
-    monkeypatch.setattr(denoise._LaggingFlags, "__init__", lagging)
+    _let_flags_lag(monkeypatch)
     lagged, lagged_cache, lagged_kinds = run()
     assert [r.tokens for r in results] == [r.tokens for r in lagged]
     assert [r.stats.forwards for r in results] == [r.stats.forwards for r in lagged]
@@ -683,6 +708,18 @@ def test_a_flag_that_lags_changes_nothing(variant, mode, monkeypatch):
     for layer in range(3):
         for pool, lagged_pool in zip(cache.layer(layer), lagged_cache.layer(layer), strict=True):
             torch.testing.assert_close(pool, lagged_pool, rtol=1e-4, atol=1e-5)
+
+
+def test_a_refused_call_leaves_the_seeds_of_a_prefill():
+    model = _model("llama")
+    config = DenoiseConfig(max_new_tokens=16, sampler=SamplerConfig(temperature=0.9))
+    prompts = _prompts(model.config, (30, 41))
+    state = prefill(model, prompts, config, seeds=[4, 5])
+    too_long = dataclasses.replace(config, max_new_tokens=model.config.max_positions)
+    with pytest.raises(ValueError, match=r"prompts\[0\] and max_new_tokens must fit"):
+        generate(model, state, too_long, seeds=[6, 7])
+    expected = [r.tokens for r in generate(model, prompts, config, seeds=[4, 5])]
+    assert [r.tokens for r in generate(model, state, config)] == expected
 
 
 def test_forks_share_a_prefill():

@@ -179,6 +179,51 @@ def test_strict_tokens_do_not_depend_on_batch_mates(device, mode, temperature):
     assert mixed[1].tokens == together[3].tokens
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_strict_hidden_states_do_not_depend_on_batch_mates(device):
+    """Of a request that is exact, since its prefix is short, beside one that selects: every forward, bit for bit."""
+    model = _model(device, "sdar_b16", max_positions=2048)
+    config = _config(SelectionConfig(k=512, g=16), strict=True, dense_layers=())
+    short, long = _prompts(model, (400, 900))
+
+    def forwards(prompts):
+        seen, plain = [], model.hidden
+
+        def hidden(tokens, positions, attend):
+            states = plain(tokens, positions, attend)
+            if len(tokens) == 2:  # not the prefill
+                seen.append(states[0].clone())
+            return states
+
+        model.hidden = hidden
+        try:
+            results = generate(model, prompts, config, max_batch=2, seeds=[7] * len(prompts))
+        finally:
+            del model.hidden
+        return results[0], seen
+
+    config = dataclasses.replace(config, cuda_graphs=False)
+    (alone, own), (together, mixed) = forwards([short]), forwards([short, long])
+    assert alone.tokens == together.tokens and alone.stats.forwards == together.stats.forwards
+    assert len(own) >= 10
+    for one, other in zip(own, mixed, strict=False):
+        assert torch.equal(one, other)
+
+
+def test_strict_draws_do_not_depend_on_batch_mates():
+    """Rows of logits come from products of the same height, however many positions are open."""
+    model = _model("cpu", "sdar_b16", vocab_size=4096, mask_id=4095)
+    config = _config(strict=True, sampler=SamplerConfig("low_confidence_dynamic", threshold=0.999), max_new_tokens=32)
+    heights = []
+    plain = model.logits
+    model.logits = lambda hidden: (heights.append(len(hidden)), plain(hidden))[1]
+    try:
+        generate(model, _prompts(model, (64, 96)), config, max_batch=2)
+    finally:
+        del model.logits
+    assert set(heights) == {2 * 16}
+
+
 def _pool_of(device, model, prompts, config, **arguments):
     """K/V that a run leaves behind."""
     cache = PagedCache.for_model(model, num_pages=64, page_size=16)
@@ -309,6 +354,17 @@ def test_configurations_that_launch_the_same_share_their_phases():
     assert graphs.keep("tensors", lambda: None) is made[0]
     graphs.bind(model, cache, config, 300)  # longer than what the tensors are for
     assert graphs.keep("tensors", lambda: None) is None and graphs.bound == 320
+
+
+def test_graphs_of_another_model_are_left_for_their_own():
+    model, other = _model("cpu"), _model("cpu")
+    graphs, config, prompts = StepGraphs(), _config(), _prompts(model, (40,))
+    cache = PagedCache.for_model(model, num_pages=16)
+    expected = _tokens(generate(model, prompts, config, graphs=graphs, cache=cache))
+    with pytest.raises(ValueError, match="graphs must belong to this model") as refused:
+        generate(other, prompts, config, graphs=graphs)
+    assert _tokens(generate(model, prompts, config, graphs=graphs, cache=cache)) == expected
+    assert refused.value is not None  # still held while the graphs were taken again
 
 
 def test_graphs_serve_one_generation_at_a_time():

@@ -161,6 +161,10 @@ def test_heatmap_counts_every_depth_for_itself(monkeypatch):
     # After the first batch of four cases: two of seed 0 and 1 at depth 0, and so on.
     assert [row["n"] for row in steps[0]] == [2, 2, 1, 1, 1, 1]
     assert lines[0] == "needle, 64 tokens: of 4/9 exact 2, mage 2"
+    asked.clear()
+    runner.first = 1000  # no multiple of the depths
+    list(sweeps.heatmap(runner, 3, [Setting(16, 1, 0)], ["mage"], [64], 3))
+    assert asked == [(1000 + seed, 64, depth) for seed in range(3) for depth in (0.0, 0.5, 1.0)]
     text = sweeps.heatmap_table(rows)
     assert text[0] == "exact: found, %" and text[1].split() == ["tokens", "0.0", "0.5", "1.0"]
     assert text[2].split() == ["64", "0", "67", "100"] and text[4] == "mage, K = 16, g = 1, 0 dense layers: found, %"

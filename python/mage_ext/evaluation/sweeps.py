@@ -54,7 +54,8 @@ def heatmap(
     """All rows of eval/heatmap so far, after every batch of cases.
 
     Args:
-        runner: of the model. n: cases per length and depth, seeds 0 .. n - 1: a seed's text is the same at all depths.
+        runner: of the model. n: cases per length and depth, seeds from the runner's first on: a seed's text is the same
+            at all depths.
         wanted: of `method_comparison.settings`. methods_wanted: of ALL_METHODS, beside "exact". tokens: lengths of a
             prompt, about. depths: number of them, evenly from 0 to 1, >= 2.
     Raises:
@@ -66,11 +67,13 @@ def heatmap(
     places = [i / (depths - 1) for i in range(depths)]
     done: list[dict[str, Any]] = []
     for length in tokens:
-        work = functools.partial(_needles, wanted=wanted, names=methods_wanted, tokens=length, places=places)
+        work = functools.partial(
+            _needles, first=runner.first, wanted=wanted, names=methods_wanted, tokens=length, places=places
+        )
         for whole in _joined(runner, work, n * depths, f"needle, {length} tokens"):
             rows = []
             for number, depth in enumerate(places):
-                cases = range(number, whole.exact.cases, depths)  # case i is seed i // depths at depth i % depths
+                cases = range(number, whole.exact.cases, depths)  # see _needles
                 if cases:
                     rows += [{**row, "depth": depth} for row in whole.of(cases).rows("needle", length)]
             yield done + rows
@@ -78,10 +81,18 @@ def heatmap(
 
 
 def _needles(
-    numbers: range, *, wanted: Sequence[Setting], names: Sequence[str], tokens: int, places: Sequence[float]
+    numbers: range,
+    *,
+    first: int,
+    wanted: Sequence[Setting],
+    names: Sequence[str],
+    tokens: int,
+    places: Sequence[float],
 ) -> Comparison:
+    """Of numbers from `first` on, that many depths to a seed."""
     loaded, maker = needles.worker()
-    cases = [maker.case(i // len(places), tokens, depth=places[i % len(places)]) for i in numbers]
+    count = len(places)
+    cases = [maker.case(first + (i - first) // count, tokens, depth=places[(i - first) % count]) for i in numbers]
     return compare(loaded, cases, wanted, names, STATIC, with_recall=False)
 
 

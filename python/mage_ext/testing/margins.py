@@ -55,7 +55,8 @@ class Margins:
         def watched_decide(config, draws, open):
             decided = decide(config, draws, open)
             gaps = torch.full(open.shape, torch.inf)
-            gaps[open] = self._gaps
+            drawn = self._gaps  # of the open positions, or of all (strict)
+            gaps[open] = drawn if len(drawn) != open.numel() else drawn.view(open.shape)[open]
             self._gaps = None
             rows = torch.where(decided, gaps, torch.inf).amin(-1)
             self._rows = torch.minimum(rows, _decision_gaps(config, draws, open, decided))

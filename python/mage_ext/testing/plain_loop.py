@@ -151,7 +151,7 @@ def plain_generate(model: Transformer, prompt: list[int], config: DenoiseConfig,
         step = 0
         for sub_begin in range(begin, begin + size, sub):
             while any(known[i] is None for i in range(sub_begin, sub_begin + sub)) and ended(known) is None:
-                send_all = not config.sub_block_cache or step == 0 or known[sub_begin] is None
+                send_all = not config.sub_block_cache or step < config.exact_steps or known[sub_begin] is None
                 rows = list(range(begin + size)) if send_all else list(range(sub_begin, sub_begin + sub))
                 sparse = not exact and not (selects and step < config.exact_steps)
                 shown = [model.config.mask_id if token is None else token for token in known]
