@@ -22,6 +22,7 @@ from torch import Tensor
 
 from mage_ext import ops
 from mage_ext._arguments import check_device, check_index, check_list, check_path, check_tensor, check_type, got
+from mage_ext._files import replacing
 from mage_ext.counter_random import random_bits
 
 RULES = ("fixed", "layer", "mass", "joint")
@@ -362,7 +363,7 @@ class BlockSelection:
         return dataclasses.replace(self, **{name: getattr(self, name).to(device) for name in _TENSORS})
 
     def save(self, path: str | PathLike) -> None:
-        """Writes one safetensors file with the five tensors; g is in its metadata.
+        """Writes one safetensors file, whole or not at all, with the five tensors; g is in its metadata.
 
         Raises:
             TypeError: path is none. ValueError: it can't be written.
@@ -373,7 +374,8 @@ class BlockSelection:
             raise FileNotFoundError(f"BlockSelection: path must be in a folder that exists, got {path}")
         tensors = {name: getattr(self, name).cpu().contiguous() for name in _TENSORS}
         try:
-            save_file(tensors, path, metadata={"format": _FILE_FORMAT, "g": str(self.g)})
+            with replacing(path) as part:
+                save_file(tensors, part, metadata={"format": _FILE_FORMAT, "g": str(self.g)})
         except (SafetensorError, OSError) as error:
             raise ValueError(f"BlockSelection: path must be a file that can be written, got {path}: {error}") from None
 
