@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from mage_ext import info
+from mage_ext._files import write_text
 
 KEYS = ["case", "us", "floor_us", "fraction", "peer", "peer_us", "ratio"]
 
@@ -48,4 +49,4 @@ def write_result(path: str | Path, result: dict) -> None:
     rows = ",\n".join(f"  {json.dumps(row)}" for row in result["rows"])
     text = json.dumps(head)[:-1] + f', "rows": [\n{rows}\n]}}\n'
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(text)
+    write_text(path, text)

@@ -492,6 +492,7 @@ def _eval_benchmark(args: argparse.Namespace) -> int:
     _check_out("eval", args.out)
     if args.pred is not None and (not args.pred or (os.path.exists(args.pred) and not os.path.isdir(args.pred))):
         raise ValueError(f"eval: pred must be a folder, made if needed, got {args.pred!r}")
+    _check_place(args.out, _device_and_dtype("eval", args)[0])
     loaded = _load("eval", args)
     _check_dense_layers(args, loaded.config.num_layers)
     if args.suite == "longbench":
@@ -607,8 +608,19 @@ def _check_out(owner: str, path: str | None) -> None:
         raise ValueError(f"{owner}: out must be a file, got ''")
     if not os.path.isdir(os.path.dirname(path) or "."):
         raise ValueError(f"{owner}: out must be in a folder that exists, got {path!r}")
-    if os.path.isdir(path) or not os.access(path if os.path.exists(path) else os.path.dirname(path) or ".", os.W_OK):
-        raise ValueError(f"{owner}: out must be a file that can be written, got {path!r}")
+    places = [path] if os.path.exists(path) else []
+    if not places or os.path.isfile(path):  # a new file takes the place of the earlier one
+        places.append(os.path.dirname(os.path.realpath(path)))
+    if os.path.isdir(path) or not all(os.access(place, os.W_OK) for place in places):
+        raise ValueError(f"{owner}: out must be a file that can be written, in a folder that can be, got {path!r}")
+
+
+def _check_place(path: str | None, device: "torch.device") -> None:
+    """Refuses a file in a folder for an H100's results on another device."""
+    from mage_ext.evaluation import needles
+
+    if path is not None:
+        needles.check_place("eval", "out", path, _device_name(device))
 
 
 def _eval_start(args: argparse.Namespace) -> "tuple[Runner, Callable[..., None]]":
@@ -629,6 +641,7 @@ def _eval_start(args: argparse.Namespace) -> "tuple[Runner, Callable[..., None]]
     if texts is not None and len(texts) > 9:
         texts = tasks.held_out_texts(texts)[1]  # of a collection, those that training left out
     device, dtype = _device_and_dtype("eval", args)
+    _check_place(args.out, device)
 
     def write(name: str, rows: list, complete: bool = False, more: "dict | None" = None) -> None:
         if args.out:
@@ -1267,6 +1280,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         OverflowError,
         FloatingPointError,  # a loss that is not finite
         NotImplementedError,
+        ModuleNotFoundError,  # matplotlib
         _out_of_pages(),
     ) as error:
         if os.environ.get("MAGE_TRACEBACK"):

@@ -292,7 +292,7 @@ def read_trace(path: str | os.PathLike[str]) -> StepTable:
     try:
         with gzip.open(path, "rt") if str(path).endswith(".gz") else open(path) as file:
             events = json.load(file)["traceEvents"]
-    except (ValueError, KeyError, TypeError, gzip.BadGzipFile):
+    except (ValueError, KeyError, TypeError, RecursionError, gzip.BadGzipFile):
         raise ValueError(f"read_trace: path must hold a chrome trace, got {str(path)!r}") from None
 
     complete = [event for event in events if event.get("ph") == "X"]

@@ -238,7 +238,13 @@ def test_file_says_what_was_cut(tmp_path):
     assert adapter_cut(path) is None
     with pytest.raises(ValueError, match=r"cut must be None as 'a.safetensors' was made for the whole base, got Cut"):
         load_adapter(path, cut=cut)
-    for text in ("[]", "{", '{"layers": [2, 1], "rope_theta": 1.0, "max_positions": 1}', '{"layers": [2]}'):
+    for text in (
+        "[]",
+        "{",
+        "[" * 100_000,
+        '{"layers": [2, 1], "rope_theta": 1.0, "max_positions": 1}',
+        '{"layers": [2]}',
+    ):
         save_file({"mask_row": mask_row}, path, metadata={"format": "mage-adapter-1", "base": "x", "cut": text})
         with pytest.raises(ValueError, match="load_adapter: cut must be layers, rope_theta and max_positions, got"):
             adapter_cut(path)

@@ -278,6 +278,10 @@ def test_other_files_refuse(loaded, config, tmp_path):
         ),
         (lambda: list(files.run(loaded, [], [Setting(64, 16, 0)])), "files must hold at least one item, got none"),
     ]
+    deep = tmp_path / "deep"
+    deep.mkdir()
+    (deep / "dataset2prompt.json").write_text("[" * 100_000)
+    cases.append((lambda: files.longbench_items(loaded, [good], deep), "dataset2prompt.json must be JSON, got: "))
     (config / "dataset2prompt.json").write_text('{"narrativeqa": "{story}"}')
     cases.append((lambda: files.longbench_items(loaded, [good], config), "must name fields of line 1 of a.jsonl"))
     for call, message in cases:
@@ -343,8 +347,9 @@ def test_the_interval_is_that_of_the_mean(loaded):
     assert row["ci_low"] == pytest.approx(low, abs=grid) and row["ci_high"] == pytest.approx(high, abs=grid)
 
 
-def test_commands_write_rows_and_answers(folder, config, tmp_path, capsys):
+def test_commands_write_rows_and_answers(folder, config, tmp_path, capsys, monkeypatch):
     stories = write(tmp_path / "narrativeqa.jsonl", [longbench_row(), longbench_row(input="Where?")])
+    (tmp_path / "h100").mkdir()
     out, pred = tmp_path / "rows.json", tmp_path / "pred"
     shared = ["--model", str(folder), "--k", "32", "--g", "16", "--dense-layers", "0", "--device", "cpu"]
     arguments = [str(stories), "--config", str(config), "--out", str(out), "--pred", str(pred)]
@@ -363,6 +368,13 @@ def test_commands_write_rows_and_answers(folder, config, tmp_path, capsys):
         assert {"pred", "answers", "all_classes", "length", "_id"} == set(lines[0])
         scores = [metrics.longbench_score("narrativeqa", line["pred"], line["answers"]) for line in lines]
         assert row["score"] == pytest.approx(sum(scores) / 2)
+
+    elsewhere = tmp_path / "h100" / "rows.json"
+    with monkeypatch.context() as patch:
+        patch.setattr(models, "load", None)  # told before the model is read
+        arguments = ["eval", "longbench", str(stories), "--config", str(config), *shared, "--out", str(elsewhere)]
+        assert cli.main(arguments) == 2
+    assert "eval: out must be outside of folders named h100 on cpu, got '" in capsys.readouterr().err
 
     needles = write(tmp_path / "niah_single_1.jsonl", [dict(index=0, input=PROSE, outputs=["123"], length=9)])
     assert cli.main(["eval", "ruler", str(needles), *shared, "--max-new-tokens", "4", "--tokens-per-step", "2"]) == 0

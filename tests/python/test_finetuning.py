@@ -54,9 +54,12 @@ def test_what_is_no_run_and_its_control_is_refused(run, tmp_path):
     empty.mkdir()
     broken = run("broken", control=True)
     (broken / "log.jsonl").write_text('{"event": "start"}\n')
+    deep = run("deep", control=True)
+    (deep / "log.jsonl").write_text("[" * 100_000)
     for pair, message in (
         ((empty, control), "finetuned: must be a folder of mage train finetune with adapter-int8.safetensors, got"),
         ((tuned, broken), "control: log.jsonl must be of a run with its checks, got"),
+        ((tuned, deep), "control: log.jsonl must be of a run with its checks, got"),
         ((tuned, run("second")), "control: must be a run with --control, got"),
         ((control, control), "finetuned: must be a run without --control, got"),
         ((tuned, run("k", control=True, k=64)), "control: must have the k of finetuned, 128, got 64 in"),

@@ -153,7 +153,7 @@ def test_copies_for_instruction_sets_share_no_code():
 
 # Later groups may import earlier ones and their own; `reference` and `testing` are for tests and benches alone.
 PYTHON_LAYERS = [
-    {"_version", "_build_info", "_library", "_arguments", "_upload", "_C"},
+    {"_version", "_build_info", "_library", "_arguments", "_files", "_upload", "_C"},
     {"ops", "info", "counter_random", "profiling"},
     {"reference", "cache", "selection", "sampling"},
     {

@@ -186,6 +186,18 @@ def test_a_block_that_the_answer_does_not_have():
         inspect_block(ends, prompt, _config(), block=1)
 
 
+@pytest.mark.parametrize("block", [0, 1])
+def test_a_block_that_is_known_without_a_forward(block):
+    """Where logits predict the next position, the forward before a block decides its first token."""
+    loaded = _loaded("llama_shift")
+    prompt, config = _prompt(3 * loaded.config.block_size), _config()
+    config = dataclasses.replace(config, max_new_tokens=block * loaded.config.block_size + 1)
+    message = f"block must be one with a forward of its own, got {block}, whose tokens the forward before it decided"
+    with pytest.raises(ValueError, match=message):
+        inspect_block(loaded, prompt, config, block=block)
+    assert inspect_block(loaded, prompt[1:], config, block=block).kinds
+
+
 def test_a_page_that_would_be_too_large_is_refused_before_the_prefill(monkeypatch):
     monkeypatch.setattr(inspection, "MAX_MASS_BYTES", 500)
     monkeypatch.setattr(inspection, "prefill", None)

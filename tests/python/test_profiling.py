@@ -318,7 +318,7 @@ def test_bad_arguments(tmp_path, monkeypatch):
         read_trace(3)
     with pytest.raises(FileNotFoundError, match="path must be a file that exists"):
         read_trace(tmp_path / "none.json")
-    for name, text in (("a.json", "no json"), ("b.json", "[]"), ("c.json.gz", "no gzip")):
+    for name, text in (("a.json", "no json"), ("b.json", "[]"), ("d.json", "[" * 100_000), ("c.json.gz", "no gzip")):
         (tmp_path / name).write_text(text)
         with pytest.raises(ValueError, match="path must hold a chrome trace"):
             read_trace(tmp_path / name)

@@ -590,6 +590,7 @@ def _without(key):
     ("text", "message"),
     [
         ("{", "bad.json must be JSON"),
+        ("[" * 100_000, "bad.json must be JSON, got: maximum recursion depth"),
         ("[]", 'bad.json must be an object with a text "name"'),
         ('{"name": 7, "rows": [{"K": 1}]}', 'bad.json must have a text "name", got 7'),
         ('{"rows": [{"K": 1}]}', 'bad.json must have a text "name", got None'),
@@ -613,7 +614,7 @@ def _without(key):
             for seed in ("1000", 0.5, None, True, -1)
         ),
     ],
-    ids="json, object, name, no name, rows, row, score, study, no model, model, "
+    ids="json, deep, object, name, no name, rows, row, score, study, no model, model, "
     "seed in text, half a seed, null as seed, true as seed, seed below 0".split(", "),
 )
 def test_broken_files_are_named(tmp_path, capsys, text, message):
@@ -623,6 +624,16 @@ def test_broken_files_are_named(tmp_path, capsys, text, message):
         assert cli.main(["eval", command, *arguments]) == 2
         error = capsys.readouterr().err
         assert error.startswith("mage: error: ") and message in error and error.count("\n") == 1
+
+
+def test_without_matplotlib_it_is_named(write, tmp_path, capsys, monkeypatch):
+    path, out = str(write("eval/methods", _methods())), tmp_path / "out"
+    for name in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for command in ("report", "figures"):
+        assert cli.main(["eval", command, "--files", path, "--out", str(out)]) == 2
+        assert capsys.readouterr().err == "mage: error: figures: need matplotlib: pip install '.[plot]'\n"
+        assert not out.is_file()
 
 
 def test_other_mistakes(write, tmp_path, capsys):

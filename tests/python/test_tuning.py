@@ -202,6 +202,7 @@ def test_a_file_gives_its_winners_settings(tmp_path):
 
 BAD = {
     "no_json": (lambda whole: "{", "no JSON"),
+    "deep": (lambda whole: "[" * 100_000, "no JSON: maximum recursion depth"),
     "list": (lambda whole: [], "\"name\" must be 'eval/tune', got 'list'"),
     "other_suite": (lambda whole: {**whole, "name": "eval/methods"}, "got 'eval/methods'"),
     "unfinished": (lambda whole: {**whole, "complete": False}, '"complete" must be true, got False'),

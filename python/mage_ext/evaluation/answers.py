@@ -148,9 +148,10 @@ def lines(found: Sequence[Answer]) -> list[str]:
 
 
 def normal_p(mean: float, low: float, high: float) -> float:
-    """Two-sided p of a mean against 0, from its 95 % interval, as of a normal distribution."""
+    """Two-sided p of a mean against 0, from its 95 % interval, as of a normal distribution. An interval of one point,
+    such as that of a single case, shows nothing: 1."""
     if high <= low:
-        return 1.0 if mean == 0 else 0.0
+        return 1.0
     return math.erfc(abs(mean) / ((high - low) / (2 * 1.959964)) / math.sqrt(2))
 
 

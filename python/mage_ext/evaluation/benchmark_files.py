@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from mage_ext._files import write_text
 from mage_ext.denoise import DenoiseConfig, generate, prefill
 from mage_ext.evaluation import benchmark_metrics as metrics
 from mage_ext.evaluation.forced_blocks import bootstrap
@@ -122,7 +123,7 @@ def _read_config(folder: str | Path, name: str, kind: type) -> dict[str, Any]:
         raise ValueError(f"longbench: config must be LongBench's folder of that name with {name}, got {str(folder)!r}")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"longbench: {name} must be JSON, got: {error}") from None
     if not isinstance(value, dict) or not all(type(each) is kind for each in value.values()):
         raise ValueError(f"longbench: {name} must map datasets to {kind.__name__}, got something else")
@@ -396,7 +397,7 @@ def keeper(folder: str | Path) -> Callable[[str, str, list[Item], Outcome], None
         for item, prediction in zip(items, outcome.predictions, strict=True):
             fields = {key: item.source[key] for key in _KEPT if key in item.source}
             lines.append(json.dumps({"pred": prediction, **fields}, ensure_ascii=False))
-        (folder / method / f"{task}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write_text(folder / method / f"{task}.jsonl", "\n".join(lines) + "\n")
 
     return keep
 

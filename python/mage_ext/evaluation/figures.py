@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mage_ext._arguments import check_list, check_path
+from mage_ext._files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -121,7 +122,7 @@ _SUITES_OF_RANGES = (*_SUITES_OF_KINDS, "eval/tune")
 _TIMED = ("generate", "sparse_block_attention")  # benches that figures and answers are made of
 # Which case a row is of: a case has one row in all files of a suite together.
 _CASE = "study task method K g dense_layers tokens tokens_per_step T t p control weights threshold depth sampler "
-_CASE = (_CASE + "distractors case").split()
+_CASE = (_CASE + "distractors trial case").split()
 
 
 def _is_number(value: Any) -> bool:
@@ -268,7 +269,7 @@ def read(paths: Sequence[str | Path]) -> list[ResultFile]:
             raise FileNotFoundError(f"files: must name files that exist, got {str(path)!r}")
         try:
             whole = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"files: {path.name} must be JSON, got: {error}") from None
         if not isinstance(whole, dict):
             raise ValueError(f'files: {path.name} must be an object with a text "name", got {type(whole).__name__}')
@@ -417,7 +418,9 @@ def png(figure: "Figure") -> bytes:
 
 def save(figure: "Figure", path: Path) -> None:
     """Writes the figure as a PNG and says so."""
-    path.write_bytes(png(figure))
+    data = png(figure)
+    with replacing(path) as part:
+        part.write_bytes(data)
     print(f"written: {path}")
 
 
@@ -432,7 +435,7 @@ def panels(
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
-        raise ModuleNotFoundError("figures: need matplotlib: pip install matplotlib") from None
+        raise ModuleNotFoundError("figures: need matplotlib: pip install '.[plot]'") from None
     figure = Figure(figsize=(max(width * num_columns, 4.2), height * num_rows))
     return figure, [list(row) for row in figure.subplots(num_rows, num_columns, squeeze=False, **options)]
 

@@ -88,7 +88,7 @@ def _read_run(name: str, folder: str | Path) -> Run:
         facts = {**last, "steps": checks[-1]["step"], "seconds_per_step": seconds}
         run = Run(adapter, facts, {**first, "steps": 0, "seconds_per_step": None}, start["config"], start["layout"])
         _ = run.setting, run.config["control"]
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{name}: log.jsonl must be of a run with its checks, got {str(log)!r}: {error}") from None
     return run
 

@@ -172,8 +172,9 @@ def inspect_block(
             config.exact_prefix tokens makes mode "mage" exact, as in the loop. Every block selects anew.
         block: number of the block, from 0. The prompt's tail is in block 0. seed: of the draws.
     Raises:
-        ValueError: another mode, sub-block caches or several exact steps; a block that the answer does not have; masses
-            that would fill more than MAX_MASS_BYTES. Both of `generate`, naming the argument.
+        ValueError: another mode, sub-block caches or several exact steps; a block that the answer does not have, or
+            whose tokens the forward before it decided; masses that would fill more than MAX_MASS_BYTES. Both of
+            `generate`, naming the argument.
     """
     owner = "inspect_block"
     if config.mode not in ("mage", "exact") or config.sub_block_cache or config.exact_steps != 1:
@@ -209,6 +210,9 @@ def inspect_block(
                 break
             context += finished.tokens
     if not infos:
+        if finished.index == block:
+            told = f"got {block}, whose tokens the forward before it decided"
+            raise ValueError(f"{owner}: block must be one with a forward of its own, {told}")
         raise ValueError(f"{owner}: block must be below {finished.index + 1}, the answer's blocks, got {block}")
     length = method.start + size
     masses = torch.stack([torch.stack(each)[..., :length].cpu() for each in method.masses])

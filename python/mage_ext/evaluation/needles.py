@@ -21,6 +21,7 @@ import torch
 
 from mage_ext import selection
 from mage_ext._arguments import check_list, got
+from mage_ext._files import write_text
 from mage_ext.denoise import DenoiseConfig, generate, prefill
 from mage_ext.evaluation import tasks
 from mage_ext.models.adapter import adapter_cut
@@ -347,6 +348,12 @@ def _work(seeds: range, *, methods: Sequence[Method], num_tokens: int, asked: in
     return compare(loaded, cases, methods)
 
 
+def check_place(owner: str, name: str, path: str | Path, device: str) -> None:
+    """Raises ValueError if path, the argument `name` of `owner`, is in a folder "h100" and device names no H100."""
+    if "h100" in Path(path).parts and "H100" not in device:
+        raise ValueError(f"{owner}: {name} must be outside of folders named h100 on {device}, got {str(path)!r}")
+
+
 def write_rows(
     path: str | Path,
     name: str,
@@ -358,14 +365,14 @@ def write_rows(
     complete: bool = True,
     more: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes an evaluation file: JSON, as bench/results/ keeps them, a line per row. first: the cases' first seed.
-    complete: False while a suite is still at work. more: what else the head has.
+    """Writes an evaluation file, whole or not at all: JSON, as bench/results/ keeps them, a line per row.
+
+    first: the cases' first seed. complete: False while a suite is still at work. more: what else the head has.
 
     Raises:
         ValueError: path is in a folder "h100" and device names no H100.
     """
-    if "h100" in Path(path).parts and "H100" not in device:
-        raise ValueError(f"write_rows: path must be outside of folders named h100 on {device}, got {str(path)!r}")
+    check_place("write_rows", "path", path, device)
     n = max((row["n"] for row in rows), default=0)
     head = {
         "name": name,
@@ -380,7 +387,7 @@ def write_rows(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join("  " + json.dumps(row) for row in rows)
-    path.write_text(json.dumps(head, indent=1)[:-2] + f',\n "rows": [\n{lines}\n ]\n}}\n')
+    write_text(path, json.dumps(head, indent=1)[:-2] + f',\n "rows": [\n{lines}\n ]\n}}\n')
 
 
 def suite(

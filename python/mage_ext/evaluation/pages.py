@@ -12,6 +12,8 @@ import unicodedata
 from pathlib import Path
 from typing import Any
 
+from mage_ext._files import write_text
+
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 _STYLE = """
 :root { --ink: #1c1c1c; --dim: #6a6a6a; --paper: #ffffff; --line: #d8d8d8; --blue: #1f77b4; --orange: #e07b00; }
@@ -80,5 +82,5 @@ def _visible(character: str) -> str:
 
 
 def write_page(path: str | Path, text: str) -> None:
-    """Writes a page as UTF-8."""
-    Path(path).write_text(text, encoding="utf-8")
+    """Writes a page as UTF-8, whole or not at all."""
+    write_text(path, text)

@@ -250,7 +250,7 @@ def read(path: str | Path) -> Tuned:
         whole = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise refuse(error.strerror or str(error)) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise refuse(f"no JSON: {error}") from None
     if not isinstance(whole, dict) or whole.get("name") != SUITE:
         name = whole.get("name") if isinstance(whole, dict) else type(whole).__name__

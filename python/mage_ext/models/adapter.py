@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from mage_ext._files import replacing
 from mage_ext.models.config import Cut
 from mage_ext.models.transformer import Transformer
 
@@ -73,7 +74,7 @@ def adapter_tensors(wrapped: Mapping[str, AdaptedLinear], mask_row: Tensor) -> d
 def save_adapter(
     path: str | Path, tensors: Mapping[str, Tensor], base: str, int8: bool = True, cut: Cut | None = None
 ) -> None:
-    """Writes an adapter as safetensors: factors as int8 with float32 scales, or all as bfloat16.
+    """Writes an adapter as safetensors, whole or not at all: factors as int8 with float32 scales, or all as bfloat16.
 
     Args:
         path: of the file. tensors: as adapter_tensors gives them. base: name of the base model's file.
@@ -91,7 +92,8 @@ def save_adapter(
     metadata = {"format": _FORMAT, "base": base}
     if cut is not None:
         metadata["cut"] = json.dumps(asdict(cut))
-    save_file(stored, str(path), metadata=metadata)
+    with replacing(path) as part:
+        save_file(stored, str(part), metadata=metadata)
 
 
 def _read(path: str | Path, tensors: bool) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -116,9 +118,9 @@ def adapter_cut(path: str | Path) -> Cut | None:
     try:
         fields = json.loads(text)
         return Cut(tuple(fields["layers"]), fields["rope_theta"], fields["max_positions"])
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(
-            f"load_adapter: cut must be layers, rope_theta and max_positions, got {text}: {error}"
+            f"load_adapter: cut must be layers, rope_theta and max_positions, got {text:.60}: {error}"
         ) from None
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from mage_ext import models
 from mage_ext._arguments import check_device
+from mage_ext._files import replacing
 from mage_ext.evaluation import tasks
 from mage_ext.models import builtin
 from mage_ext.models.adapter import adapter_cut, adapter_tensors, load_adapter, save_adapter
@@ -115,9 +116,8 @@ def finetune(
             save_folder(tuner.model, source, out)
             return
         for name, int8 in (("adapter", False), ("adapter-int8", True)):
-            part = out / f"{name}.part"
-            save_adapter(part, adapter_tensors(tuner.wrapped, tuner.mask_row), base, int8=int8, cut=cut)
-            part.replace(out / f"{name}.safetensors")
+            tensors = adapter_tensors(tuner.wrapped, tuner.mask_row)
+            save_adapter(out / f"{name}.safetensors", tensors, base, int8=int8, cut=cut)
 
     tuner.run(batches, tests, out, save)
 
@@ -142,8 +142,8 @@ def save_folder(model: Transformer, source: Path, out: Path) -> None:
     if model.config.tie_embeddings:
         del names["lm_head.weight"]
     weights = {stored: model.state_dict()[name].detach().cpu().contiguous() for name, stored in names.items()}
-    save_file(weights, str(out / "model.part"), metadata={"format": "pt"})
-    (out / "model.part").replace(out / "model.safetensors")
+    with replacing(out / "model.safetensors") as part:
+        save_file(weights, str(part), metadata={"format": "pt"})
     for path in source.iterdir():
         if path.suffix in (".json", ".txt", ".jinja", ".model") and path.name != "model.safetensors.index.json":
             shutil.copyfile(path, out / path.name)

@@ -224,9 +224,7 @@ class Trainer:
     def save(self, name: str = "adapter", int8: bool = False) -> Path:
         """Writes the adapter; bfloat16 to resume from, int8 to ship."""
         path = self.out / f"{name}.safetensors"
-        part = path.with_suffix(".part")
-        save_adapter(part, adapter_tensors(self.wrapped, self.mask_row), self.base, int8=int8, cut=self.cut)
-        part.replace(path)
+        save_adapter(path, adapter_tensors(self.wrapped, self.mask_row), self.base, int8=int8, cut=self.cut)
         return path
 
     def hidden(self, batch: Batch) -> Tensor:
