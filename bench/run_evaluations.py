@@ -4,10 +4,11 @@
         [--parts build/evaluations] [--out bench/results/h100/eval] [--device cuda] [-- more of every `mage eval`]
 
 Every job is one `mage eval` and leaves a file under --parts. One whose file is complete, of the libraries' commit and
-by the same command does not run again, so that a run which --minutes ended goes on where it stood. The longest start
-first. A result file is written when all of its parts are there, with a word on how it differs from the one that was
-there before. Rows that two parts have, as exact's, must be alike. From the root of a checkout; files in a folder named
-h100 need an H100.
+by the same command does not run again, so that a run which --minutes ended goes on where it stood. What evaluates must
+be as in that commit: where a checkout's python, csrc or include have changed since, nothing runs until they are
+committed and built. The longest start first. A result file is written when all of its parts are there, with a word on
+how it differs from the one that was there before. Rows that two parts have, as exact's, must be alike. From the root of
+a checkout; files in a folder named h100 need an H100.
 """
 
 import argparse
@@ -19,15 +20,21 @@ import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from mage_ext.evaluation.needles import write_rows
+import torch
+
+from mage_ext._arguments import check_device
+from mage_ext.evaluation.figures import case_of
+from mage_ext.evaluation.needles import check_place, write_rows
 from mage_ext.info import commit
 
 HERE = Path(__file__).resolve().parent
@@ -38,9 +45,8 @@ CUT_BY = {  # options whose values are jobs of their own, by suite
     "heatmap": ("--tokens",),
     "thresholds": ("--tasks",),
 }
-# What a row is of.
-CASE = ("study", "task", "tokens", "depth", "t", "threshold", "tokens_per_step", "control", "method")
-CASE += ("dense_layers", "g", "K")
+# What evaluates: folders that must be as in the commit which the rows name.
+EVALUATES = ("python", "csrc", "include", ":!*.md")
 
 
 @dataclass(frozen=True)
@@ -91,17 +97,43 @@ def read_jobs(path: Path) -> list[Job]:
     return list(dict.fromkeys(jobs))
 
 
+def changed_since(of_commit: str, root: Path = HERE.parent) -> str:
+    """What evaluates and is not as in a commit, in words; "" if all is, or where no checkout can tell."""
+
+    def git(*arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
+
+    if shutil.which("git") is None or git("rev-parse").returncode:
+        return ""
+    found = git("diff", "--name-only", of_commit, "--", *EVALUATES)
+    if found.returncode:
+        return "a commit that the checkout does not have"
+    names = found.stdout.splitlines()
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return f"changes in {names[0]}{more}" if names else ""
+
+
+def device_name(device: str) -> str:
+    """As the files of `mage eval` have it. Raises ValueError if this machine has no such device."""
+    found = check_device("run_evaluations", device)
+    return torch.cuda.get_device_name(found) if found.type == "cuda" else found.type
+
+
 def read_part(path: Path, of_commit: str) -> dict | None:
     """A part that is complete and of this commit."""
     try:
         part = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):  # or cut in the middle, when its job was stopped
+    except (FileNotFoundError, ValueError):
         return None
     return part if part["complete"] and part["commit"] == of_commit else None
 
 
-def case_of(row: dict) -> tuple:
-    return tuple(row.get(key) for key in CASE)
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a result file, none if there is no file. Raises ValueError, naming a file that is none."""
+    try:
+        return json.loads(path.read_text())["rows"] if path.exists() else []
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} must be a result file, got: {error!r}") from None
 
 
 def join(parts: list[dict]) -> list[dict]:
@@ -116,15 +148,13 @@ def join(parts: list[dict]) -> list[dict]:
             known = rows.setdefault(case_of(row), {})
             for key, value in row.items():
                 if known.setdefault(key, value) != value:
-                    case = {name: value for name, value in zip(CASE, case_of(row), strict=True) if value is not None}
-                    raise ValueError(f"parts must agree on {key} of {case}, got {known[key]} and {value}")
+                    raise ValueError(f"parts must agree on {key} of {case_of(row)}, got {known[key]} and {value}")
     return list(rows.values())
 
 
 def without_headline(rows: list[dict], path: Path) -> list[dict]:
-    """Without what X_headline.json beside the file X.json has: more cases of the same cell."""
-    headline = path.with_name(f"{path.stem}_headline.json")
-    known = {case_of(row) for row in json.loads(headline.read_text())["rows"]} if headline.exists() else set()
+    """Without what X_headline.json beside the file X.json has: more cases of the same cell. Raises as `read_rows`."""
+    known = {case_of(row) for row in read_rows(path.with_name(f"{path.stem}_headline.json"))}
     return [row for row in rows if case_of(row) not in known]
 
 
@@ -135,6 +165,19 @@ def compare(rows: list[dict], before: list[dict]) -> str:
     changed = [row for row, was in known if any(row[key] != was[key] for key in row.keys() & was.keys())]
     same, gone = len(known) - len(changed), len(old) - len(known)
     return f"{len(rows)} rows; of {len(old)} before {same} the same, {len(changed)} changed, {gone} gone"
+
+
+def write_result(path: Path, parts: list[dict], of_commit: str) -> str:
+    """Writes a result file of all its parts; how it differs from the one before, in words. Raises ValueError, naming
+    what differs between parts, or a file beside it that can't be read."""
+    rows = without_headline(join(parts), path)
+    try:
+        before = compare(rows, read_rows(path))
+    except ValueError as error:
+        before = f"{len(rows)} rows; before: {error}"
+    head = parts[0]
+    write_rows(path, head["name"], head["model"], head["device"], of_commit, rows, head["first_seed"])
+    return before
 
 
 def main() -> None:
@@ -153,23 +196,35 @@ def main() -> None:
     jobs = [job for job in read_jobs(args.runs) if any(fnmatch.fnmatch(job.out, name) for name in args.only)]
     if not jobs:
         parser.error(f"--only must fit a file of {args.runs}, got {' '.join(args.only)}")
-    more = ["--device", args.device, "--text", *args.text, *args.more]
-    if "--first-seed" not in args.more:
-        more += ["--first-seed", "1000"]
+    try:
+        check_place("run_evaluations", "out", args.out, device_name(args.device))
+    except ValueError as error:
+        parser.error(str(error))
+    changes = changed_since(of_commit)
+    if changes:
+        folders = ", ".join(EVALUATES[:3])
+        told = f"got {changes}: commit them, then make build"
+        parser.error(f"{folders} must be as in the libraries' commit, {of_commit or 'none'}, {told}")
+    # An option that is given twice has its last value.
+    more = ["--device", args.device, "--first-seed", "1000", "--text", *args.text, *args.more]
     paths = {job: args.parts / job.part(more) for job in jobs}
     missing = [job for job in jobs if read_part(paths[job], of_commit) is None]
     print(f"{len(jobs)} jobs, {len(jobs) - len(missing)} done before", flush=True)
     failed, running, ended = [], set(), False
+    starts = threading.Lock()  # held while a job starts, and when no more may
 
     def run(job: Job) -> None:
-        if time.monotonic() > end or ended:
+        if time.monotonic() > end:
             return
         path, start = paths[job], time.monotonic()
         path.parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "mage_ext.cli", "eval", *job.arguments, *more, "--out", str(path)]
         with path.with_suffix(".log").open("w") as log:
-            process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-            running.add(process)
+            with starts:
+                if ended:
+                    return
+                process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+                running.add(process)
             status = process.wait()
             running.discard(process)
         if status:
@@ -182,7 +237,9 @@ def main() -> None:
     try:
         list(pool.map(run, sorted(missing, key=lambda job: -job.cost)))
     finally:  # an interrupt leaves nothing at work
-        ended = True
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        with starts:
+            ended = True
         for process in list(running):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -194,16 +251,11 @@ def main() -> None:
             unfinished += 1
             print(f"{out}: {len(parts) - parts.count(None)} of {len(parts)} parts")
             continue
-        path, head = args.out / out, parts[0]
         try:
-            rows = without_headline(join(parts), path)
+            print(f"{out}: {write_result(args.out / out, parts, of_commit)}")
         except ValueError as error:
             unfinished += 1
             print(f"{out}: {error}")
-            continue
-        before = json.loads(path.read_text())["rows"] if path.exists() else []
-        write_rows(path, head["name"], head["model"], head["device"], of_commit, rows, head["first_seed"])
-        print(f"{out}: {compare(rows, before)}")
     for job in failed:
         print(f"failed: {paths[job].with_suffix('.log')}")
     sys.exit(bool(failed or unfinished))

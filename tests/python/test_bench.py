@@ -6,14 +6,18 @@ Run: pytest tests/python/test_bench.py
 import argparse
 import itertools
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
 import pytest
 import torch
 
-from mage_ext import ops
+from mage_ext import cli, ops
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 
@@ -562,6 +566,16 @@ def test_runs_make_the_rows_of_the_evaluation_files(bench):
         assert cells_of(folder / out) == planned, out
 
 
+EVALUATIONS = sorted((BENCH / "results" / "h100" / "eval").rglob("*.json"))
+
+
+@pytest.mark.parametrize("path", EVALUATIONS, ids=[str(path.relative_to(BENCH)) for path in EVALUATIONS])
+def test_rows_of_an_evaluation_file_are_of_different_cases(bench, path):
+    """Joined with themselves they are what they were, of every kind of file."""
+    part = json.loads(path.read_text())
+    assert bench.evaluations.join([part, part]) == part["rows"]
+
+
 def test_jobs_are_cut_where_nothing_is_compared(bench, tmp_path):
     runs = tmp_path / "runs.txt"
     runs.write_text("# said\n\ncut16/a.json methods --tasks lines needle --methods mage --k 64 128 --g 1 32\n")
@@ -581,7 +595,7 @@ def test_parts_join_and_must_agree(bench, tmp_path):
     second = {"rows": [exact, mage | {"p_dense0": 0.75}, mage | {"K": 128}]}
     rows = bench.evaluations.join([first, second])
     assert rows == [exact, mage | {"p_g1": 0.25, "p_dense0": 0.75}, mage | {"K": 128}]
-    with pytest.raises(ValueError, match=r"parts must agree on score of .*'K': 64.*, got 0.5 and 0.75"):
+    with pytest.raises(ValueError, match=r'parts must agree on score of .*"K": 64.*, got 0.5 and 0.75'):
         bench.evaluations.join([first, {"rows": [mage | {"score": 0.75}]}])
     before = [exact, mage | {"score": 0.25}, mage | {"K": 256}]
     said = bench.evaluations.compare(rows, before)
@@ -590,6 +604,62 @@ def test_parts_join_and_must_agree(bench, tmp_path):
     (tmp_path / "a_headline.json").write_text(json.dumps({"rows": [exact | {"n": 500}, mage | {"K": 128, "n": 500}]}))
     kept = bench.evaluations.without_headline(rows, tmp_path / "a.json")
     assert kept == [mage | {"p_g1": 0.25, "p_dense0": 0.75}]
+
+
+def test_what_evaluates_must_be_as_in_the_libraries_commit(bench, tmp_path, monkeypatch, capsys):
+    def git(*arguments):
+        who = ("-c", "user.name=n", "-c", "user.email=e", "-c", "commit.gpgsign=false")
+        command = ["git", "-C", str(tmp_path), *who, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    changed = bench.evaluations.changed_since
+    assert changed("abc1234", tmp_path) == ""  # no checkout
+    for name in ("python/a.py", "csrc/b.cpp", "csrc/NOTES.md", "bench/c.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("1")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "first")
+    first = git("rev-parse", "--short", "HEAD")
+    for name in ("csrc/NOTES.md", "bench/c.py"):
+        (tmp_path / name).write_text("2")
+    git("commit", "-qam", "what does not evaluate")
+    assert changed(first, tmp_path) == ""
+    (tmp_path / "python" / "a.py").write_text("2")
+    assert changed(first, tmp_path) == "changes in python/a.py"
+    git("commit", "-qam", "what evaluates")
+    assert changed(first, tmp_path) == "changes in python/a.py" and changed(git("rev-parse", "HEAD"), tmp_path) == ""
+    (tmp_path / "csrc" / "b.cpp").write_text("2")
+    assert changed(first, tmp_path) == "changes in csrc/b.cpp and 1 more"
+    for unknown in ("abc1234", ""):
+        assert changed(unknown, tmp_path) == "a commit that the checkout does not have"
+
+    monkeypatch.setattr(bench.evaluations, "changed_since", lambda of_commit: "changes in python/a.py")
+    monkeypatch.setattr(bench.evaluations, "commit", lambda: "abc1234")
+    command = ["run_evaluations.py", "--text", "t.jsonl", "--parts", str(tmp_path / "parts"), "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", [*command, "--device", "cpu"])
+    with pytest.raises(SystemExit) as ended:
+        bench.evaluations.main()
+    told = "python, csrc, include must be as in the libraries' commit, abc1234, got changes in python/a.py: commit them"
+    assert ended.value.code == 2 and told in capsys.readouterr().err
+    assert not (tmp_path / "parts").exists()
+
+
+@pytest.mark.parametrize(
+    "device, message",
+    [
+        ("cpu", "run_evaluations: out must be outside of folders named h100 on cpu, got '"),
+        ("cuda", "run_evaluations: device must be one that this machine has (torch finds no CUDA), got cuda"),
+        ("gpu", "run_evaluations: device must be a torch.device or its name, got 'gpu'"),
+    ],
+)
+def test_evaluations_on_the_wrong_device_do_not_start(bench, monkeypatch, capsys, device, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(bench.evaluations.subprocess, "Popen", None)
+    monkeypatch.setattr(sys, "argv", ["run_evaluations.py", "--text", "t.jsonl", "--device", device])
+    with pytest.raises(SystemExit) as ended:
+        bench.evaluations.main()
+    assert ended.value.code == 2 and message in capsys.readouterr().err
 
 
 class FakeJob:
@@ -601,6 +671,8 @@ def test_evaluations_go_on_where_they_stood(bench, tmp_path, monkeypatch, capsys
     runs, parts, out = tmp_path / "runs.txt", tmp_path / "parts", tmp_path / "out"
     runs.write_text("a.json methods --tasks lines needle --methods exact\nb.json heatmap --tokens 1024\n")
     ran = []
+    monkeypatch.setattr(bench.evaluations, "changed_since", lambda of_commit: "")
+    monkeypatch.setattr(bench.evaluations, "device_name", lambda device: device)
 
     def fake_run(command, **options):
         assert options["start_new_session"]
@@ -627,13 +699,26 @@ def test_evaluations_go_on_where_they_stood(bench, tmp_path, monkeypatch, capsys
         bench.evaluations.main()
     assert ended.value.code == 0 and len(ran) == 4  # what was done is not run again
     assert [row["task"] for row in json.loads((out / "a.json").read_text())["rows"]] == ["lines", "needle"]
-    more = ["--device", "cuda", "--text", "t.jsonl", "--first-seed", "1000"]
+    more = ["--device", "cuda", "--first-seed", "1000", "--text", "t.jsonl"]
     path = parts / bench.evaluations.read_jobs(runs)[1].part(more)
     assert ran[-1][-8:] == [*more, "--out", str(path)]
     path.write_text(path.read_text()[:40])  # a job that was stopped in the middle of its file
     with pytest.raises(SystemExit):
         bench.evaluations.main()
     assert len(ran) == 5
+    capsys.readouterr()
+    (out / "a.json").write_text((out / "a.json").read_text()[:40])  # a result file that was cut off is replaced
+    with pytest.raises(SystemExit) as ended:
+        bench.evaluations.main()
+    said = capsys.readouterr().out
+    assert ended.value.code == 0 and len(json.loads((out / "a.json").read_text())["rows"]) == 2
+    assert f"a.json: 2 rows; before: {out / 'a.json'} must be a result file, got: JSONDecodeError" in said
+    (out / "a_headline.json").write_text('{"name"')  # whose rows are left out is not known: the others go on
+    with pytest.raises(SystemExit) as ended:
+        bench.evaluations.main()
+    said = capsys.readouterr().out
+    assert f"a.json: {out / 'a_headline.json'} must be a result file, got: JSONDecodeError" in said
+    assert ended.value.code == 1 and "b.json: 1 rows; of 1 before 1 the same, 0 changed, 0 gone" in said
     monkeypatch.setattr(sys, "argv", [*command, "--device", "cpu"])  # another command has parts of its own
     with pytest.raises(SystemExit):
         bench.evaluations.main()
@@ -642,3 +727,47 @@ def test_evaluations_go_on_where_they_stood(bench, tmp_path, monkeypatch, capsys
     with pytest.raises(SystemExit):
         bench.evaluations.main()
     assert "--only must fit a file of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", [["--first-seed=2000"], ["--first-seed", "2000"], ["--first", "2000"]])
+def test_the_first_seed_of_evaluations_can_be_given(bench, tmp_path, monkeypatch, given):
+    """What a job gets is read as `mage eval` reads it."""
+    runs, ran = tmp_path / "runs.txt", []
+    runs.write_text("a.json methods --tasks lines --methods exact\n")
+    monkeypatch.setattr(bench.evaluations, "changed_since", lambda of_commit: "")
+    monkeypatch.setattr(bench.evaluations.subprocess, "Popen", lambda command, **_: ran.append(command) or FakeJob(1))
+    monkeypatch.setattr(bench.evaluations.signal, "signal", lambda *_: None)
+    command = ["run_evaluations.py", "--runs", str(runs), "--text", "t.jsonl", "--parts", str(tmp_path / "parts")]
+    for more, seed in (([], 1000), (["--", *given], 2000)):
+        monkeypatch.setattr(sys, "argv", [*command, "--out", str(tmp_path), "--device", "cpu", *more])
+        with pytest.raises(SystemExit):
+            bench.evaluations.main()
+        read = cli.make_parser().parse_args(ran[-1][3:])
+        assert (read.first_seed, read.text, read.device) == (seed, ["t.jsonl"], "cpu")
+
+
+def test_a_job_that_starts_while_the_run_is_ended_is_ended_too(bench, tmp_path, monkeypatch):
+    runs, started = tmp_path / "runs.txt", []
+    runs.write_text("a.json methods --tasks lines needle --methods exact\n")
+    monkeypatch.setattr(bench.evaluations, "changed_since", lambda of_commit: "")
+    new_process = subprocess.Popen
+
+    def slow_start(command, **options):
+        started.append(new_process([sys.executable, "-c", "import time; time.sleep(60)"], **options))
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.5)  # the signal has its effect before this job is known to be at work
+        return started[-1]
+
+    command = ["run_evaluations.py", "--runs", str(runs), "--text", "t.jsonl", "--parts", str(tmp_path / "parts")]
+    monkeypatch.setattr(bench.evaluations.subprocess, "Popen", slow_start)
+    monkeypatch.setattr(sys, "argv", [*command, "--out", str(tmp_path), "--device", "cpu", "--jobs", "1"])
+    handler, begun = signal.getsignal(signal.SIGTERM), time.monotonic()
+    try:
+        with pytest.raises(SystemExit) as ended:
+            bench.evaluations.main()
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+        for process in started:
+            process.kill()
+    assert ended.value.code == 143 and time.monotonic() - begun < 30
+    assert [process.returncode for process in started] == [-signal.SIGKILL]
