@@ -13,7 +13,6 @@ from torch import Tensor
 from mage_ext import selection as selections
 from mage_ext._upload import upload
 from mage_ext.denoise_config import DenoiseConfig
-from mage_ext.models.config import ModelConfig
 from mage_ext.selection import BlockSelection
 from mage_ext.token_candidates import Candidates, select_tokens
 
@@ -66,13 +65,11 @@ class CarriedLists:
             self.requests = requests
         return self.selection
 
-    def start_empty(
-        self, requests: list[int | None], num_layers: int, model: ModelConfig, device: torch.device
-    ) -> None:
+    def start_empty(self, requests: list[int | None], num_layers: int, num_kv_heads: int, device: torch.device) -> None:
         """Before there is a selection: one that lists nothing, whose tail starts at 0."""
         if self.selection is not None:
             return
-        heads = (num_layers, len(requests), model.num_kv_heads)
+        heads = (num_layers, len(requests), num_kv_heads)
         self.selection = BlockSelection(
             indices=torch.full((*heads, 1), -1, dtype=torch.int32, device=device),
             counts=torch.zeros(heads, dtype=torch.int32, device=device),

@@ -552,7 +552,8 @@ class _Run:
         if strict and step >= config.exact_steps:
             # Requests that are exact go through the lists' kernel, whoever their mates are.
             ways = {"sparse"}
-            self.lists.start_empty(slots.requests, len(self.layers), self.state.model.config, slots.start.device)
+            num_kv_heads = self.state.model.config.num_kv_heads
+            self.lists.start_empty(slots.requests, len(self.layers), num_kv_heads, slots.start.device)
         parts = {"narrow": narrow, "later": config.sub_block_cache and step >= config.exact_steps}
         parts["fused"] = step == 0 and any(row is not None and row.uncommitted_in is not None for row in slots.rows)
         if not self.layers or ways == {"exact"}:

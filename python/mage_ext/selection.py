@@ -54,8 +54,7 @@ class SelectionConfig:
         capacity: width of the lists in units; None: whatever the rule can need (see capacity_units).
         score: "mean" over the rows or "max", the largest share any row gives.
         score_rows: "all" rows of the block or "open" (rows whose logits an undecided position consumes). Rows of known
-            positions are computed anew in every forward, so what they read must be listed: the default counts them. A
-            forward that sends a sub-block alone (sub_block_cache, exact_steps above 1) has no other rows than its own.
+            positions are computed anew in every forward, so what they read must be listed: the default counts them.
         norm: shares of the whole "context" or of the "prefix" alone.
         candidates: of g = 1 with rule "fixed" or "joint": tokens per layer and KV head whose masses are looked at,
             those of the units of CANDIDATE_UNIT tokens with the most mass (see `token_candidates`). Whole units, at
