@@ -246,7 +246,7 @@ def token_mass(
         shares = _log_shares(scores, row_lse)
         if norm == "prefix" and len(positions):
             shares = _log_shares(shares, shares.logsumexp(-1))
-        log_mass[b, :, : len(positions)] = shares.masked_fill(~keep[b][:, None], -math.inf).transpose(1, 2)
+        log_mass[b, :, : len(positions)] = shares.masked_fill(~keep[b][:, None] | ~visible, -math.inf).transpose(1, 2)
     if units is not None:
         tokens = units.long()[..., None] * g + torch.arange(g)  # [B, Hkv, C, g]
         inside = ((tokens >= 0) & (tokens < max_seq_len)).flatten(2)

@@ -93,6 +93,33 @@ def test_matches_reference(name, options):
         assert_mass_close(mass, exact)
 
 
+NAN_RUNS = [
+    ("ragged", {}),
+    ("ragged", {"score": "max", "norm": "prefix"}),
+    ("ragged", {"score": "rows", "norm": "prefix"}),
+    ("ragged", {"listed": True, "g": 16}),
+    ("ragged", {"listed": True, "g": 1, "score": "rows"}),
+    ("room_to_spare", {"score": "max"}),
+    ("invalid_pages", {"score": "rows"}),
+    ("invalid_pages", {"listed": True, "g": 16}),
+]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("name", "options"), NAN_RUNS)
+def test_an_lse_of_nan_shows_in_tokens_that_count_alone(name, options, device):
+    tensors, call = inputs((CUDA_ATTENTION_CASES if device == "cuda" else ATTENTION_CASES)[name])
+    call |= extend(ATTENTION_CASES[name], options)
+    tensors["lse"][:, 0, 0] = math.nan
+    exact = reference.token_mass(**tensors, **call, upcast=True)
+    if device == "cuda":
+        tensors, call = on_cuda(tensors), on_cuda(call)
+    mass = ops.token_mass(**tensors, **call).cpu()
+    assert exact.isnan().any() and torch.equal(mass.isnan(), exact.isnan())
+    assert torch.equal(mass == 0, exact == 0) or options.get("score") == "rows"
+    assert torch.equal(mass == -math.inf, exact == -math.inf)
+
+
 @pytest.mark.parametrize("g", [16, 32, 64])
 @pytest.mark.parametrize("norm", ["context", "prefix"])
 def test_sums_to_unit_mass(g, norm):

@@ -481,6 +481,11 @@ void share_tile(const TokenMassItem& item, const TokenTile& tile, int64_t begin,
         const Mask dropped = equal(weight, zero());
         Float total = zero();
         for (int i = 0; i < tile.count; ++i) {
+            if (tile.position[i] < 0) {  // has no share, also where lse is NaN
+                if (item.mode == TokenMassItem::Mode::kRows)
+                    store_columns(item.mass + (begin + i) * num_rows, column, num_rows, set1(-kInfinity));
+                continue;
+            }
             const Float log_share = fms(load(scratch.s + i * kLanes + j * kWidth), factor, lse);
             if (item.mode == TokenMassItem::Mode::kRows) {
                 const Float shown = select(dropped, set1(-kInfinity), log_share * set1(kLn2));

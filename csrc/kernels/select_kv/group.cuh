@@ -39,6 +39,9 @@ struct Pick {
     }
 };
 
+// Of units: all, whose keys are 1 and more (0 is what a walk says of places without a unit), or none.
+constexpr Pick kPickAll = {1u, 0xffffffffu}, kPickNone = {0xffffffffu, 0u};
+
 // Where a running sum of bins, from the highest one down, reaches what is needed.
 struct Found {
     Sum need;    // what is left for this bin

@@ -376,9 +376,9 @@ __device__ __forceinline__ void write_lists(const SelectArgs& args, SelectShared
             choice.budget = Budget(prefix, args.capacity);
             const Range between = choice.budget.between;
             const auto need = static_cast<uint32_t>(choice.budget.ranked);
-            choice.pick = {0xffffffffu, 0u};  // none
+            choice.pick = kPickNone;
             if (choice.budget.ranked >= between.width) {
-                choice.pick = {0u, 0xffffffffu};  // all
+                choice.pick = kPickAll;
             } else if (need > 0) {
                 const Window window = first_window<4 * kThreadsOf>(args, prefix.eligible, need);
                 choice.pick = search_keys(shared, keys, scope, group, between, Places(args, between), window);
@@ -470,7 +470,7 @@ __global__ void __launch_bounds__(kThreadsOf, kFixed || kAlone ? 1024 / kThreads
         keys.settle(prefix.eligible, &shared.values_arrived);
     }
     bool is_picked = takes_all || need == 0;
-    if (takes_all) choice.pick = {0u, 0xffffffffu};
+    if (takes_all) choice.pick = kPickAll;
     if (is_bounded && !is_picked) {
         const Range between = choice.budget.between;
         const Places places(args, between);
@@ -586,7 +586,7 @@ __global__ void __launch_bounds__(kThreadsOf, kFixed || kAlone ? 1024 / kThreads
         choice.has_list = false;
         need = static_cast<uint32_t>(choice.budget.ranked);
         takes_all = choice.budget.ranked >= choice.budget.between.width;
-        choice.pick = takes_all ? Pick{0u, 0xffffffffu} : Pick{0xffffffffu, 0u};
+        choice.pick = takes_all ? kPickAll : kPickNone;
         is_picked = takes_all || need == 0;
         has_window = false;
     }

@@ -707,8 +707,7 @@ struct Consumer {
         int32_t tokens[2];
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            const bool counts = (valid >> (lane / 4 + 8 * r) & 1u) != 0;
-            tokens[r] = counts ? token_at(args, piece.stream, tile * kTile + own_token + 8 * r) : INT32_MAX;
+            tokens[r] = counts(valid, r) ? token_at(args, piece.stream, tile * kTile + own_token + 8 * r) : INT32_MAX;
         }
 #pragma unroll
         for (int i = 0; i < kHalf / 8; ++i) {
@@ -726,13 +725,20 @@ struct Consumer {
         return device::exp2_fast(score * args.scale_log2 + negative);
     }
 
-    // The quad's two tokens, stored by its first two lanes; later chunks go on from what earlier ones left.
-    __device__ __forceinline__ void store(const Piece& piece, int32_t tile, float first, float second, bool largest) {
+    // Of a warp's 16 tokens, the thread's first or second one.
+    __device__ __forceinline__ bool counts(uint32_t valid, int r) const {
+        return (valid >> (lane / 4 + 8 * r) & 1u) != 0;
+    }
+
+    // The quad's two tokens, stored by its first two lanes; later chunks go on from what earlier ones left. A token
+    // that does not count has 0, also where an lse is NaN.
+    __device__ __forceinline__ void store(const Piece& piece, int32_t tile, uint32_t valid, float first, float second,
+                                          bool largest) {
         const bool other = lane % 4 == 1;
         const int32_t at = tile * kTile + own_token + (other ? 8 : 0);
         if (lane % 4 > 1 || at >= args.length) return;
         float* to = args.mass + int64_t{piece.stream} * args.length + at;
-        float value = other ? second : first;
+        float value = counts(valid, other ? 1 : 0) ? other ? second : first : 0.0f;
         if (piece.first_row > 0) value = largest ? device::max_or_nan(*to, value) : *to + value;
         *to = value * piece.factor;
     }
@@ -757,17 +763,17 @@ struct Consumer {
         }
     }
 
-    __device__ __forceinline__ void store_results(const Piece& piece, int32_t tile) {
+    __device__ __forceinline__ void store_results(const Piece& piece, int32_t tile, uint32_t valid) {
         if (args.mode == MassMode::kMean) {
-            store(piece, tile, device::quad_sum(results[0] + results[1]), device::quad_sum(results[2] + results[3]),
-                  false);
+            store(piece, tile, valid, device::quad_sum(results[0] + results[1]),
+                  device::quad_sum(results[2] + results[3]), false);
         } else {
-            store(piece, tile, quad_max(device::max_or_nan(results[0], results[1])),
+            store(piece, tile, valid, quad_max(device::max_or_nan(results[0], results[1])),
                   quad_max(device::max_or_nan(results[2], results[3])), true);
         }
     }
 
-    __device__ __forceinline__ void store_rows(const Piece& piece, int32_t tile, int half) {
+    __device__ __forceinline__ void store_rows(const Piece& piece, int32_t tile, uint32_t valid, int half) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const int32_t at = tile * kTile + own_token + 8 * r;
@@ -777,8 +783,9 @@ struct Consumer {
 #pragma unroll
             for (int i = 0; i < kHalf / 8; ++i) {
                 const int column = half * kHalf / 4 + 2 * i;
-                const float x = (s[half][4 * i + 2 * r] * args.scale_log2 + columns[column]) * kLn2;
-                const float y = (s[half][4 * i + 2 * r + 1] * args.scale_log2 + columns[column + 1]) * kLn2;
+                float x = (s[half][4 * i + 2 * r] * args.scale_log2 + columns[column]) * kLn2;
+                float y = (s[half][4 * i + 2 * r + 1] * args.scale_log2 + columns[column + 1]) * kLn2;
+                if (!counts(valid, r)) x = y = -INFINITY;
                 const int32_t left = piece.rows - 8 * i - first;
                 if (args.pairs && left > 1) {
                     *reinterpret_cast<float2*>(to + 8 * i) = make_float2(x, y);
@@ -811,7 +818,7 @@ struct Consumer {
                 find_largest(half);
                 break;
             case MassMode::kRows:
-                store_rows(piece, tile, half);
+                store_rows(piece, tile, valid, half);
                 break;
             case MassMode::kTotals:
                 add_tokens(half);
@@ -900,7 +907,7 @@ struct Consumer {
                 device::pin_registers(s[1]);
                 release(&shared.empty_k[stage]);
                 take(piece, tile, valid, hides, 1);
-                if (args.mode < MassMode::kRows) store_results(piece, tile);
+                if (args.mode < MassMode::kRows) store_results(piece, tile, valid);
             }
             if (args.mode == MassMode::kTotals) store_totals(piece);
             if (last) break;
