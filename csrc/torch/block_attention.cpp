@@ -43,7 +43,12 @@ void block_attention_out(const Tensor& q, const Tensor& k_cache, const Tensor& v
     check_out_and_lse(kOp, out, lse, q);
     check_attention_workspace(kOp, workspace, q, backend::block_attention_workspace(params));
     check_own_memory(kOp, {{"out", out}, {"lse", lse}, {"workspace", workspace}},
-                     {{"q", q}, {"k_cache", k_cache}, {"v_cache", v_cache}});
+                     {{"q", q},
+                      {"k_cache", k_cache},
+                      {"v_cache", v_cache},
+                      {"block_table", block_table},
+                      {"seq_lens", seq_lens},
+                      {"kv_lens", kv_lens}});
     set_outputs(out, lse, workspace, &params);
     run(params, q);
 }

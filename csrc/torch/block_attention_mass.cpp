@@ -64,7 +64,14 @@ void block_attention_mass_out(const Tensor& q, const Tensor& k_cache, const Tens
     check_unit_outputs(kOp, out, lse, "mass", mass, "[B, Hkv, n]", {q.size(0), k_cache.size(2), num_units(params)},
                        workspace, q, backend::block_attention_mass_workspace(params));
     check_own_memory(kOp, {{"out", out}, {"lse", lse}, {"mass", mass}, {"workspace", workspace}},
-                     {{"q", q}, {"k_cache", k_cache}, {"v_cache", v_cache}});
+                     {{"q", q},
+                      {"k_cache", k_cache},
+                      {"v_cache", v_cache},
+                      {"block_table", block_table},
+                      {"seq_lens", seq_lens},
+                      {"kv_lens", kv_lens},
+                      {"row_mask", row_mask},
+                      {"prefix_lens", prefix_lens}});
     call(params, out, lse, mass, workspace);
 }
 

@@ -61,7 +61,12 @@ void block_attention_rows_out(const Tensor& q, const Tensor& k_cache, const Tens
                        {q.size(0), k_cache.size(2), num_units(params), num_rows(q, k_cache)}, workspace, q,
                        backend::block_attention_rows_workspace(params));
     check_own_memory(kOp, {{"out", out}, {"lse", lse}, {"row_mass", row_mass}, {"workspace", workspace}},
-                     {{"q", q}, {"k_cache", k_cache}, {"v_cache", v_cache}});
+                     {{"q", q},
+                      {"k_cache", k_cache},
+                      {"v_cache", v_cache},
+                      {"block_table", block_table},
+                      {"seq_lens", seq_lens},
+                      {"kv_lens", kv_lens}});
     call(params, out, lse, row_mass, workspace);
 }
 

@@ -99,7 +99,7 @@ void row_votes_out(const Tensor& row_mass, const Tensor& prefix_lens, const Tens
     check_workspace(kOp, workspace, row_mass, workspace_of(params));
     check_own_memory(kOp,
                      {{"votes", votes}, {"union_size", union_size}, {"coverage", coverage}, {"workspace", workspace}},
-                     {{"row_mass", row_mass}});
+                     {{"row_mass", row_mass}, {"prefix_lens", prefix_lens}, {"row_mask", row_mask}});
     call(params, votes, union_size, coverage, workspace);
 }
 

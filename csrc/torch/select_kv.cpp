@@ -149,7 +149,11 @@ void select_kv_out(const Tensor& mass, const Tensor& prefix_lens, const Tensor& 
                       {"tail_start", tail_start},
                       {"overflow", overflow},
                       {"workspace", workspace}},
-                     {{"mass", mass}});
+                     {{"mass", mass},
+                      {"prefix_lens", prefix_lens},
+                      {"votes", votes},
+                      {"union_size", union_size},
+                      {"coverage", coverage}});
     call(params, indices, counts, kept_mass, tail_start, overflow);
 }
 

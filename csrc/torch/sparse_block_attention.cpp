@@ -82,7 +82,15 @@ void sparse_block_attention_out(const Tensor& q, const Tensor& k_cache, const Te
     check_out_and_lse(kOp, out, lse, q);
     check_attention_workspace(kOp, workspace, q, workspace_of(params));
     check_own_memory(kOp, {{"out", out}, {"lse", lse}, {"workspace", workspace}},
-                     {{"q", q}, {"k_cache", k_cache}, {"v_cache", v_cache}});
+                     {{"q", q},
+                      {"k_cache", k_cache},
+                      {"v_cache", v_cache},
+                      {"block_table", block_table},
+                      {"seq_lens", seq_lens},
+                      {"kv_lens", kv_lens},
+                      {"indices", indices},
+                      {"counts", counts},
+                      {"tail_start", tail_start}});
     call(params, out, lse, workspace);
 }
 

@@ -204,20 +204,23 @@ inline void check_workspace(const char* op, const Tensor& workspace, const Tenso
                workspace.numel());
 }
 
-// Memory between a tensor's first and last element: all of a contiguous one.
+// Memory between a tensor's first and last element: all of a contiguous one, none of one that is not given.
 struct NamedTensor {
     const char* name;
-    const Tensor& tensor;
+    const Tensor* tensor;
 
-    uintptr_t begin() const { return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()); }
+    NamedTensor(const char* of, const Tensor& t) : name(of), tensor(&t) {}
+    NamedTensor(const char* of, const std::optional<Tensor>& t) : name(of), tensor(t.has_value() ? &*t : nullptr) {}
+
+    uintptr_t begin() const { return reinterpret_cast<uintptr_t>(tensor->const_data_ptr()); }
     uintptr_t end() const {
         int64_t last = 0;
-        for (int64_t dim = 0; dim < tensor.dim(); ++dim) last += (tensor.size(dim) - 1) * tensor.stride(dim);
-        return begin() + static_cast<uintptr_t>((last + 1) * static_cast<int64_t>(tensor.element_size()));
+        for (int64_t dim = 0; dim < tensor->dim(); ++dim) last += (tensor->size(dim) - 1) * tensor->stride(dim);
+        return begin() + static_cast<uintptr_t>((last + 1) * static_cast<int64_t>(tensor->element_size()));
     }
+    bool is_empty() const { return tensor == nullptr || tensor->numel() == 0; }
     bool overlaps(const NamedTensor& other) const {
-        if (tensor.numel() == 0 || other.tensor.numel() == 0) return false;
-        return begin() < other.end() && other.begin() < end();
+        return !is_empty() && !other.is_empty() && begin() < other.end() && other.begin() < end();
     }
 };
 

@@ -95,7 +95,16 @@ void token_mass_out(const Tensor& q, const Tensor& k_cache, const Tensor& block_
         check_output(kOp, "mass", mass, q, ScalarType::Float, "[B, Hkv, N]", {requests, heads, tokens});
     }
     check_attention_workspace(kOp, workspace, q, backend::token_mass_workspace(params));
-    check_own_memory(kOp, {{"mass", mass}, {"workspace", workspace}}, {{"q", q}, {"k_cache", k_cache}, {"lse", lse}});
+    check_own_memory(kOp, {{"mass", mass}, {"workspace", workspace}},
+                     {{"q", q},
+                      {"k_cache", k_cache},
+                      {"lse", lse},
+                      {"block_table", block_table},
+                      {"seq_lens", seq_lens},
+                      {"row_mask", row_mask},
+                      {"prefix_lens", prefix_lens},
+                      {"units", units},
+                      {"kv_lens", kv_lens}});
     call(params, mass, workspace);
 }
 

@@ -42,8 +42,9 @@ class DenoiseConfig:
         method: attention of the selecting layers in mode "method", an `AttentionMethod`: for baselines.
         strict: a request's tokens do not depend on its batch mates at all: places are padded to max_batch, prompts are
             prefilled one by one in whole chunks, attention is split at fixed boundaries, all rows are drawn. It holds
-            between calls with the same max_batch and costs time. With fuse_commit or sub_block_cache it holds up to
-            rounding: how many rows are multiplied together depends on the mates there.
+            between calls with the same max_batch and the same seed of the request (by default its number in the batch)
+            and costs time. With fuse_commit or sub_block_cache it holds up to rounding: how many rows are multiplied
+            together depends on the mates there.
         cuda_graphs: on CUDA, phases of a block that recur are captured once and replayed. Callbacks and overrides run
             between them. Off, every kernel is launched anew and the ranges of layers and ops can be seen.
         prefill_chunk: tokens of each request per prefill forward; multiples of the block are taken. Larger chunks fill

@@ -577,27 +577,30 @@ def in_one_memory(first, second):
 
 @pytest.mark.parametrize("name", [name for name in WITH_TENSORS if name.endswith("_out")])
 def test_outputs_with_memory_in_common_are_refused(name):
-    """Outputs and workspace with one another, and with the first input; nothing is written."""
+    """Outputs and workspace with one another, and with every input; nothing is written."""
     op = name.removesuffix("_out")
     args, kwargs = samples(name)[0]
     arguments = overload(name)._schema.arguments[: len(args)]
     outputs = [i for i, each in enumerate(arguments) if each.alias_info is not None and each.alias_info.is_write]
     assert len(outputs) >= 2
-    pairs = [(i, j) for j in outputs for i in [0, *outputs] if i < j]
-    tried = 0
-    for i, j in pairs:
-        first = args[i][0] if isinstance(args[i], list) else args[i]
-        if first.numel() == 0 or args[j].numel() == 0:
-            continue
-        one, other = in_one_memory(first, args[j])
-        before = one.clone()
-        call = [*args]
-        call[i], call[j] = [one, *args[i][1:]] if isinstance(args[i], list) else one, other
-        with pytest.raises(RuntimeError, match=f"^{op}: {arguments[j].name} must have memory of its own, got some of "):
-            overload(name)(*call, **kwargs)
-        assert torch.equal(one.view(torch.uint8), before.view(torch.uint8))
-        tried += 1
-    assert tried
+    given = {each.name: value for each, value in zip(arguments, args, strict=True)} | kwargs
+    names = [arguments[j].name for j in outputs]
+    inputs = [each for each, value in given.items() if each not in names and isinstance(value, (torch.Tensor, list))]
+    tried = set()
+    for j, output in enumerate(names):
+        for with_name in [*inputs, *names[:j]]:
+            value = given[with_name]
+            first = value[0] if isinstance(value, list) else value
+            if first.numel() == 0 or given[output].numel() == 0:
+                continue
+            one, other = in_one_memory(first, given[output])
+            before = one.clone()
+            call = given | {with_name: [one, *value[1:]] if isinstance(value, list) else one, output: other}
+            with pytest.raises(RuntimeError, match=f"^{op}: {output} must have memory of its own, got some of "):
+                overload(name)(**call)
+            assert torch.equal(one.view(torch.uint8), before.view(torch.uint8))
+            tried.add(with_name)
+    assert set(inputs) <= tried
 
 
 def test_row_mask_without_positions_is_no_mask():
