@@ -1,15 +1,16 @@
 // Purpose   out[r] = sum_i exp(lse_i[r] - lse[r]) out_i[r]; see mage/merge_attention.h.
 // Schedule  one thread per 16-byte vector of a row (per element, where a base, a stride or the row is not a multiple of
 //           16 bytes); consecutive threads take consecutive vectors, then heads, then queries. Every thread finds the
-//           weights of its row by itself. All loads of eight parts, lse and out, are on their way before the first is
-//           used: the call is one round trip to memory. Beyond eight, the other lse are walked for the largest and the
-//           sum.
+//           weights of its row by itself. All loads of up to eight parts, lse and out, are on their way before the
+//           first is used: the call is one round trip to memory. Beyond eight, the other lse are walked for the largest
+//           and the sum.
 // Memory    registers; the parts' addresses are kernel arguments, so that a graph keeps them and nothing is copied.
 // Sync      none; waits for the kernel before it by itself (programmatic dependent launch).
 // Ceiling   (N + 1) * B * Q * H * D * dtype_bytes bytes moved; launch bound below some MB.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <algorithm>
 #include <type_traits>
 
 #include "core/cuda/device_info.h"
@@ -27,8 +28,26 @@ constexpr uint32_t kThreads = 128;  // blocks of a small call reach more SMs
 constexpr int64_t kVectorBytes = 16;
 constexpr float kLn2 = 0.693147180559945f;
 
-// Parts whose loads are under way together. No more are the rule (a prefix and a tail): then the arguments are small.
+// Two parts are the rule (a selection and the rest): a kernel of their own has a fraction of the instructions.
+constexpr int kPair = 2;
+// Parts whose loads are under way together, and with no more of them the arguments are small.
 constexpr int kFewParts = 8;
+
+// n / d for n below 2^31 by a multiplication. With 2^(s - 1) < d <= 2^s and m = ceil(2^(31 + s) / d), which has 32
+// bits, n m / 2^(31 + s) is above n / d by less than 1 / d.
+struct Divisor {
+    uint32_t value, multiplier, shift;
+
+    static Divisor of(uint32_t d) {
+        uint32_t bits = 0;
+        while (uint64_t{1} << bits < d) ++bits;
+        const auto multiplier = static_cast<uint32_t>(((uint64_t{1} << (31 + bits)) + d - 1) / std::max(d, 1u));
+        return {d, multiplier, bits - 1};
+    }
+    __device__ __forceinline__ uint32_t divide(uint32_t n) const {
+        return value == 1 ? n : __umulhi(n, multiplier) >> shift;
+    }
+};
 
 // Strides in bytes.
 struct PartArgs {
@@ -43,9 +62,7 @@ struct MergeArgs {
     char* out;
     float* lse;
     uint32_t num_parts;
-    uint32_t num_queries;
-    uint32_t num_heads;
-    uint32_t row_vectors;
+    Divisor num_queries, num_heads, row_vectors;
     uint32_t vectors;  // of all rows
     bool log2_in, log2_out;
 };
@@ -121,18 +138,19 @@ template <typename T, int kElements, int kParts>
 __global__ void __launch_bounds__(kThreads)
     mage_merge_attention_kernel(const __grid_constant__ MergeArgs<kParts> args) {
     const uint32_t item = blockIdx.x * kThreads + threadIdx.x;
-    const uint32_t row = item / args.row_vectors;
-    const uint32_t vector = item - row * args.row_vectors;
-    const uint32_t position = row / args.num_heads;
-    const uint32_t head = row - position * args.num_heads;
-    const uint32_t request = position / args.num_queries;
-    const uint32_t query = position - request * args.num_queries;
-    const int64_t lse_at = (int64_t{request} * args.num_heads + head) * args.num_queries + query;
+    const uint32_t row = args.row_vectors.divide(item);
+    const uint32_t vector = item - row * args.row_vectors.value;
+    const uint32_t position = args.num_heads.divide(row);
+    const uint32_t head = row - position * args.num_heads.value;
+    const uint32_t request = args.num_queries.divide(position);
+    const uint32_t query = position - request * args.num_queries.value;
+    const int64_t lse_at = (int64_t{request} * args.num_heads.value + head) * args.num_queries.value + query;
     const int64_t offset = int64_t{vector} * kElements * sizeof(T);
     device::dependency_wait();
     device::dependency_release();
     if (item >= args.vectors) return;
 
+    constexpr int kGroup = kParts < kFewParts ? kParts : kFewParts;
     float highest = -INFINITY, sum = 0.0f, inverse = 0.0f;
     float merged[kElements] = {};
     const auto raise = [&](float lse) {  // NaN stays once it is met
@@ -142,10 +160,10 @@ __global__ void __launch_bounds__(kThreads)
     const float unit = args.log2_in ? kLn2 : 1.0f;
     uint32_t first = 0;
     do {
-        float lses[kFewParts];
-        Vector<T, kElements> vectors[kFewParts] = {};
+        float lses[kGroup];
+        Vector<T, kElements> vectors[kGroup] = {};
 #pragma unroll
-        for (int i = 0; i < kFewParts; ++i) {
+        for (int i = 0; i < kGroup; ++i) {
             lses[i] = -INFINITY;
             if (first + i >= args.num_parts) continue;
             const PartArgs& part = args.parts[first + i];
@@ -158,23 +176,22 @@ __global__ void __launch_bounds__(kThreads)
         if (first == 0) {
 #pragma unroll
             for (float lse : lses) raise(lse);
-            if constexpr (kParts > kFewParts) {
+            if constexpr (kParts > kGroup) {
 #pragma unroll 8
-                for (uint32_t i = kFewParts; i < args.num_parts; ++i) raise(args.parts[i].lse[lse_at] * unit);
+                for (uint32_t i = kGroup; i < args.num_parts; ++i) raise(args.parts[i].lse[lse_at] * unit);
             }
 #pragma unroll
             for (float lse : lses) sum += weight_of(lse);
-            if constexpr (kParts > kFewParts) {
+            if constexpr (kParts > kGroup) {
 #pragma unroll 8
-                for (uint32_t i = kFewParts; i < args.num_parts; ++i)
-                    sum += weight_of(args.parts[i].lse[lse_at] * unit);
+                for (uint32_t i = kGroup; i < args.num_parts; ++i) sum += weight_of(args.parts[i].lse[lse_at] * unit);
             }
             inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
         }
 #pragma unroll
-        for (int i = 0; i < kFewParts; ++i) add<T, kElements>(vectors[i], weight_of(lses[i]) * inverse, merged);
-        first += kFewParts;
-    } while (kParts > kFewParts && first < args.num_parts);
+        for (int i = 0; i < kGroup; ++i) add<T, kElements>(vectors[i], weight_of(lses[i]) * inverse, merged);
+        first += kGroup;
+    } while (kParts > kGroup && first < args.num_parts);
     store<T>(args.out + int64_t{item} * kElements * sizeof(T), merged);
     if (vector == 0) {
         const float lse = sum == 0.0f ? -INFINITY : highest + logf(sum);
@@ -206,49 +223,56 @@ void merge(const MergeAttentionParams& p, const LaunchPlan& plan, CudaStream str
     args.out = static_cast<char*>(p.out);
     args.lse = p.lse;
     args.num_parts = static_cast<uint32_t>(p.parts.size());
-    args.num_queries = static_cast<uint32_t>(p.num_queries);
-    args.num_heads = static_cast<uint32_t>(p.num_heads);
-    args.row_vectors = static_cast<uint32_t>(p.head_dim / kElements);
-    args.vectors = static_cast<uint32_t>(p.num_requests * p.num_queries * p.num_heads * args.row_vectors);
+    args.num_queries = Divisor::of(static_cast<uint32_t>(p.num_queries));
+    args.num_heads = Divisor::of(static_cast<uint32_t>(p.num_heads));
+    args.row_vectors = Divisor::of(static_cast<uint32_t>(p.head_dim / kElements));
+    args.vectors = static_cast<uint32_t>(p.num_requests * p.num_queries * p.num_heads * args.row_vectors.value);
     args.log2_in = p.log2_in;
     args.log2_out = p.log2_out;
     core::launch(kOp, mage_merge_attention_kernel<T, kElements, kParts>, plan, stream, args);
 }
 
-template <typename T>
-void merge_dtype(const MergeAttentionParams& p, const LaunchPlan& plan, CudaStream stream) {
-    constexpr int kElements = kVectorBytes / sizeof(T);
-    const bool few = p.parts.size() <= kFewParts;
-    if (has_vectors(p)) {
-        few ? merge<T, kElements, kFewParts>(p, plan, stream) : merge<T, kElements, kMaxMergeParts>(p, plan, stream);
-    } else {
-        few ? merge<T, 1, kFewParts>(p, plan, stream) : merge<T, 1, kMaxMergeParts>(p, plan, stream);
-    }
+template <typename T, int kElements>
+void merge_parts(const MergeAttentionParams& p, const LaunchPlan& plan, CudaStream stream) {
+    if (p.parts.size() <= kPair) return merge<T, kElements, kPair>(p, plan, stream);
+    if (p.parts.size() <= kFewParts) return merge<T, kElements, kFewParts>(p, plan, stream);
+    merge<T, kElements, kMaxMergeParts>(p, plan, stream);
 }
 
 template <typename T>
-void list_kernels(const char* const (&names)[4], std::vector<KernelEntry>* entries) {
+void merge_dtype(const MergeAttentionParams& p, const LaunchPlan& plan, CudaStream stream) {
+    constexpr int kElements = kVectorBytes / sizeof(T);
+    has_vectors(p) ? merge_parts<T, kElements>(p, plan, stream) : merge_parts<T, 1>(p, plan, stream);
+}
+
+template <typename T>
+void list_kernels(const char* const (&names)[6], std::vector<KernelEntry>* entries) {
     constexpr int kElements = kVectorBytes / sizeof(T);
     const void* kernels[] = {
+        reinterpret_cast<const void*>(&mage_merge_attention_kernel<T, kElements, kPair>),
         reinterpret_cast<const void*>(&mage_merge_attention_kernel<T, kElements, kFewParts>),
         reinterpret_cast<const void*>(&mage_merge_attention_kernel<T, kElements, kMaxMergeParts>),
+        reinterpret_cast<const void*>(&mage_merge_attention_kernel<T, 1, kPair>),
         reinterpret_cast<const void*>(&mage_merge_attention_kernel<T, 1, kFewParts>),
         reinterpret_cast<const void*>(&mage_merge_attention_kernel<T, 1, kMaxMergeParts>),
     };
-    for (int i = 0; i < 4; ++i) entries->push_back({names[i], kernels[i], kThreads, 0});
+    for (int i = 0; i < 6; ++i) entries->push_back({names[i], kernels[i], kThreads, 0});
 }
 
 }  // namespace
 
 std::vector<KernelEntry> merge_attention_kernels() {
     std::vector<KernelEntry> entries;
-    list_kernels<__nv_bfloat16>({"mage_merge_attention_bf16_kernel", "mage_merge_attention_bf16_many_kernel",
+    list_kernels<__nv_bfloat16>({"mage_merge_attention_bf16_pair_kernel", "mage_merge_attention_bf16_kernel",
+                                 "mage_merge_attention_bf16_many_kernel", "mage_merge_attention_bf16_odd_pair_kernel",
                                  "mage_merge_attention_bf16_odd_kernel", "mage_merge_attention_bf16_odd_many_kernel"},
                                 &entries);
-    list_kernels<__half>({"mage_merge_attention_fp16_kernel", "mage_merge_attention_fp16_many_kernel",
+    list_kernels<__half>({"mage_merge_attention_fp16_pair_kernel", "mage_merge_attention_fp16_kernel",
+                          "mage_merge_attention_fp16_many_kernel", "mage_merge_attention_fp16_odd_pair_kernel",
                           "mage_merge_attention_fp16_odd_kernel", "mage_merge_attention_fp16_odd_many_kernel"},
                          &entries);
-    list_kernels<float>({"mage_merge_attention_fp32_kernel", "mage_merge_attention_fp32_many_kernel",
+    list_kernels<float>({"mage_merge_attention_fp32_pair_kernel", "mage_merge_attention_fp32_kernel",
+                         "mage_merge_attention_fp32_many_kernel", "mage_merge_attention_fp32_odd_pair_kernel",
                          "mage_merge_attention_fp32_odd_kernel", "mage_merge_attention_fp32_odd_many_kernel"},
                         &entries);
     return entries;

@@ -17,9 +17,9 @@
 //           piece (q, lse, limits) while this one is worked on, and at last fill what lies past the last tokens.
 //             per tile:  S = K Q^T     tensor cores; tokens are the 64 rows of S, the call's rows its columns
 //                        2^(scale S - lse), added over a thread's own columns and then over four lanes
-//           S comes in two halves of columns: the product of one runs while the exponentials of the other do. No sum
-//           leaves a quad, so a token's mass does not depend on who has its tile. More than 256 rows go through in
-//           chunks, each over a short run of tiles: the thread that stored a token's sum finds it again and adds to it.
+//           Beyond 128 columns S comes in two halves: the product of one runs while the exponentials of the other do.
+//           No sum leaves a quad, so a token's mass does not depend on who has its tile. More than 256 rows go through
+//           in chunks, each over a short run of tiles: the thread that stored a token's sum finds it again and adds.
 // Memory    rows x D of Q twice, kStages x (64 tokens x D), in the 128-byte swizzle; S and each column's lse, or its
 //           sum over the tokens, in registers.
 // Sync      full_k[stage]: the producer's expectation and the copies' bytes. empty_k[stage]: the warps of the warpgroup
@@ -672,9 +672,10 @@ struct Consumer {
     const int32_t own_token = thread % kWarpgroup / kWarp * 16 + lane / 4;  // of a tile, and the one 8 further on
     uint32_t buffer = 0;                                                    // of Q
 
-    static constexpr int kHalf = kRows / 2;  // columns that are multiplied at once
+    static constexpr int kParts = kRows > 128 ? 2 : 1;
+    static constexpr int kPart = kRows / kParts;  // columns that are multiplied at once
 
-    float s[2][kHalf / 2];
+    float s[kParts][kPart / 2];
     float columns[kRows / 4];  // this thread's: negative lse, or sums over the tokens
     float results[4];          // sums or maxima of the thread's columns: two of each of its tokens
 
@@ -684,39 +685,39 @@ struct Consumer {
         return *reinterpret_cast<const float2*>(&shared.negative_lse[buffer][8 * i + own_column]);
     }
 
-    // A half of S = K Q^T of a stage, asynchronous.
-    __device__ __forceinline__ void start(uint32_t stage, int half) {
+    // A part of S = K Q^T of a stage, asynchronous.
+    __device__ __forceinline__ void start(uint32_t stage, int part) {
         const uint64_t k =
             device::swizzled_tile(device::tile_address(device::shared_address(shared.k[stage])), kAtomBytes, 16);
         const uint64_t q =
             device::swizzled_tile(device::tile_address(device::shared_address(shared.q[buffer])), kAtomBytes, 16) +
-            half * kHalf * kRowBytes / 16;
-        device::pin_registers(s[half]);
+            part * kPart * kRowBytes / 16;
+        device::pin_registers(s[part]);
         device::wgmma_fence();
 #pragma unroll
         for (int i = 0; i < kDim / 16; ++i) {
             const int step = i % 4 * 32;
-            device::WgmmaScores<T, kHalf>::scores(s[half], k + (i / 4 * (kTile * kRowBytes) + step) / 16,
+            device::WgmmaScores<T, kPart>::scores(s[part], k + (i / 4 * (kTile * kRowBytes) + step) / 16,
                                                   q + (i / 4 * (kRows * kRowBytes) + step) / 16, i != 0);
         }
         device::wgmma_commit();
     }
 
     // Scores of tokens that don't count, or that a row must not see, become such that their share is 0.
-    __device__ __forceinline__ void hide(const Piece& piece, int32_t tile, uint32_t valid, int half) {
+    __device__ __forceinline__ void hide(const Piece& piece, int32_t tile, uint32_t valid, int part) {
         int32_t tokens[2];
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             tokens[r] = counts(valid, r) ? token_at(args, piece.stream, tile * kTile + own_token + 8 * r) : INT32_MAX;
         }
 #pragma unroll
-        for (int i = 0; i < kHalf / 8; ++i) {
+        for (int i = 0; i < kPart / 8; ++i) {
             const int2 limit =
-                *reinterpret_cast<const int2*>(&shared.limits[buffer][half * kHalf + 8 * i + own_column]);
+                *reinterpret_cast<const int2*>(&shared.limits[buffer][part * kPart + 8 * i + own_column]);
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
-                if (tokens[r] >= limit.x) s[half][4 * i + 2 * r] = args.hidden;
-                if (tokens[r] >= limit.y) s[half][4 * i + 2 * r + 1] = args.hidden;
+                if (tokens[r] >= limit.x) s[part][4 * i + 2 * r] = args.hidden;
+                if (tokens[r] >= limit.y) s[part][4 * i + 2 * r + 1] = args.hidden;
             }
         }
     }
@@ -743,22 +744,22 @@ struct Consumer {
         *to = value * piece.factor;
     }
 
-    __device__ __forceinline__ void add_rows(int half) {
+    __device__ __forceinline__ void add_rows(int part) {
 #pragma unroll
-        for (int i = 0; i < kHalf / 8; ++i) {
+        for (int i = 0; i < kPart / 8; ++i) {
 #pragma unroll
             for (int j = 0; j < 4; ++j)
-                results[j] += share(s[half][4 * i + j], columns[half * kHalf / 4 + 2 * i + j % 2]);
+                results[j] += share(s[part][4 * i + j], columns[part * kPart / 4 + 2 * i + j % 2]);
         }
     }
 
-    __device__ __forceinline__ void find_largest(int half) {
+    __device__ __forceinline__ void find_largest(int part) {
 #pragma unroll
-        for (int i = 0; i < kHalf / 8; ++i) {
+        for (int i = 0; i < kPart / 8; ++i) {
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
                 results[j] = device::max_or_nan(results[j],
-                                                share(s[half][4 * i + j], columns[half * kHalf / 4 + 2 * i + j % 2]));
+                                                share(s[part][4 * i + j], columns[part * kPart / 4 + 2 * i + j % 2]));
             }
         }
     }
@@ -773,18 +774,18 @@ struct Consumer {
         }
     }
 
-    __device__ __forceinline__ void store_rows(const Piece& piece, int32_t tile, uint32_t valid, int half) {
+    __device__ __forceinline__ void store_rows(const Piece& piece, int32_t tile, uint32_t valid, int part) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const int32_t at = tile * kTile + own_token + 8 * r;
             if (at >= args.length) continue;
-            const int32_t first = half * kHalf + own_column;
+            const int32_t first = part * kPart + own_column;
             float* to = args.mass + (int64_t{piece.stream} * args.length + at) * args.rows + piece.first_row + first;
 #pragma unroll
-            for (int i = 0; i < kHalf / 8; ++i) {
-                const int column = half * kHalf / 4 + 2 * i;
-                float x = (s[half][4 * i + 2 * r] * args.scale_log2 + columns[column]) * kLn2;
-                float y = (s[half][4 * i + 2 * r + 1] * args.scale_log2 + columns[column + 1]) * kLn2;
+            for (int i = 0; i < kPart / 8; ++i) {
+                const int column = part * kPart / 4 + 2 * i;
+                float x = (s[part][4 * i + 2 * r] * args.scale_log2 + columns[column]) * kLn2;
+                float y = (s[part][4 * i + 2 * r + 1] * args.scale_log2 + columns[column + 1]) * kLn2;
                 if (!counts(valid, r)) x = y = -INFINITY;
                 const int32_t left = piece.rows - 8 * i - first;
                 if (args.pairs && left > 1) {
@@ -797,31 +798,31 @@ struct Consumer {
         }
     }
 
-    __device__ __forceinline__ void add_tokens(int half) {
+    __device__ __forceinline__ void add_tokens(int part) {
 #pragma unroll
-        for (int i = 0; i < kHalf / 8; ++i) {
-            const float2 negative = negative_lse(half * kHalf / 8 + i);
-            const float* of = &s[half][4 * i];
-            columns[half * kHalf / 4 + 2 * i] += share(of[0], negative.x) + share(of[2], negative.x);
-            columns[half * kHalf / 4 + 2 * i + 1] += share(of[1], negative.y) + share(of[3], negative.y);
+        for (int i = 0; i < kPart / 8; ++i) {
+            const float2 negative = negative_lse(part * kPart / 8 + i);
+            const float* of = &s[part][4 * i];
+            columns[part * kPart / 4 + 2 * i] += share(of[0], negative.x) + share(of[2], negative.x);
+            columns[part * kPart / 4 + 2 * i + 1] += share(of[1], negative.y) + share(of[3], negative.y);
         }
     }
 
-    // Of a half whose product is there.
-    __device__ __forceinline__ void take(const Piece& piece, int32_t tile, uint32_t valid, bool hides, int half) {
-        if (hides) hide(piece, tile, valid, half);
+    // Of a part whose product is there.
+    __device__ __forceinline__ void take(const Piece& piece, int32_t tile, uint32_t valid, bool hides, int part) {
+        if (hides) hide(piece, tile, valid, part);
         switch (args.mode) {
             case MassMode::kMean:
-                add_rows(half);
+                add_rows(part);
                 break;
             case MassMode::kMax:
-                find_largest(half);
+                find_largest(part);
                 break;
             case MassMode::kRows:
-                store_rows(piece, tile, valid, half);
+                store_rows(piece, tile, valid, part);
                 break;
             case MassMode::kTotals:
-                add_tokens(half);
+                add_tokens(part);
         }
     }
 
@@ -892,21 +893,23 @@ struct Consumer {
                                           (place / Config::kStages + 1) % 2);
                 }
                 device::mbarrier_wait(device::shared_address(&shared.full_k[stage]), place / Config::kStages % 2);
-                start(stage, 0);
-                start(stage, 1);
+#pragma unroll
+                for (int part = 0; part < kParts; ++part) start(stage, part);
                 const uint2 words = shared.valid[stage];
                 const uint32_t word = thread % kWarpgroup < kWarpgroup / 2 ? words.x : words.y;
                 const uint32_t valid = word >> (thread / kWarp % 2 * 16) & 0xffffu;  // of the warp's 16 tokens
                 const bool hides = valid != 0xffffu || (tile + 1) * kTile > least;
 #pragma unroll
                 for (int j = 0; j < 4; ++j) results[j] = 0.0f;
-                device::wgmma_wait<1>();
-                device::pin_registers(s[0]);
-                take(piece, tile, valid, hides, 0);
+                if constexpr (kParts == 2) {
+                    device::wgmma_wait<1>();
+                    device::pin_registers(s[0]);
+                    take(piece, tile, valid, hides, 0);
+                }
                 device::wgmma_wait<0>();
-                device::pin_registers(s[1]);
+                device::pin_registers(s[kParts - 1]);
                 release(&shared.empty_k[stage]);
-                take(piece, tile, valid, hides, 1);
+                take(piece, tile, valid, hides, kParts - 1);
                 if (args.mode < MassMode::kRows) store_results(piece, tile, valid);
             }
             if (args.mode == MassMode::kTotals) store_totals(piece);
