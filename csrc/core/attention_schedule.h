@@ -11,7 +11,10 @@
 //   aligned   every segment has workers of its own, as many as it has times a number of units, the last fraction
 //             included, and they share its units evenly: a worker has one piece. That number is the least with which
 //             the workers suffice.
-//   balanced  where that is much more than an even share of all units: every worker takes as many units in a row, or
+//   whole     where there are more segments than workers and requests are about as long as one another: every worker
+//             takes each max_workers-th segment, whole. Of a range alone; more lists than workers have a launch of
+//             their own.
+//   balanced  where these take much more than an even share of all units: every worker takes as many units in a row, or
 //             one more, whatever they belong to, so that it holds whole segments and at most two pieces: the end of
 //             one, the start of another.
 //   fixed     a unit is a split, and a piece is always one unit, whoever takes it: results then depend on nothing but
@@ -36,6 +39,7 @@ struct Schedule {
 };
 
 constexpr int32_t kAlignedShare = 32;  // one part in so many of a worker's units more is less than what balance costs
+constexpr int32_t kWholeShare = 16;    // the same of whole segments, where it costs a merge and a piece more
 constexpr int32_t kMaxAligned = 32;    // requests: one per lane of the warp that looks
 
 MAGE_BOTH int32_t units_of(const Schedule& s, int32_t seq_len) {
@@ -69,7 +73,7 @@ inline int32_t log2_of(int64_t value) {
 
 MAGE_BOTH int32_t ceil_div(int32_t value, int32_t by) { return (value + by - 1) / by; }
 
-// Units of a worker where every segment has its own workers, or 0: balanced is better. `workers_with(t)` counts the
+// Units of a worker where every segment has its own workers, or 0: that takes too many. `workers_with(t)` counts the
 // workers that segments need with at most t units each.
 template <typename CountT>
 MAGE_BOTH int32_t aligned_units(const Schedule& s, int32_t total_units, const CountT& workers_with) {
@@ -84,6 +88,19 @@ MAGE_BOTH int32_t aligned_units(const Schedule& s, int32_t total_units, const Co
         if (workers_with(most) <= s.max_workers) return most;
     }
     return 0;
+}
+
+// Whether there are more segments than workers, or more requests than can be given workers of their own.
+MAGE_BOTH bool may_take_whole(const Schedule& s) {
+    return !s.fixed && (s.num_requests * s.segments_per_request > s.max_workers || s.num_requests > kMaxAligned);
+}
+
+// Whether workers take segments whole, each its share of them; the longest has `longest` units.
+MAGE_BOTH bool takes_whole(const Schedule& s, int32_t total_units, int32_t longest) {
+    if (!may_take_whole(s) || total_units == 0) return false;
+    const int32_t least = ceil_div(total_units, s.max_workers);
+    const int64_t rounds = ceil_div(s.num_requests * s.segments_per_request, s.max_workers);
+    return rounds * longest <= least + least / kWholeShare + s.piece_units;
 }
 
 // Where a piece that is not a whole segment leaves its partial result.

@@ -52,6 +52,27 @@ std::vector<Piece> walk_aligned(const core::Schedule& s, const std::vector<int32
     return pieces;
 }
 
+bool takes_whole(const core::Schedule& s, const std::vector<int32_t>& lens) {
+    if (aligned_units_of(s, lens) > 0) return false;
+    int32_t total = 0, longest = 0;
+    for (const int32_t len : lens) {
+        total += core::units_of(s, len) * s.segments_per_request;
+        longest = std::max(longest, core::units_of(s, len));
+    }
+    return core::takes_whole(s, total, longest);
+}
+
+// Whole segments, in their order: every worker takes each max_workers-th, whether it is empty or not.
+std::vector<Piece> walk_whole(const core::Schedule& s, const std::vector<int32_t>& lens) {
+    std::vector<Piece> pieces;
+    for (int32_t at = 0; at < s.num_requests * s.segments_per_request; ++at) {
+        const int32_t request = at / s.segments_per_request, units = core::units_of(s, lens[request]);
+        const int32_t worker = at % s.max_workers;
+        if (units > 0) pieces.push_back({request, at % s.segments_per_request, 0, units, worker, -1, {1, worker}});
+    }
+    return pieces;
+}
+
 // What the workers of a launch do, one after the other, as the attention kernel's walk does it: a worker finds the
 // request of its first unit, then takes pieces until its units are used up.
 std::vector<Piece> walk(const core::Schedule& s, const std::vector<int32_t>& lens) {
@@ -61,6 +82,7 @@ std::vector<Piece> walk(const core::Schedule& s, const std::vector<int32_t>& len
     if (total == 0) return pieces;
     const int32_t most = aligned_units_of(s, lens);
     if (most > 0) return walk_aligned(s, lens, most);
+    if (takes_whole(s, lens)) return walk_whole(s, lens);
     const int32_t workers = core::workers_of(s, total);
     for (int32_t worker = 0; worker < workers; ++worker) {
         int32_t at = core::first_unit(total, workers, worker);
@@ -153,11 +175,19 @@ void expect_sound(const core::Schedule& s, const std::vector<int32_t>& lens, int
         }
         return;
     }
+    std::vector<int32_t> load(s.max_workers, 0);
+    for (const Piece& piece : pieces) load[piece.worker] += piece.last - piece.first;
+    if (takes_whole(s, lens)) {
+        // A launch has as many workers as there are units at most, and these have all segments.
+        const int32_t least = core::ceil_div(total, s.max_workers);
+        ASSERT_LE(*std::max_element(load.begin(), load.end()), least + least / core::kWholeShare + s.piece_units);
+        for (const Piece& piece : pieces) ASSERT_LT(piece.worker, core::max_units(s, max_seq_len));
+        return;
+    }
     // Balanced: the units of two workers differ by at most one; few units have few workers.
     const int32_t workers = core::workers_of(s, total);
     ASSERT_EQ(workers, std::min(s.max_workers, (total + s.min_units - 1) / s.min_units));
-    std::vector<int32_t> load(workers, 0);
-    for (const Piece& piece : pieces) load[piece.worker] += piece.last - piece.first;
+    load.resize(workers);
     const auto range = std::minmax_element(load.begin(), load.end());
     ASSERT_LE(*range.second - *range.first, 1);
 }
@@ -234,6 +264,26 @@ TEST(AttentionSchedule, WholeSegmentsWhereTheyTakeLittleLonger) {
         int64_t in_pieces = 0;
         for (const Piece& piece : walk(s, lens)) in_pieces += piece.slot >= 0;
         EXPECT_EQ(in_pieces > 0, units == 0) << requests;
+    }
+}
+
+// 64 requests of 4K and a block: 256 segments of 33 units on 66 workers take 132 where an even share is 128; of 40 they
+// take 99 for 80. 128 segments have a worker each, but more requests than a warp looks at.
+TEST(AttentionSchedule, WholeSegmentsInTurnsOfAllWorkers) {
+    struct Batch {
+        size_t requests;
+        int32_t segments, workers;
+        bool whole;
+    };
+    for (const auto& [requests, segments, workers, whole] :
+         {Batch{64, 4, 66, true}, {40, 4, 66, false}, {64, 8, 132, true}, {64, 2, 132, true}, {66, 2, 132, true}}) {
+        std::vector<int32_t> lens(requests, 4096 + 32);
+        const core::Schedule s = make_schedule(requests, segments, 128, workers, 1, false, 3);
+        EXPECT_EQ(takes_whole(s, lens), whole) << requests;
+        expect_sound(s, lens, lens[0]);
+        lens[0] = 100000;
+        EXPECT_FALSE(takes_whole(s, lens)) << requests;
+        expect_sound(s, lens, lens[0]);
     }
 }
 

@@ -198,7 +198,8 @@ void launch_block_attention(const char* op, const BlockAttentionParams& p, const
         const int32_t most = core::aligned_units(plan.schedule, static_cast<int32_t>(most_units), [&](int32_t t) {
             return static_cast<int32_t>(segments) * core::ceil_div(units, t);
         });
-        args.guess_workers = most > 0 ? core::ceil_div(units, most) : 0;
+        const bool whole = core::takes_whole(plan.schedule, static_cast<int32_t>(most_units), units);
+        args.guess_workers = most > 0 ? core::ceil_div(units, most) : whole ? 1 : 0;
     }
     if (lists != nullptr) {
         args.indices = lists->indices;
@@ -280,10 +281,9 @@ void launch_block_attention(const char* op, const BlockAttentionParams& p, const
     // if need be.
     const bool finishes = finish != Finish::kNothing;
     const int64_t merge_most = args.merge_shift == 0 && finishes ? kBlocksAtOnce / 2 : kBlocksAtOnce;
-    // Where segments are cut wherever a worker ends, only some streams have anything to merge: two turns for these.
-    const bool cuts = (segments > plan.schedule.max_workers || plan.schedule.num_requests > core::kMaxAligned) &&
-                      streams <= kMostStreamsOfTurns;
-    const int64_t merge_least = cuts && plan.row_tiles == 1 ? (merge_blocks() + 1) / 2 : 1;
+    // Where segments may be cut wherever a worker ends, only some streams have anything to merge: two turns for these.
+    const bool cuts = core::may_take_whole(plan.schedule) && plan.row_tiles == 1 && streams <= kMostStreamsOfTurns;
+    const int64_t merge_least = cuts ? (merge_blocks() + 1) / 2 : 1;
     args.merge_blocks = static_cast<int32_t>(std::min(merge_blocks(), std::max(merge_most / streams, merge_least)));
     int64_t finish_blocks = 0;
     if (finish == Finish::kPacked) {

@@ -60,14 +60,16 @@ struct Piece {
     int32_t list_end, hole_end, tail_begin;
 };
 
-// Where a warp is in its worker's units; `at` is the first unit that no piece has had.
+// Where a warp is in its worker's units; `at` is the first unit that no piece has had, of whole segments the first of
+// these.
 struct Walk {
     int32_t at, request_begin, request;
 };
 
-// All units of the launch, the workers that they are for, and the end of this worker's.
+// All units of the launch, the workers that they are for, and the end of this worker's. Workers that take segments
+// whole have those between them for others in between: `step`, else 0.
 struct Share {
-    int32_t total, workers, worker, end;
+    int32_t total, workers, worker, end, step;
 };
 
 template <typename Config>
@@ -199,10 +201,33 @@ __device__ __forceinline__ void set_segment(const AttentionArgs& args, int32_t i
     piece->prefix = args.prefix_lens != nullptr ? max(0, args.prefix_lens[piece->request]) : INT32_MAX;
 }
 
+// The next segment that a worker has to itself, if there is one more.
+__device__ __forceinline__ bool next_whole(const AttentionArgs& args, const Share& share, Walk* walk, Piece* piece) {
+    int32_t request, segment, seq_len;
+    do {
+        if (walk->at >= share.end) return false;
+        request = walk->at / args.schedule.segments_per_request;
+        segment = walk->at - request * args.schedule.segments_per_request;
+        seq_len = clamped_length(args, request);
+        walk->at += share.step;
+    } while (seq_len == 0);
+    piece->first = false;
+    piece->pieces = 1;
+    piece->slot = -1;
+    set_segment<false>(args, request, segment, piece);
+    piece->token_begin = 0;
+    piece->token_end = seq_len;
+    return true;
+}
+
 // The next piece of a walk, if the worker has one more.
 template <bool kLists>
 __device__ __forceinline__ bool next_piece(const AttentionArgs& args, const Share& share, Walk* walk, Piece* piece) {
     if (walk->at >= share.end) return false;
+    if constexpr (!kLists) {
+        // Behind the code of calls that have few pieces, which comes cold.
+        if (__builtin_expect(share.step > 0, 0)) return next_whole(args, share, walk, piece);
+    }
     const core::Schedule& s = args.schedule;
     int32_t seq_len = request_length<kLists>(args, walk->request);
     int32_t units = core::units_of(s, seq_len);
@@ -328,24 +353,32 @@ __device__ __forceinline__ void find_start(const AttentionArgs& args, int32_t wo
         }
         if (lane == 0) {
             shared.any = any;
-            shared.share = {0, 0, worker, 0};  // nothing behind the piece
+            shared.share = {0, 0, worker, 0, 0};  // nothing behind the piece
         }
         return;
     }
     const int32_t length = lane < s.num_requests ? request_length<kLists>(args, lane) : 0;
-    int32_t total = core::units_of(s, length);
-    for (int32_t b = lane + kWarp; b < s.num_requests; b += kWarp)
-        total += core::units_of(s, request_length<kLists>(args, b));
+    int32_t total = core::units_of(s, length), longest = total;
+    for (int32_t b = lane + kWarp; b < s.num_requests; b += kWarp) {
+        const int32_t own = core::units_of(s, request_length<kLists>(args, b));
+        total += own;
+        longest = max(longest, own);
+    }
     total = __reduce_add_sync(~0u, total) * s.segments_per_request;
     const int32_t most = core::aligned_units(s, total, [&](int32_t t) {
         return __reduce_add_sync(~0u, core::ceil_div(core::units_of(s, length), t)) * s.segments_per_request;
     });
-    Share share = {total, 0, worker, 0};
+    Share share = {total, 0, worker, 0, 0};
     Walk walk = {0, 0, 0};
     Piece piece;
     bool any;
     if (most > 0) {
         any = aligned_piece<kLists>(args, worker, most, length, &piece);
+    } else if (!kLists && core::may_take_whole(s) && core::takes_whole(s, total, __reduce_max_sync(~0u, longest))) {
+        share.step = s.max_workers;
+        share.end = s.num_requests * s.segments_per_request;
+        walk.at = worker < s.max_workers ? worker : share.end;  // blocks that finish masses may be more
+        any = next_piece<kLists>(args, share, &walk, &piece);
     } else {
         share.workers = total > 0 ? core::workers_of(s, total) : 0;
         if (worker < share.workers) {
