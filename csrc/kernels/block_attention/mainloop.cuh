@@ -803,7 +803,7 @@ struct Consumer {
             Piece& next = shared.next[threadIdx.x / kWarp];
             if (!next_piece_of_warp<Config>(args, shared, &next)) break;
             // The next Q may come when all warps are done with this one; store_out has waited for that.
-            if (piece.slot >= 0) device::named_barrier(kGroupBarrier + warpgroup, kWarpgroup);
+            device::named_barrier(kGroupBarrier + warpgroup, kWarpgroup);
             start_q(next);
             finish_q();
             if (lane == 0) shared.piece[threadIdx.x / kWarp] = next;

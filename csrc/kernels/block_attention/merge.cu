@@ -461,10 +461,10 @@ __device__ __forceinline__ void finish_packed(const AttentionArgs& args, int32_t
             shared.levels[row] = levels;
         }
         late = __syncthreads_or(late) != 0;
-        const float factor = kept > 0 && args.score_max == 0 ? 1.0f / static_cast<float>(kept) : 1.0f;
         if (args.score_max != 0) {
-            finish_run<true>(args, shared, stream, own, unit, end, end_of_warp, shift, late, factor);
+            finish_run<true>(args, shared, stream, own, unit, end, end_of_warp, shift, late, 1.0f);
         } else {
+            const float factor = kept > 0 ? 1.0f / static_cast<float>(kept) : 1.0f;
             finish_run<false>(args, shared, stream, own, unit, end, end_of_warp, shift, late, factor);
         }
         device::copies_wait();
