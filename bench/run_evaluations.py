@@ -81,12 +81,15 @@ def options_of(arguments: tuple[str, ...]) -> dict[str, list[str]]:
 
 
 def read_jobs(path: Path) -> list[Job]:
-    """All jobs of a list of runs, in its order."""
+    """All jobs of a list of runs, in its order. Raises ValueError, naming a line that is no run; OSError."""
     jobs = []
-    for line in path.read_text().splitlines():
+    for number, line in enumerate(path.read_text().splitlines(), 1):
         if not line.strip() or line.startswith("#"):
             continue
-        out, suite, *rest = shlex.split(line)
+        out, suite, *rest = shlex.split(line) if len(line.split()) > 1 else (line, "")
+        if suite not in CUT_BY or (rest and not rest[0].startswith("--")):
+            told = f"a result file, one of {', '.join(CUT_BY)}, and its options"
+            raise ValueError(f"{path}:{number} must be {told}, got {line!r}")
         values = options_of((suite, *rest))
         cut = [option for option in CUT_BY[suite] if option in values]
         for chosen in itertools.product(*(values[option] for option in cut)):
@@ -120,12 +123,13 @@ def device_name(device: str) -> str:
 
 
 def read_part(path: Path, of_commit: str) -> dict | None:
-    """A part that is complete and of this commit."""
+    """A part that is complete and of this commit; None: there is none, or the file is something else."""
     try:
         part = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
+    except (OSError, ValueError):
         return None
-    return part if part["complete"] and part["commit"] == of_commit else None
+    known = isinstance(part, dict) and {"name", "model", "device", "commit", "first_seed", "rows"} <= part.keys()
+    return part if known and part.get("complete") is True and part["commit"] == of_commit else None
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -192,8 +196,15 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", help="of every job")
     parser.add_argument("more", nargs="*", help="behind --: further arguments of every `mage eval`")
     args = parser.parse_args()
+    if args.jobs < 1:
+        parser.error(f"--jobs must be >= 1, got {args.jobs}")
+    if not args.minutes >= 0:
+        parser.error(f"--minutes must be >= 0, got {args.minutes}")
     of_commit, end = commit(), time.monotonic() + 60 * args.minutes
-    jobs = [job for job in read_jobs(args.runs) if any(fnmatch.fnmatch(job.out, name) for name in args.only)]
+    try:
+        jobs = [job for job in read_jobs(args.runs) if any(fnmatch.fnmatch(job.out, name) for name in args.only)]
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     if not jobs:
         parser.error(f"--only must fit a file of {args.runs}, got {' '.join(args.only)}")
     try:
@@ -205,6 +216,10 @@ def main() -> None:
         folders = ", ".join(EVALUATES[:3])
         told = f"got {changes}: commit them, then make build"
         parser.error(f"{folders} must be as in the libraries' commit, {of_commit or 'none'}, {told}")
+    try:
+        args.parts.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(str(error))
     # An option that is given twice has its last value.
     more = ["--device", args.device, "--first-seed", "1000", "--text", *args.text, *args.more]
     paths = {job: args.parts / job.part(more) for job in jobs}

@@ -55,6 +55,7 @@ class BlockSlots:
         sub_start: [A], int64, first position of the current sub-block.
         flags: [A, 3], bool: the request is live, which means that it has candidates; the first position of its
             sub-block is one; it has ended.
+        blank: [A], bool, a position of this block was decided without any logit above -inf.
         previous_tokens: [A, Q], int64, of the block before. uncommitted: [A], bool, that block is not committed yet.
         next_token: [A], int64, what the commit predicts for the position after the block (under token shift).
 
@@ -94,7 +95,7 @@ class BlockSlots:
         self.tokens, self.positions = new(places, size, dtype=torch.int64), new(places, size, dtype=torch.int64)
         self.open, self.candidates, self.mass_rows = (new(places, size) for _ in range(3))
         self._may_end, self._is_last = new(places, size), new(places, size)
-        self.carried, self.flags = new(places), new(places, 3)
+        self.carried, self.flags, self.blank = new(places), new(places, 3), new(places)
         self.start = new(places, dtype=torch.int32)
         self.seeds, self.steps, self.sub_start, self.next_token = (new(places, dtype=torch.int64) for _ in range(4))
 
@@ -202,6 +203,7 @@ class BlockSlots:
             self.steps,
             self.sub_start,
             self.flags,
+            self.blank,
             self._may_end,
             self._is_last,
         )
@@ -211,7 +213,7 @@ class BlockSlots:
     @property
     def _state(self) -> tuple[Tensor, ...]:
         """In the order of a BlockState."""
-        return self.tokens, self.open, self.steps, self.candidates, self.sub_start, self.flags
+        return self.tokens, self.open, self.steps, self.candidates, self.sub_start, self.flags, self.blank
 
 
 def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:

@@ -489,7 +489,7 @@ class _Run:
         if not flags.lag:
             goes_on = not all(slots.ended.tolist())
         with profiling.span("outcome"):
-            tensors = {"tokens": slots.tokens, "ended": slots.ended, "steps": slots.steps}
+            tensors = {"tokens": slots.tokens, "ended": slots.ended, "blank": slots.blank, "steps": slots.steps}
             if self.lists.selection is not None and self.lists.requests == slots.requests:
                 selection = self.lists.selection
                 tensors |= {"listed": selection.counts.sum((0, 2)) * selection.g, "tails": selection.tail_start}
@@ -703,12 +703,17 @@ class _Run:
                 self.lists.forget(request)  # it ended before it could select
             new = values["tokens"][place][row.prompt_end :]
             ended = values["ended"][place]
-            if ended:
+            if values["blank"][place]:
+                new, ended = [], True
+                why = (
+                    f"the model must give logits above -inf, got a row of block {state.blocks[request]} without (NaN?)"
+                )
+                state.end(request, "failed", why)
+            elif ended:
                 room = config.max_new_tokens - len(state.outputs[request])
                 ends = [i + 1 for i, token in enumerate(new) if token in eos_ids]
                 new = new[: min([room, *ends])]
-                state.finish[request] = "eos" if new[-1] in eos_ids else "length"
-                state.batch.release(request)
+                state.end(request, "eos" if new[-1] in eos_ids else "length")
             else:
                 going_on.append(request)
                 state.prefix_lens[request] += size
@@ -718,7 +723,7 @@ class _Run:
                 stats.forwards["commit"] += not config.fuse_commit
             state.outputs[request] += new
             stats.seconds = seconds
-            finished.append(FinishedBlock(request, state.blocks[request], new, ended))
+            finished.append(FinishedBlock(request, state.blocks[request], new, ended, state.errors[request]))
             state.blocks[request] += 1
         if outcome.commit_mass is not None:
             self.lists.measure(slots.requests, outcome.commit_mass)

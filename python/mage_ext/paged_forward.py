@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mage_ext import ops, profiling
+from mage_ext._arguments import check_tensor
 from mage_ext.cache import PagedCache
 from mage_ext.selection import CANDIDATE_UNIT, BlockSelection, SelectionConfig
 from mage_ext.token_candidates import Candidates, candidate_units, whole_lens
@@ -158,7 +159,9 @@ class PagedForward:
         if index is None:
             return self._exact(q, k_cache, v_cache, self.seq_lens)
         if self.method is not None:
-            return self.method.attend(self, layer, q, k_cache, v_cache)
+            out = self.method.attend(self, layer, q, k_cache, v_cache)
+            check_tensor(type(self.method).__name__, "the result of attend", out, q.shape, q.dtype)
+            return out
         outs = []
         if self.exact_lens is not None:
             if self.emission is None:

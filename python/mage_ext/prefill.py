@@ -119,7 +119,11 @@ class DenoiseState:
 
     def refuse(self, request: int, error: OutOfPages) -> None:
         """Ends a request for want of pages."""
-        self.finish[request], self.errors[request] = "refused", str(error)
+        self.end(request, "refused", str(error))
+
+    def end(self, request: int, finish: str, error: str | None = None) -> None:
+        """Ends a request, as in Result, and gives its pages back."""
+        self.finish[request], self.errors[request] = finish, error
         self.batch.release(request)
 
 

@@ -23,13 +23,14 @@ class FinishedBlock:
     Fields:
         request: index in the batch. index: number of the block of this request, from 0.
         tokens: its new tokens (the prompt's tail is not repeated), cut after EOS or the last wanted one.
-        done: the request ended in it.
+        done: the request ended in it. error: why, where it failed; as in Result.
     """
 
     request: int
     index: int
     tokens: list[int]
     done: bool
+    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,8 @@ class Result:
     Fields:
         request: index in the batch.
         tokens: new tokens, EOS included. text: of a tokenizer, if one was given.
-        finish: "eos", "length" or "refused" (the cache has no pages for it; error says how many it lacks).
+        finish: "eos", "length", "refused" (the cache has no pages for it; error says how many it lacks) or "failed"
+            (the model gave a position that was decided no logit above -inf; tokens are those of the blocks before).
         stats: costs.
     """
 
@@ -122,6 +124,13 @@ class Result:
     stats: RequestStats
     text: str | None = None
     error: str | None = None
+
+
+def check_answered(owner: str, results: list[Result]) -> None:
+    """Raises ValueError if a request was refused or failed."""
+    for result in results:
+        if result.error is not None:
+            raise ValueError(f"{owner}: request {result.request} {result.finish}: {result.error}")
 
 
 class Progress:

@@ -191,8 +191,9 @@ def draw_tokens(
             probs = _keep_top_p(probs, top_p)
         uniform = random_uniform(*torch.broadcast_tensors(seeds, positions), step).expand(token.shape)
         token = torch.where(has_token, _inverse_cdf(probs, uniform), token)
-        # p(token) = e^(x_token - x_top) * p(top), without another pass.
-        confidence = confidence * shifted.gather(-1, token[..., None]).squeeze(-1).exp()
+        # p(token) = e^(x_token - x_top) * p(top), without another pass; 0 is for rows without a token.
+        drawn = confidence * shifted.gather(-1, token[..., None]).squeeze(-1).exp()
+        confidence = torch.where(has_token, drawn.clamp(min=torch.finfo(drawn.dtype).tiny), confidence)
     if mask_id == 0:
         # 0 is the token of rows without a logit above -inf only.
         token = token.clamp(min=1)

@@ -52,6 +52,7 @@ class BlockState(NamedTuple):
     candidates: Tensor
     sub_start: Tensor
     flags: Tensor
+    blank: Tensor
 
 
 class FirstState(NamedTuple):
@@ -93,7 +94,8 @@ def begin_block(
     )
     steps = torch.zeros_like(first.seeds)
     ended = vacant[:, 0].bool()
-    return first, _state(tokens, open, steps, ended, first.may_end, first.is_last, sub_block_size, eos_ids)
+    blank = torch.zeros_like(ended)
+    return first, _state(tokens, open, steps, ended, blank, first.may_end, first.is_last, sub_block_size, eos_ids)
 
 
 def decide_step(
@@ -107,6 +109,7 @@ def decide_step(
     steps: Tensor,
     sub_start: Tensor,
     flags: Tensor,
+    blank: Tensor,
     may_end: Tensor,
     is_last: Tensor,
     *,
@@ -125,7 +128,9 @@ def decide_step(
     draws = Draws(*(_in_block(x, sub_start, tokens.shape[1]) for x in (token, confidence, entropy)))
     decided = sampling.decide(sampler, draws, candidates)
     tokens, open = torch.where(decided, draws.token, tokens), open & ~decided
-    return decided, _state(tokens, open, steps + live, flags[:, 2], may_end, is_last, sub_block_size, eos_ids)
+    blank = blank | (decided & (draws.confidence == 0)).any(-1)
+    steps, ended = steps + live, flags[:, 2]
+    return decided, _state(tokens, open, steps, ended, blank, may_end, is_last, sub_block_size, eos_ids)
 
 
 def _in_block(window: Tensor, begin: Tensor, size: int) -> Tensor:
@@ -142,6 +147,7 @@ def _state(
     open: Tensor,
     steps: Tensor,
     ended: Tensor,
+    blank: Tensor,
     may_end: Tensor,
     is_last: Tensor,
     sub_block_size: int,
@@ -160,7 +166,7 @@ def _state(
     sub_start = first - first % sub_block_size
     candidates = open & live[:, None] & (index < (sub_start + sub_block_size)[:, None])
     flags = torch.stack((live, live & (first == sub_start), ended), 1)
-    return BlockState(tokens, open, steps, candidates, sub_start, flags)
+    return BlockState(tokens, open, steps, candidates, sub_start, flags, blank)
 
 
 def _first(mask: Tensor) -> Tensor:

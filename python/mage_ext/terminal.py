@@ -10,7 +10,7 @@ from typing import TextIO
 from mage_ext.denoise import DenoiseConfig, generate
 from mage_ext.models.huggingface import LoadedModel
 from mage_ext.models.tokenizer import Tokenizer
-from mage_ext.results import Result, StepInfo
+from mage_ext.results import Result, StepInfo, check_answered
 
 _DIM, _BOLD, _PLAIN, _CLEAR = "\x1b[2m", "\x1b[1m", "\x1b[0m", "\r\x1b[K"
 _OPEN = "\u2591"  # one per undecided position
@@ -48,6 +48,8 @@ def write(
         loaded: model and tokenizer. prompt: ids. config: of the loop. seed: of the draws. out: where to; None: stdout.
     Returns:
         The result, its text decoded.
+    Raises:
+        ValueError: the model gave no answer; what there was of one is printed.
     """
     out = out or sys.stdout
     live = out.isatty()
@@ -75,6 +77,7 @@ def write(
         out.flush()
         shown = whole
     out.write(f"{loaded.tokenizer.decode(tokens)[len(shown) :]}\n")
+    check_answered("generate", blocks.results)
     return blocks.results[0]
 
 

@@ -187,6 +187,40 @@ def test_generate(case):
     _raises(match, lambda: call(_model()), (ValueError, TypeError))
 
 
+class _Method:
+    """Attends nothing and returns what it is made with."""
+
+    def __init__(self, make):
+        self.make = make
+
+    def prepare(self):
+        pass
+
+    def written(self, *_):
+        pass
+
+    def attend(self, forward, layer, q, k_cache, v_cache):
+        return self.make(q)
+
+    def tokens_read(self, prefix_len, num_tokens):
+        return num_tokens
+
+
+_RETURNED = {
+    "nothing": (lambda q: None, "must be a tensor, got None"),
+    "another_dtype": (lambda q: q.double(), "must be float32, got torch.float64"),
+    "flat": (lambda q: q.flatten(2), r"must have shape \[1, 4, 4, 16\], got \[1, 4, 64\]"),
+}
+
+
+@pytest.mark.parametrize("case", _RETURNED)
+def test_what_a_method_returns(case):
+    make, match = _RETURNED[case]
+    config = DenoiseConfig(mode="method", method=_Method(make), dense_layers=(), max_new_tokens=8)
+    call = functools.partial(generate, _model("sdar"), [[1, 2]], config)
+    _raises(f"_Method: the result of attend {match}", call, (ValueError, TypeError))
+
+
 def test_a_refused_call_takes_no_pages():
     cache = PagedCache.for_model(_model(), num_pages=9)
     for prompts in ([[1], []], [[1], [97]], [[1] * 512]):

@@ -7,6 +7,7 @@ import argparse
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -702,10 +703,13 @@ def test_evaluations_go_on_where_they_stood(bench, tmp_path, monkeypatch, capsys
     more = ["--device", "cuda", "--first-seed", "1000", "--text", "t.jsonl"]
     path = parts / bench.evaluations.read_jobs(runs)[1].part(more)
     assert ran[-1][-8:] == [*more, "--out", str(path)]
-    path.write_text(path.read_text()[:40])  # a job that was stopped in the middle of its file
-    with pytest.raises(SystemExit):
-        bench.evaluations.main()
-    assert len(ran) == 5
+    whole = path.read_text()
+    # A job that was stopped in the middle of its file, and files of something else.
+    for count, text in enumerate((whole[:40], "[]", "{}", '{"complete": true}'), 5):
+        path.write_text(text)
+        with pytest.raises(SystemExit):
+            bench.evaluations.main()
+        assert len(ran) == count and path.read_text() == whole
     capsys.readouterr()
     (out / "a.json").write_text((out / "a.json").read_text()[:40])  # a result file that was cut off is replaced
     with pytest.raises(SystemExit) as ended:
@@ -722,11 +726,32 @@ def test_evaluations_go_on_where_they_stood(bench, tmp_path, monkeypatch, capsys
     monkeypatch.setattr(sys, "argv", [*command, "--device", "cpu"])  # another command has parts of its own
     with pytest.raises(SystemExit):
         bench.evaluations.main()
-    assert len(ran) == 8
+    assert len(ran) == 11
     monkeypatch.setattr(sys, "argv", [*command, "--only", "c*"])
     with pytest.raises(SystemExit):
         bench.evaluations.main()
     assert "--only must fit a file of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--jobs", "0"], "--jobs must be >= 1, got 0"),
+        (["--minutes", "nan"], "--minutes must be >= 0, got nan"),
+        (["--runs", "missing.txt"], "No such file or directory: 'missing.txt'"),
+        (["--runs", "a.txt"], "a.txt:2 must be a result file, one of methods, prose, .*, got 'a.json methodz --n 2'"),
+        (["--parts", "a.txt"], "File exists: 'a.txt'"),
+    ],
+)
+def test_evaluations_name_a_bad_option(bench, tmp_path, monkeypatch, capsys, options, message):
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text("# runs\na.json methodz --n 2\n")
+    monkeypatch.setattr(bench.evaluations, "changed_since", lambda of_commit: "")
+    command = ["run_evaluations.py", "--text", "t.jsonl", "--out", str(tmp_path), "--device", "cpu", *options]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as ended:
+        bench.evaluations.main()
+    assert ended.value.code == 2 and re.search(message, capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("given", [["--first-seed=2000"], ["--first-seed", "2000"], ["--first", "2000"]])

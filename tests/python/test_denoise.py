@@ -15,7 +15,7 @@ import torch
 from mage_ext import denoise
 from mage_ext.cache import PagedCache
 from mage_ext.denoise import DenoiseConfig, generate, prefill
-from mage_ext.results import Progress
+from mage_ext.results import Progress, check_answered
 from mage_ext.sampling import SAMPLERS, SamplerConfig
 from mage_ext.selection import SelectionConfig, random_selection, recency_selection, select
 from mage_ext.testing.margins import CLOSE, Margins
@@ -781,6 +781,48 @@ def test_a_request_without_pages_is_refused_alone(mode):
     assert results[1].tokens == [] and "request 1 must find 14 free pages" in results[1].error
     assert results[1].stats.num_forwards == results[1].stats.prefill_forwards == 0
     assert cache.num_free == cache.num_pages
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+@pytest.mark.parametrize("mode", ["exact", "mage"])
+def test_a_request_without_logits_fails_alone(mode, value, temperature, monkeypatch):
+    """From its second block on, request 1 gets nothing from the model."""
+    model = _model("sdar")
+    sampler = SamplerConfig("low_confidence_static", tokens_per_step=2, temperature=temperature)
+    config = dataclasses.replace(
+        _mage("sdar", SelectionConfig(k=32, g=16), max_new_tokens=20), mode=mode, sampler=sampler, ignore_eos=True
+    )
+    prompts = _prompts(model.config, (40, 90, 30))
+    expected = generate(model, prompts, config)
+    draw, logits = denoise._Run._draw, type(model).logits
+
+    def spoil(run, hidden, rows, slots):
+        rows_of = hidden.view(slots.num_places, -1, hidden.shape[-1]).clone()
+        for place, request in enumerate(slots.requests):
+            if request == 1 and run.state.blocks[1] == 1:
+                rows_of[place] = float("nan")
+        return draw(run, rows_of.flatten(0, 1), rows, slots)
+
+    def spoiled_logits(self, hidden):
+        lost = hidden.isnan().any(-1, keepdim=True)
+        return torch.where(lost, value, logits(self, hidden))
+
+    monkeypatch.setattr(denoise._Run, "_draw", spoil)
+    monkeypatch.setattr(type(model), "logits", spoiled_logits)
+    cache = PagedCache.for_model(model, num_pages=64, page_size=16)
+    with generate(model, prompts, config, cache=cache, stream=True) as stream:
+        blocks = list(stream)
+    results = stream.results
+    assert [r.finish for r in results] == ["length", "failed", "length"]
+    assert [results[i].tokens for i in (0, 2)] == [expected[i].tokens for i in (0, 2)]
+    of_first = [token for block in blocks if block.request == 1 and block.index == 0 for token in block.tokens]
+    assert results[1].tokens == of_first == expected[1].tokens[: len(of_first)] and of_first
+    assert "logits above -inf, got a row of block 1" in results[1].error
+    assert [(b.tokens, b.done, b.error) for b in blocks if b.request == 1][1:] == [([], True, results[1].error)]
+    assert cache.num_free == cache.num_pages
+    with pytest.raises(ValueError, match=r"^me: request 1 failed: the model must give"):
+        check_answered("me", results)
 
 
 def test_a_batch_of_refused_requests_only():

@@ -222,6 +222,16 @@ def test_the_lowest_allowed_id_stands_where_no_logit_does():
                 assert draws.token.tolist() == [expected] * 2 and draws.confidence.tolist() == [0.0] * 2
 
 
+def test_a_token_that_was_drawn_has_a_confidence():
+    """0 is for rows without one: the loop takes it for a failure of the model."""
+    logits = torch.tensor([[0.0, -500.0, -500.0, -500.0]]).expand(64, 4)
+    kwargs = dict(mask_id=None, temperature=1e4, seeds=torch.arange(64), positions=torch.tensor(0))
+    draws = draw_tokens(logits, **kwargs)
+    assert set(draws.token.tolist()) == {0, 1, 2, 3}
+    assert (draws.confidence[draws.token == 0] == 1).all() and (draws.confidence > 0).all()
+    assert (draws.confidence[draws.token != 0] < 1e-37).all()
+
+
 def test_draws_have_the_probabilities_of_the_model():
     probs = torch.tensor([0.5, 0.25, 0.15, 0.1])
     n = 40_000

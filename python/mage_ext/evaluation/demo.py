@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from mage_ext.denoise import generate, prefill
 from mage_ext.evaluation.needles import CaseMaker, Method, exact_method, sparse_method
 from mage_ext.models.huggingface import LoadedModel
+from mage_ext.results import check_answered
 from mage_ext.sampling import SamplerConfig
 
 BUDGETS = (64, 128, 256)
@@ -60,7 +61,8 @@ def run_demo(
     found = {}
     for method in methods:
         begun = time.perf_counter()
-        (result,) = generate(loaded.model, state.fork(), method.config, tokenizer=loaded.tokenizer)
+        (result,) = results = generate(loaded.model, state.fork(), method.config, tokenizer=loaded.tokenizer)
+        check_answered("demo", results)
         seconds = time.perf_counter() - begun
         right = case.found(result.text)
         lines = (result.text.strip().split("\n") + [""] * 4)[:4]

@@ -26,6 +26,7 @@ from mage_ext.evaluation.tasks import Case
 from mage_ext.models.huggingface import LoadedModel
 from mage_ext.models.transformer import Transformer
 from mage_ext.paged_forward import Emission, PagedForward
+from mage_ext.results import check_answered
 from mage_ext.sampling import SamplerConfig
 from mage_ext.selection import CANDIDATE_UNIT, BlockSelection, SelectionConfig
 
@@ -495,6 +496,7 @@ class SharedPrefill:
     def run(self, name: str, setting: Setting | None, config: DenoiseConfig) -> needles.Score:
         """The outcome of one method."""
         results = generate(self._loaded.model, self.state.fork(), config, tokenizer=self._loaded.tokenizer)
+        check_answered("compare", results)
         found = [case.found(result.text) for (case, _), result in zip(self._cases, results, strict=True)]
         # Not config itself: it may hold Quest's tensors.
         told = (setting.K, setting.g, setting.dense_layers) if setting is not None else ()

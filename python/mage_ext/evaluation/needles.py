@@ -28,7 +28,7 @@ from mage_ext.models.adapter import adapter_cut
 from mage_ext.models.builtin import adapter_path, load_builtin
 from mage_ext.models.config import Cut
 from mage_ext.models.huggingface import LoadedModel
-from mage_ext.results import Result
+from mage_ext.results import Result, check_answered
 from mage_ext.sampling import SamplerConfig
 from mage_ext.selection import SelectionConfig
 
@@ -247,6 +247,7 @@ def compare(
     scores = []
     for method in methods:
         results = generate(loaded.model, state.fork(), method.config, tokenizer=loaded.tokenizer)
+        check_answered("compare", results)
         found = [case.found(result.text) for (case, _), result in zip(cases, results, strict=True)]
         scores.append(Score(method, found, results))
     state.release()
