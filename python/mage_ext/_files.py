@@ -1,9 +1,16 @@
 """Files that appear whole or not at all. Test: pytest tests/python/test_files.py"""
 
 import contextlib
+import errno
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+
+
+def _part_of(path: Path) -> Path:
+    """A name beside `path`, short where that is as long as names can be."""
+    return path.with_name(f"{path.name[:40]}.{os.getpid()}.{threading.get_ident()}.part")
 
 
 @contextlib.contextmanager
@@ -17,13 +24,28 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     if path.exists() and not path.is_file():
         yield path
         return
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = _part_of(path)
     try:
         yield part
         part.replace(path)
     finally:
         with contextlib.suppress(OSError):
             part.unlink()
+
+
+def check_writable(path: str | os.PathLike) -> None:
+    """Raises OSError where `replacing` could not write, before what is to be written is there."""
+    if os.path.isdir(path):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    os.stat(os.path.dirname(os.path.realpath(path)))
+    with contextlib.suppress(FileNotFoundError):
+        os.stat(path)  # a name that is too long
+        if not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+    if not os.path.exists(path) or os.path.isfile(path):
+        part = _part_of(Path(os.path.realpath(path)))
+        part.touch()
+        part.unlink()
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from mage_ext._files import check_writable
 from mage_ext._version import __version__
 
 if TYPE_CHECKING:
@@ -608,11 +609,11 @@ def _check_out(owner: str, path: str | None) -> None:
         raise ValueError(f"{owner}: out must be a file, got ''")
     if not os.path.isdir(os.path.dirname(path) or "."):
         raise ValueError(f"{owner}: out must be in a folder that exists, got {path!r}")
-    places = [path] if os.path.exists(path) else []
-    if not places or os.path.isfile(path):  # a new file takes the place of the earlier one
-        places.append(os.path.dirname(os.path.realpath(path)))
-    if os.path.isdir(path) or not all(os.access(place, os.W_OK) for place in places):
-        raise ValueError(f"{owner}: out must be a file that can be written, in a folder that can be, got {path!r}")
+    try:
+        check_writable(path)
+    except OSError as error:
+        told = f"{owner}: out must be a file that can be written, in a folder that can be"
+        raise ValueError(f"{told}, got {path!r}: {error.strerror}") from None
 
 
 def _check_place(path: str | None, device: "torch.device") -> None:

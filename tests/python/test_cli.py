@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from mage_ext import cli, terminal
+from mage_ext._files import write_text
 from mage_ext._version import __version__
 from mage_ext.denoise import DenoiseConfig
 from mage_ext.evaluation import needles
@@ -236,12 +237,13 @@ def test_a_character_of_two_blocks_is_printed_once(tail, monkeypatch):
     data = f"a\U0001f994b\U0001f9c0{tail}".encode()
     blocks = [SimpleNamespace(tokens=list(data[i : i + 3])) for i in range(0, len(data), 3)]
 
-    stream = type("Stream", (list,), {"results": ["the result"]})(blocks)
+    result = SimpleNamespace(error=None)
+    stream = type("Stream", (list,), {"results": [result]})(blocks)
     monkeypatch.setattr(terminal, "generate", lambda *arguments, **options: stream)
     tokenizer = SimpleNamespace(decode=lambda tokens: bytes(tokens).decode(errors="replace"))
     out = io.StringIO()
     loaded = SimpleNamespace(model=None, tokenizer=tokenizer)
-    assert terminal.write(loaded, [1], DenoiseConfig(), 0, out) == "the result"
+    assert terminal.write(loaded, [1], DenoiseConfig(), 0, out) is result
     assert out.getvalue() == data.decode() + "\n"
 
 
@@ -328,15 +330,20 @@ def test_files_of_an_h100_are_refused_before_the_work(suite, tmp_path, monkeypat
     assert capsys.readouterr().err == told
 
 
-def test_a_folder_that_takes_no_new_file_is_refused(tmp_path, monkeypatch, capsys):
-    """A file is replaced by a new one of its folder; what is no file is written in place."""
-    path, access = tmp_path / "x.json", os.access
-    path.write_text("before")
-    monkeypatch.setattr(os, "access", lambda place, mode: str(place) != str(tmp_path) and access(place, mode))
-    assert cli.main(["eval", "needles", "--out", str(path)]) == 2
-    assert "eval: out must be a file that can be written, in a folder that can be, got '" in capsys.readouterr().err
+def test_a_folder_that_takes_no_new_file_is_refused(tmp_path, capsys):
+    """Before the work. A file is replaced by a new one of its folder; what is no file is written in place."""
+    for path in ("/proc/x.json", str(tmp_path / ("x" * 256)), str(tmp_path)):
+        assert cli.main(["eval", "needles", "--out", path]) == 2
+        told = f"eval: out must be a file that can be written, in a folder that can be, got {path!r}: "
+        assert told in capsys.readouterr().err
     os.mkfifo(tmp_path / "pipe")
     cli._check_out("eval", str(tmp_path / "pipe"))
+    longest = tmp_path / ("x" * 255)
+    cli._check_out("eval", str(longest))
+    assert not longest.exists()
+    write_text(longest, "text")
+    cli._check_out("eval", str(longest))
+    assert longest.read_text() == "text" and sorted(os.listdir(tmp_path)) == ["pipe", "x" * 255]
 
 
 def test_a_report_spares_its_files(tmp_path, capsys):
