@@ -219,6 +219,7 @@ class BlockSelection:
         starts = [_integer("tail_start", start) for start in check_list(_OWNER, "tail_start", tail_start, "a list")]
         device = check_device(_OWNER, device)
         _check_g(g)
+        _check_tails(starts, g)
         if capacity is not None:
             _check_count("capacity", capacity, 1, _OWNER)
         shape = (len(lists), len(lists[0]) if lists else 0, len(lists[0][0]) if lists and lists[0] else 0)
@@ -327,11 +328,7 @@ class BlockSelection:
             ValueError: naming the first entry that is out of range, not ascending or not -1 after its count.
         """
         tail = self.tail_start.cpu()
-        for b, start in enumerate(tail.tolist()):
-            if start < 0 or start % self.g:
-                raise ValueError(
-                    f"BlockSelection: tail_start[{b}] must be a multiple of g = {self.g} >= 0, got {start}"
-                )
+        _check_tails(tail.tolist(), self.g)
         counts, indices = self.counts.cpu(), self.indices.cpu()
         bad = ((counts < 0) | (counts > self.capacity)).nonzero()
         if len(bad):
@@ -448,6 +445,12 @@ def _list(name: str, values: object) -> list:
 
 def _units(name: str, values: object) -> list[int]:
     return sorted(_integer(name, unit) for unit in _list(name, values))
+
+
+def _check_tails(starts: list[int], g: int) -> None:
+    for b, start in enumerate(starts):
+        if start < 0 or start % g:
+            raise ValueError(f"BlockSelection: tail_start[{b}] must be a multiple of g = {g} >= 0, got {start}")
 
 
 def _check_units(name: str, ascending: list[int], tail_start: int, g: int) -> None:
