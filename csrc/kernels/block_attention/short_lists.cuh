@@ -241,7 +241,7 @@ __device__ __forceinline__ void produce_short(const AttentionArgs& args, const S
     if (writes && lane == 0) shared.piece = piece;
     const Places<true> places(args, piece);
     __syncwarp();
-    if (args.ctas > 1) device::cluster_wait();  // their barriers are initialised
+    if (shares(args)) device::cluster_wait();  // their barriers are initialised
     if (piece.token_begin == piece.token_end && writes && lane == 0) device::mbarrier_arrive(full);
     uint32_t parity = 1;
     Place place = place_by(guess, places, piece.token_begin + offset);
@@ -282,7 +282,7 @@ __device__ __forceinline__ void produce_short(const AttentionArgs& args, const S
         parity ^= 1;
     }
     __syncwarp();
-    if (args.ctas == 1 && in_cluster(args)) device::cluster_wait();
+    if (!shares(args) && in_cluster(args)) device::cluster_wait();
 }
 
 // Of a consumer group's rows.
@@ -734,6 +734,9 @@ struct ShortListConsumer {
         reference[0] = reference[1] = -INFINITY;
         sum[0] = sum[1] = 0.0f;
         finish_q();
+        // Where the producers wait for the other CTAs before they ask for K, so do these before they wait for it: no
+        // warp at that barrier then depends on one that is not there yet, whatever a tool makes of the barrier.
+        if (shares(args)) device::cluster_wait();
         device::mbarrier_wait(device::shared_address(&shared.full_k[0]), 0);
         start_piece();
         if (thread == 0 && group == 0) expect();
@@ -743,7 +746,7 @@ struct ShortListConsumer {
             join();
         }
         __syncwarp();
-        if (in_cluster(args)) device::cluster_wait();
+        if (!shares(args) && in_cluster(args)) device::cluster_wait();
         if (any) send();
         __syncwarp();
     }
