@@ -1,4 +1,5 @@
-"""select_kv of a whole step on an H100 against torch.topk over the same rows.
+"""select_kv of a whole step on an H100 against FlashInfer's top_k, where it can be imported, and torch.topk over the
+same rows; the faster one is the peer.
 
     python bench/bench_select_kv.py [--rows 7B:1:128K:64:fixed] [--out bench/results/h100/select_kv.json]
 
@@ -6,21 +7,23 @@ Times are those of cuda_timing.py: cold (masses of more than 200 MB take turns) 
 may leave it in L2). floor = masses and results once at 3.05 TB/s, in both columns. Rows are all layers and KV heads of
 a model, or with layers = 1 those of one layer; n = ceil((P + 32) / g), k = 1024 tokens where the row names no other K,
 of which 4 are sinks and 64 recents; masses are softmax(3 * normal), in a row with runs softmax(1.5 * normal of the run
-+ 0.3 * normal). The peer finds the same number of units, but neither puts them in order nor adds up their masses, and
-knows no rules: with "layer", "mass" and "joint" it stands as a reference. All five results of every case are checked
-against the CPU, bit for bit.
++ 0.3 * normal). The peers find the same number of units, but neither put them in order nor add up their masses, and
+know no rules: with "layer", "mass" and "joint" they stand as references. FlashInfer gets rows that are contiguous. All
+five results of every case are checked against the CPU, bit for bit.
 """
 
 import argparse
 import gc
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from cuda_timing import capture, median_us
 from gpu_bench import add_options, chosen_shapes, finish, gpu_name
 from kv_sets import COLD_BYTES, HBM_BYTES_PER_S, MODELS, short, tokens_of
+from peers import reason_of
 from torch import Tensor
 
 from mage_ext import ops
@@ -135,10 +138,42 @@ def make_options(shape: SelectShape, seed: int, device: str = "cuda") -> dict:
     return options
 
 
-def by_torch(shape: SelectShape, mass: Tensor):
-    """The units of the largest masses, in no order."""
+def wanted_units(shape: SelectShape, mass: Tensor) -> tuple[Tensor, int]:
+    """What a peer looks at, and how many it is to find."""
     units = shape.context // shape.g
-    return mass[..., :units].topk(min(shape.k // shape.g, units), sorted=False)
+    return mass[..., :units], min(shape.k // shape.g, units)
+
+
+def by_torch(shape: SelectShape, mass: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
+    """A call that finds the largest masses and their units, in no order."""
+    rows, k = wanted_units(shape, mass)
+    return lambda: rows.topk(k, sorted=False)
+
+
+def by_flashinfer(shape: SelectShape, mass: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
+    """The same of FlashInfer, which takes rows [N, n] that lie side by side."""
+    import flashinfer
+
+    rows, k = wanted_units(shape, mass)
+    rows = rows.reshape(-1, rows.shape[-1]).contiguous()
+    return lambda: flashinfer.top_k(rows, k)
+
+
+def find_peers() -> dict[str, Callable]:
+    """What makes a peer's call of a shape and its masses, by name."""
+    peers = {"torch.topk": by_torch}
+    try:
+        import flashinfer
+    except ImportError:
+        return peers
+    return peers | {f"FlashInfer {flashinfer.__version__} top_k": by_flashinfer}
+
+
+def check_peer(shape: SelectShape, name: str, call: Callable, mass: Tensor) -> None:
+    """Its masses against a sort's."""
+    rows, k = wanted_units(shape, mass)
+    found = call()[0].reshape(-1, k).sort(-1).values
+    assert torch.equal(found, rows.reshape(-1, rows.shape[-1]).sort(-1).values[:, -k:]), f"{shape.name}: {name} differs"
 
 
 def our_call(mass: Tensor, prefix_lens: Tensor, outputs, workspace: Tensor, options: dict):
@@ -154,8 +189,8 @@ def check(shape: SelectShape, mass: Tensor, prefix_lens: Tensor, outputs, worksp
         assert torch.equal(actual.cpu(), wanted), f"{shape.name}: other {name}"
 
 
-def measure(shape: SelectShape, replays: int, seed: int) -> dict[str, tuple[float, float]]:
-    """Microseconds of ours and of the peer's, by cache state."""
+def measure(shape: SelectShape, peers: dict[str, Callable], replays: int, seed: int):
+    """Microseconds of ours and of each peer's, by cache state, and the reasons of the peers that have none."""
     layers, requests, heads, units = shape.size
     count = max(1, math.ceil(COLD_BYTES / shape.input_bytes))
     sets = make_mass(shape, count, seed)
@@ -165,14 +200,21 @@ def measure(shape: SelectShape, replays: int, seed: int) -> dict[str, tuple[floa
     needed = ops.select_kv_workspace(layers, requests, heads, units, shape.capacity)
     workspace = torch.empty(needed, dtype=torch.uint8, device="cuda")
     check(shape, sets[0], prefix_lens, outputs, workspace, options)
-    times = {}
+    times, absent = {}, {}
     for cache, used in (("cold", sets), ("warm", sets[:1])):
         ours = capture([our_call(mass, prefix_lens, outputs, workspace, options) for mass in used])
-        peer = capture([lambda mass=mass: by_torch(shape, mass) for mass in used])
-        medians = median_us({"ours": ours, "peer": peer}, replays)
-        times[cache] = medians["ours"], medians["peer"]
-        del ours, peer
-    return times
+        graphs = {"ours": ours}
+        for name, make in peers.items():
+            try:
+                calls = [make(shape, mass) for mass in used]
+                check_peer(shape, name, calls[0], used[0])
+                graphs[name] = capture(calls)
+            except Exception as error:
+                absent[name] = reason_of(error)
+                torch.cuda.synchronize()  # a fault of the device ends the run here
+        times[cache] = median_us(graphs, replays)
+        del ours, graphs, calls
+    return times, absent
 
 
 def main():
@@ -181,22 +223,31 @@ def main():
     args = parser.parse_args()
     shapes = chosen_shapes(args, parser, all_shapes(), matches)
     device = gpu_name(args, parser)
-    print(f"{device}, torch {torch.__version__}, seed {args.seed}")
-    print("us; fl% = floor / us; speed = torch.topk / us")
-    print(f"{'case':30}{'rows x n':>14}{'MB':>7}{'floor':>8}{'cache':>7}{'us':>8}{'fl%':>5}{'topk':>9}{'speed':>7}")
+    peers = find_peers()
+    print(f"{device}, torch {torch.__version__}, seed {args.seed}; peers: {', '.join(peers)}")
+    print("us; fl% = floor / us; speed = the faster peer / us")
+    columns = "".join(f"{name.split()[0].split('.')[0]:>11}" for name in peers)
+    print(f"{'case':30}{'rows x n':>14}{'MB':>7}{'floor':>8}{'cache':>7}{'us':>8}{'fl%':>5}{columns}{'speed':>7}")
     rows = []
     for shape in shapes:
-        for cache, (us, peer_us) in measure(shape, args.replays, args.seed).items():
-            floor_us = shape.floor_us
+        by_cache, absent = measure(shape, peers, args.replays, args.seed)
+        for cache, times in by_cache.items():
+            us, floor_us = times.pop("ours"), shape.floor_us
+            peer = min(times, key=times.get)
+            peer_us = times[peer]
+            columns = "".join(f"{times[name]:11.1f}" if name in times else f"{'-':>11}" for name in peers)
             size = f"{shape.rows} x {shape.size[3]}"
             print(
                 f"{shape.name:30}{size:>14}{shape.input_bytes / 1e6:7.1f}{floor_us:8.2f}{cache:>7}{us:8.2f}"
-                f"{100 * floor_us / us:5.0f}{peer_us:9.1f}{peer_us / us:7.1f}",
+                f"{100 * floor_us / us:5.0f}{columns}{peer_us / us:7.1f}",
                 flush=True,
             )
             row = {"case": shape.case | {"cache": cache}, "us": round(us, 2), "floor_us": round(floor_us, 2)}
-            row |= {"fraction": round(floor_us / us, 3), "peer": "torch.topk", "peer_us": round(peer_us, 2)}
-            rows.append(row | {"ratio": round(peer_us / us, 3)})
+            row |= {"fraction": round(floor_us / us, 3), "peer": peer, "peer_us": round(peer_us, 2)}
+            row |= {"peers": {name: round(value, 2) for name, value in times.items()}}
+            rows.append(row | {"ratio": round(peer_us / us, 3)} | ({"absent": absent} if absent else {}))
+        for name, reason in absent.items():
+            print(f"  {name}: {reason}")
         gc.collect()
         torch.cuda.empty_cache()
     finish(args, "select_kv", device, rows)

@@ -214,6 +214,10 @@ def make_rows(shape: Shape, emissions: list[str], cache: str, times: dict, absen
         row["peers"] = {" ".join(key): round(value, 2) for key, value in times.items() if isinstance(key, tuple)}
         wanted = wanted_speed(shape, emission) if cache == "cold" else None
         row |= {"wanted": wanted} if wanted else {}
+        if emit != "none" and "none" in times:
+            row["extra_us"] = round(us - times["none"], 2)
+            allowed = allowed_emission_us(shape, g, times["none"]) if emit == "mass" and cache == "cold" else None
+            row |= {"allowed_us": round(allowed, 2)} if allowed else {}
         rows.append(row | ({"absent": absent} if absent else {}))
     return rows
 
@@ -233,16 +237,13 @@ def print_header() -> None:
 def print_rows(shape: Shape, emissions: list[str], rows: list[dict]) -> list[str]:
     """Prints the rows of one shape and returns what they miss."""
     missed = []
-    none_us = next((row["us"] for row in rows if row["case"]["emit"] == "none"), None)
     for emission, row in zip(emissions, rows, strict=True):
-        cache, g, extra = row["case"]["cache"], row["case"]["g"], ""
+        cache, extra = row["case"]["cache"], ""
         name = f"{shape.name}{' warm' if cache == 'warm' else ''}"
-        if g is not None and none_us:
-            more = row["us"] - none_us
-            allowed = allowed_emission_us(shape, g, none_us) if row["case"]["emit"] == "mass" else None
-            beyond = cache == "cold" and allowed is not None and more > allowed
-            extra = f"{more:+.1f} {100 * more / none_us:+.1f}%{'!' if beyond else ' '}"
-            if beyond:
+        if "extra_us" in row:
+            more, allowed = row["extra_us"], row.get("allowed_us", math.inf)
+            extra = f"{more:+.1f} {100 * more / (row['us'] - more):+.1f}%{'!' if more > allowed else ' '}"
+            if more > allowed:
                 missed.append(f"{name} {emission}: {more:+.2f} us, allowed {allowed:.2f}")
         columns = ""
         for peer in PEER_COLUMNS:

@@ -195,8 +195,8 @@ def block_attention(
 
     Args:
         q: [B, Q, H, D], bfloat16, float16 or float32, last stride 1; H a multiple of Hkv, D a multiple of 8 up to 512.
-            Head h reads KV head h // G.
-        k_cache: [pages, page, Hkv, D], dtype of q. Holds the current block's K already.
+            On CUDA bfloat16 or float16, D 64 or 128. Head h reads KV head h // G, G = H / Hkv.
+        k_cache: [pages, page, Hkv, D], dtype of q; page 1, 16, 32, 64, 128 or 256. Holds the current block's K already.
         v_cache: like k_cache.
         block_table: [B, max_pages], int32, page ids. A token of a page outside the pool weighs 0.
         seq_lens: [B], int32. S, clamped to [0, max_seq_len].
@@ -289,7 +289,18 @@ def _(q, k_cache, v_cache, block_table, seq_lens, out, lse, workspace, **options
 def block_attention_workspace(
     batch: int, q_len: int, num_heads: int, num_kv_heads: int, head_dim: int, max_seq_len: int, split_tokens: int = 0
 ) -> int:
-    """Bytes of workspace of block_attention_out, enough on every device: partial results of the splits."""
+    """Bytes of workspace of block_attention_out, enough on every device: partial results of the splits.
+
+    With R = Q * H / Hkv rows in tiles of 64, 128, 192 or 256 (T rows, X tiles) the GPU needs
+    slots * T * (3 * D + 12) + 8 * B * Hkv * X; slots: B * Hkv * X * ceil(max_seq_len / split_tokens) with fixed splits,
+    else at most 264. The CPU's need is in include/mage/block_attention.h; the larger one is returned.
+
+    Args:
+        batch, q_len, num_heads, num_kv_heads, head_dim: B, Q, H, Hkv, D. max_seq_len, split_tokens: of the call.
+
+    Raises:
+        TypeError: an argument is no integer. RuntimeError: it is out of the range that the call has.
+    """
     return torch.ops.mage.block_attention_workspace(
         batch, q_len, num_heads, num_kv_heads, head_dim, max_seq_len, split_tokens
     )
@@ -318,7 +329,8 @@ def block_attention_mass(
     share[r, j] is the sum of row r's softmax probabilities over tokens [j * g, (j + 1) * g).
 
     Args:
-        q: [B, Q, H, D]; this and the next four as block_attention.
+        q: [B, Q, H, D]; this and the next four as block_attention. On CUDA Q * H / Hkv, the rows of a KV head, is at
+            most 1024.
         k_cache: [pages, page, Hkv, D].
         v_cache: [pages, page, Hkv, D].
         block_table: [B, max_pages], int32.
@@ -444,7 +456,14 @@ def block_attention_mass_workspace(
     g: int = 64,
     split_tokens: int = 0,
 ) -> int:
-    """Bytes of workspace of block_attention_mass_out, enough on every device: partial results and unit sums per row."""
+    """Bytes of workspace of block_attention_mass_out, enough on every device: partial results and unit sums per row.
+
+    On the GPU block_attention's, 8 * B * Hkv * R, and 4 * B * Hkv * R * n, n = ceil(max_seq_len / g); less than the
+    last where sums are kept in 16 bits. The CPU's need is in include/mage/block_attention_mass.h; the larger one is
+    returned.
+
+    Args, Raises: as block_attention_workspace; g: tokens per unit.
+    """
     return torch.ops.mage.block_attention_mass_workspace(
         batch, q_len, num_heads, num_kv_heads, head_dim, max_seq_len, g, split_tokens
     )
@@ -467,7 +486,8 @@ def block_attention_rows(
     """block_attention, and every row's own share of every unit of g tokens.
 
     Args:
-        q: [B, Q, H, D]; this and the next four as block_attention.
+        q: [B, Q, H, D]; this and the next four as block_attention. On CUDA Q * H / Hkv, the rows of a KV head, is at
+            most 1024.
         k_cache: [pages, page, Hkv, D].
         v_cache: [pages, page, Hkv, D].
         block_table: [B, max_pages], int32.
@@ -572,7 +592,13 @@ def block_attention_rows_workspace(
     g: int = 64,
     split_tokens: int = 0,
 ) -> int:
-    """Bytes of workspace of block_attention_rows_out, enough on every device."""
+    """Bytes of workspace of block_attention_rows_out, enough on every device.
+
+    On the GPU block_attention's and 8 * B * Hkv * R. The CPU's need is in include/mage/block_attention_rows.h; the
+    larger one is returned.
+
+    Args, Raises: as block_attention_workspace; g: tokens per unit.
+    """
     return torch.ops.mage.block_attention_rows_workspace(
         batch, q_len, num_heads, num_kv_heads, head_dim, max_seq_len, g, split_tokens
     )
@@ -720,7 +746,13 @@ def _(q, k_cache, block_table, seq_lens, lse, mass, workspace, **options):
 def token_mass_workspace(
     batch: int, q_len: int, num_heads: int, num_kv_heads: int, head_dim: int, max_seq_len: int
 ) -> int:
-    """Bytes of workspace of token_mass_out, enough on every device."""
+    """Bytes of workspace of token_mass_out, enough on every device: 0 on the GPU with norm context, else sums per row.
+
+    With Rp = R up to a multiple of 16 the GPU needs at most 4 * Rp * (B * Hkv + 132) + 8 * B * Hkv, the CPU
+    4 * B * Hkv * Rp * (ceil(max_seq_len / 512) + 2); the larger one is returned.
+
+    Args, Raises: as block_attention_workspace.
+    """
     return torch.ops.mage.token_mass_workspace(batch, q_len, num_heads, num_kv_heads, head_dim, max_seq_len)
 
 
@@ -861,7 +893,13 @@ def sparse_block_attention_workspace(
     capacity: int,
     split_tokens: int = 0,
 ) -> int:
-    """Bytes of workspace of sparse_block_attention_out, enough on every device; capacity: Kmax, in units."""
+    """Bytes of workspace of sparse_block_attention_out, enough on every device.
+
+    As block_attention's, of streams that have up to capacity * g + max_seq_len + 64 tokens, in tiles of at least 128
+    rows on the GPU (include/mage/sparse_block_attention.h).
+
+    Args, Raises: as block_attention_workspace; g: tokens per unit; capacity: Kmax, in units.
+    """
     return torch.ops.mage.sparse_block_attention_workspace(
         batch, q_len, num_heads, num_kv_heads, head_dim, max_seq_len, g, capacity, split_tokens
     )
@@ -937,7 +975,10 @@ def _(outs, lses, out, lse, workspace, **options):
 
 @_typed
 def merge_attention_workspace(num_parts: int, batch: int, q_len: int, num_heads: int, head_dim: int) -> int:
-    """Bytes of workspace of merge_attention_out."""
+    """Bytes of workspace of merge_attention_out: 0, the sums need no memory of their own; callers ask nevertheless.
+
+    Args, Raises: as block_attention_workspace; num_parts: N.
+    """
     return torch.ops.mage.merge_attention_workspace(num_parts, batch, q_len, num_heads, head_dim)
 
 
@@ -1047,7 +1088,10 @@ def _(row_mass, prefix_lens, votes, union_size, coverage, workspace, *, k, g, ro
 
 @_typed
 def row_votes_workspace(batch: int, num_kv_heads: int, num_units: int, num_rows: int) -> int:
-    """Bytes of workspace of row_votes_out."""
+    """Bytes of workspace of row_votes_out: 8 * B * Hkv * (1 + R * (1 + min(64, ceil(n / 32)))).
+
+    Args, Raises: as block_attention_workspace; num_units: n. num_rows: R.
+    """
     return torch.ops.mage.row_votes_workspace(batch, num_kv_heads, num_units, num_rows)
 
 
@@ -1090,9 +1134,10 @@ def select_kv(
     latest first. The rest is ranked by mass (float bits; NaN last; ties to the lowest unit). Rules:
 
       fixed  K = k per layer and KV head.
-      layer  s_l = max over heads of union_size * (1 - ln coverage); K_l = max(k_min, floor(s_l / sum s * k / g * L) *
-             g), and k where all s_l are 0; ranked by votes (ties: lowest unit), then units without votes, the most
-             recent first. coverage is clamped to [2^-24, 1] and 1 - ln coverage rounded to a multiple of 2^-20.
+      layer  the layer-adaptive budget of MAGE's first version (arXiv 2602.14209v1): s_l = max over heads of
+             union_size * (1 - ln coverage); K_l = max(k_min, floor(s_l / sum s * k / g * L) * g), and k where all s_l
+             are 0; ranked by votes (ties: lowest unit), then units without votes, the most recent first. coverage is
+             clamped to [2^-24, 1] and 1 - ln coverage rounded to a multiple of 2^-20.
       mass   the fewest units with which the kept mass reaches p of the total of all n units; at least k_min; sinks and
              recents are always in.
       joint  the KV heads of a layer and request share their budgets of k: after each head's sinks and recents one
@@ -1216,7 +1261,10 @@ def _(mass, prefix_lens, indices, counts, kept_mass, tail_start, overflow, works
 
 @_typed
 def select_kv_workspace(num_layers: int, batch: int, num_kv_heads: int, num_units: int, capacity: int) -> int:
-    """Bytes of workspace of select_kv_out."""
+    """Bytes of workspace of select_kv_out: 0, no backend needs any; callers ask nevertheless.
+
+    Args, Raises: as block_attention_workspace; num_layers: L. num_units: n. capacity: Kmax.
+    """
     return torch.ops.mage.select_kv_workspace(num_layers, batch, num_kv_heads, num_units, capacity)
 
 
@@ -1266,5 +1314,8 @@ def _(logits, token, prob, entropy, workspace):
 
 @_typed
 def token_confidence_workspace(num_rows: int, vocab_size: int) -> int:
-    """Bytes of workspace of token_confidence_out."""
+    """Bytes of workspace of token_confidence_out: 0, none is needed; callers ask nevertheless.
+
+    Args, Raises: as block_attention_workspace; num_rows: N. vocab_size: V.
+    """
     return torch.ops.mage.token_confidence_workspace(num_rows, vocab_size)

@@ -192,7 +192,11 @@ def test_checks_of_selections(bench, rule):
     bench.select.check(shape, mass, lengths, outputs, torch.empty(0, dtype=torch.uint8), options)
     if rule == "fixed":
         plain = ops.select_kv(mass, lengths, **{**options, "sinks": 0, "recents": 0})[0]
-        assert torch.equal(bench.select.by_torch(shape, mass).indices.sort(-1).values.int(), plain)
+        call = bench.select.by_torch(shape, mass)
+        bench.select.check_peer(shape, "torch", call, mass)
+        assert torch.equal(call()[1].sort(-1).values.int(), plain)
+        with pytest.raises(AssertionError, match=r"1.5B 2x4K g=64 fixed L=3: other differs"):
+            bench.select.check_peer(shape, "other", lambda call=call: (call()[0] + 1, None), mass)
 
 
 def test_rows_and_peer_of_merge(bench):
