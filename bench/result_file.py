@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -39,7 +40,10 @@ def make_result(name: str, device: str, rows: list[dict], **extra) -> dict:
         if case in seen:
             raise ValueError(f"a case must appear once, got twice {case}")
         seen.add(case)
-    return {"name": name, "device": device, "torch": torch.__version__, "commit": commit(), **extra, "rows": rows}
+    head = {"name": name, "device": device, "torch": torch.__version__}
+    if "flashinfer" in sys.modules:
+        head["flashinfer"] = sys.modules["flashinfer"].__version__
+    return head | {"commit": commit(), **extra, "rows": rows}
 
 
 def write_result(path: str | Path, result: dict) -> None:

@@ -125,7 +125,20 @@ def test_limits_of_emission(bench):
     assert bench.rows.allowed_emission_us(huge, 32, 100.0) is None
 
 
-def test_result_file(bench, tmp_path):
+def test_rows_of_masses_say_what_they_cost(bench):
+    shape = bench.sets.Shape("7B", (4096,))
+    times = {"none": 10.0, "mass64": 11.5, "mass32": 12.0, "rows64": 11.0, ("FA3", "splits=0"): 20.0}
+    emissions = [key for key in times if isinstance(key, str)]
+    rows = bench.rows.make_rows(shape, emissions, "cold", times, {}, {"FA3"})
+    assert [row.get("extra_us") for row in rows] == [None, 1.5, 2.0, 1.0]
+    assert [row.get("allowed_us") for row in rows] == [None, 1.0, None, None]
+    assert bench.rows.print_rows(shape, emissions, rows) == ["7B 1x4K Q=32 mass64: +1.50 us, allowed 1.00"]
+    warm = bench.rows.make_rows(shape, emissions, "warm", times, {}, {"FA3"})
+    assert warm[1]["extra_us"] == 1.5 and not any("allowed_us" in row for row in warm)
+    assert bench.rows.print_rows(shape, emissions, warm) == []
+
+
+def test_result_file(bench, tmp_path, monkeypatch):
     row = dict.fromkeys(bench.files.KEYS, 1.0) | {"case": {"model": "7B"}}
     path = tmp_path / "h100" / "block_attention.json"
     for device in ("NVIDIA H200", "NVIDIA A100-SXM4-80GB", "cpu"):
@@ -135,6 +148,9 @@ def test_result_file(bench, tmp_path):
     result = bench.files.make_result("block_attention", "NVIDIA H100 80GB HBM3", [row, row | {"case": {}}], seed=3)
     bench.files.write_result(path, result)
     assert json.loads(path.read_text()) == result and result["torch"] == torch.__version__ and result["seed"] == 3
+    assert "flashinfer" not in result
+    monkeypatch.setitem(sys.modules, "flashinfer", types.SimpleNamespace(__version__="0.6.4"))
+    assert bench.files.make_result("block_attention", "", [row])["flashinfer"] == "0.6.4"
     with pytest.raises(ValueError, match="once, got twice"):
         bench.files.make_result("block_attention", "", [row, row])
     with pytest.raises(ValueError, match="got none of ratio"):
