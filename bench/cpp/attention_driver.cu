@@ -10,6 +10,7 @@
 //   sparse_block_attention   SHAPE, PAGE, G, K: K tokens of the context in units of G, at even distances, per KV head
 //   select_kv                MODEL, BATCH, CONTEXT, G, K: rule fixed for all layers of MODEL, 4 sinks and 64 recents
 //   row_votes                SHAPE, G, K: K tokens per row
+//   merge_attention          MODEL, BATCH, Q: two parts
 //   token_confidence         BATCH * Q rows of 151936 logits
 // Two calls to warm up, then CALLS between cudaProfilerStart and cudaProfilerStop (`ncu --profile-from-start off`), all
 // over one set of inputs: the L2 is warm unless the profiler flushes it. CONTEXT may end in K.
@@ -35,6 +36,7 @@
 #include "core/cuda/device_info.h"
 #include "mage/block_attention_mass.h"
 #include "mage/block_attention_rows.h"
+#include "mage/merge_attention.h"
 #include "mage/row_votes.h"
 #include "mage/select_kv.h"
 #include "mage/sparse_block_attention.h"
@@ -228,6 +230,30 @@ Call row_votes(const Case& c) {
     return call;
 }
 
+Call merge_attention(const Case& c) {
+    Call call;
+    mage::MergeAttentionParams params;
+    params.num_requests = c.batch;
+    params.num_queries = c.q_len;
+    params.num_heads = c.heads;
+    params.head_dim = kHeadDim;
+    params.dtype = mage::DType::kBFloat16;
+    const int64_t rows = c.batch * c.q_len * c.heads;
+    for (const uint64_t seed : {1, 2}) {
+        mage::MergePart part;
+        part.out = call.keep<void>(random_values(rows * kHeadDim, seed));
+        part.stride_head = kHeadDim;
+        part.stride_query = c.heads * kHeadDim;
+        part.stride_request = c.q_len * c.heads * kHeadDim;
+        part.lse = call.keep<float>(random_shares(rows, c.units(), true));
+        params.parts.push_back(part);
+    }
+    params.out = call.keep<void>(allocate(2 * rows * kHeadDim));
+    params.lse = call.keep<float>(allocate(4 * rows));
+    call.launch = [params](cudaStream_t stream) { mage::cuda::merge_attention(params, stream); };
+    return call;
+}
+
 Call token_confidence(const Case& c) {
     Call call;
     mage::TokenConfidenceParams params;
@@ -365,6 +391,7 @@ Call make_call(const Case& c) {
         {"block_attention", block_attention},
         {"block_attention_mass", block_attention_mass},
         {"block_attention_rows", block_attention_rows},
+        {"merge_attention", merge_attention},
         {"row_votes", row_votes},
         {"select_kv", select_kv},
         {"sparse_block_attention", sparse_block_attention},
