@@ -19,7 +19,10 @@ constexpr RowCount kRowCounts[] = {{"Rows56", 8, 7}, {"Rows128", 32, 4}, {"Rows1
 constexpr RowCount kCutRowCounts[] = {
     {"Rows384", 64, 6}, {"Rows448", 64, 7}, {"Rows640", 64, 10}, {"Rows1024", 64, 16}};
 
-// Every axis by itself over small shapes: the naive loop's work, 2 * H * Q * S * D per case, is 2.5e9 in all.
+// Heads of a KV head: 8 fill the largest tile of rows with blocks of 32, the others are cut and divide nothing.
+constexpr int64_t kGroups[] = {8, 9, 11, 13, 15};
+
+// Every axis by itself over small shapes: the naive loop's work, 2 * H * Q * S * D per case, is 3.3e9 in all.
 inline std::vector<AttentionCase> cuda_attention_cases() {
     constexpr DType kBf16 = DType::kBFloat16, kFp16 = DType::kFloat16;
     std::vector<AttentionCase> cases;
@@ -126,6 +129,11 @@ inline std::vector<AttentionCase> cuda_attention_cases() {
         cases.back().causal = true;
     }
     add("RoomToSpare", {120, 0}, 6, 4, 2, 64, 32, kBf16).max_seq_len = 1000;
+    for (const int64_t group : kGroups) {
+        const std::string of = "Group" + std::to_string(group);
+        add(of, {200, 0, 65, 333}, 32, 2 * group, 2, 128, 64, kBf16);
+        add(of + "Causal", {200, 0, 65, 333}, 32, 2 * group, 2, 64, 16, kFp16).causal = true;
+    }
     return cases;
 }
 
@@ -230,6 +238,16 @@ inline void add_inputs(const AttentionOnDevice& device, LateInputs* late, bool r
     late->add("seq_lens", device.seq_lens, 0);
     late->add("kv_lens", device.kv_lens, 0);
 }
+
+// What an op of attention writes.
+inline void add_outputs(const AttentionOnDevice& device, LateReads* late) {
+    late->add("out", device.out);
+    late->add("lse", device.lse);
+    late->add("workspace", device.workspace);
+}
+
+// A batch with empty slots, and one of nothing else: where requests may have 300 tokens, most CTAs have nothing to do.
+const std::vector<std::vector<int32_t>> kEmptySlots = {{300, 0, 77, 0}, {0, 0, 0, 0}};
 
 // One request of a batch by itself, under the same addresses.
 inline BlockAttentionParams alone(const BlockAttentionParams& batch, int64_t b, int64_t max_seq_len) {

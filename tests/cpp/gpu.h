@@ -151,17 +151,24 @@ struct LateCopies {
     int64_t bytes[kMost];
 };
 
-// Lets its successor start at once, takes its time, and copies then. A template, as it is in a header.
+// Lets its successor start at once, takes longer than most calls (0.1 ms), and copies then. A template, as it is in a
+// header.
 template <typename Copies>
 __global__ void late_copy_kernel(const Copies copies) {
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
     const long long begin = clock64();
-    while (clock64() - begin < 50000) {
+    while (clock64() - begin < 200000) {
     }
     for (int i = 0; i < Copies::kMost; ++i) {
         for (int64_t at = blockIdx.x * blockDim.x + threadIdx.x; at < copies.bytes[i]; at += gridDim.x * blockDim.x)
             copies.to[i][at] = copies.from[i][at];
     }
+}
+
+inline void launch_behind(const LateCopies& copies, const DeviceCall& call, cudaStream_t stream) {
+    late_copy_kernel<<<8, 256, 0, stream>>>(copies);
+    MAGE_CUDA_CHECK("test", cudaGetLastError());
+    call.launch(stream);
 }
 
 // Inputs of a call that a kernel before it may write late.
@@ -213,11 +220,7 @@ private:
             call.poison();
             MAGE_CUDA_CHECK("test", cudaDeviceSynchronize());
         };
-        const auto launch = [&](cudaStream_t stream) {
-            late_copy_kernel<<<8, 256, 0, stream>>>(copies);
-            MAGE_CUDA_CHECK("test", cudaGetLastError());
-            call.launch(stream);
-        };
+        const auto launch = [&](cudaStream_t stream) { launch_behind(copies, call, stream); };
         forget();
         ASSERT_FALSE(call.run() == expected) << "what is there early gives the same";
         Streams streams;
@@ -234,6 +237,65 @@ private:
     }
 
     std::vector<Input> inputs_;
+};
+
+// What a call writes, its workspace included, and a kernel before it may still read.
+class LateReads {
+public:
+    template <typename T>
+    void add(const char* name, const DeviceArray<T>& array) {
+        const std::vector<char> bytes = bytes_in(array);
+        if (bytes.empty()) return;
+        reads_.push_back({name, reinterpret_cast<const char*>(array.data()), static_cast<int64_t>(bytes.size()),
+                          [&array] { return bytes_in(array); }, std::make_unique<DeviceArray<char>>(bytes)});
+    }
+
+    // The kernel finds what was there before the call, and the call gives what it gives alone: behind it, and behind it
+    // in a graph that runs twice.
+    void expect_awaited(const DeviceCall& call) const {
+        const std::vector<char> expected = call.run();
+        LateCopies copies = {};
+        ASSERT_LE(reads_.size(), static_cast<size_t>(LateCopies::kMost));
+        for (size_t i = 0; i < reads_.size(); ++i) {
+            copies.from[i] = reads_[i].array;
+            copies.to[i] = reads_[i].copy->data();
+            copies.bytes[i] = reads_[i].bytes;
+        }
+        const auto launch = [&](cudaStream_t stream) { launch_behind(copies, call, stream); };
+        Streams streams;
+        for (int run = 0; run < 3; ++run) {
+            SCOPED_TRACE(run == 0 ? "on a stream" : "run " + std::to_string(run - 1) + " of a graph");
+            call.poison();
+            ASSERT_FALSE(call.result() == expected) << "what is there before is the result";
+            std::vector<std::vector<char>> before;
+            for (const Read& read : reads_) {
+                before.push_back(read.get());
+                MAGE_CUDA_CHECK("test", cudaMemset(read.copy->data(), 0, read.bytes));
+            }
+            MAGE_CUDA_CHECK("test", cudaDeviceSynchronize());
+            if (run == 1) streams.capture(launch);
+            if (run > 0) {
+                streams.replay();
+            } else {
+                launch(streams.first);
+                MAGE_CUDA_CHECK("test", cudaStreamSynchronize(streams.first));
+            }
+            for (size_t i = 0; i < reads_.size(); ++i)
+                ASSERT_TRUE(reads_[i].copy->get() == before[i]) << reads_[i].name << " is written too early";
+            ASSERT_TRUE(call.result() == expected);
+        }
+    }
+
+private:
+    struct Read {
+        const char* name;
+        const char* array;
+        int64_t bytes;
+        std::function<std::vector<char>()> get;
+        std::unique_ptr<DeviceArray<char>> copy;
+    };
+
+    std::vector<Read> reads_;
 };
 
 }  // namespace mage::test

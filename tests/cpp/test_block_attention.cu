@@ -189,6 +189,28 @@ TEST(BlockAttentionCudaOverlap, WaitsForEveryInput) {
     }
 }
 
+// What is written may still be read by a kernel that lets this one start early.
+TEST(BlockAttentionCudaOverlap, WaitsForReaders) {
+    MAGE_NEEDS_GPU();
+    for (const RowCount& r : kRowCounts) {
+        for (const int64_t split_tokens : {0, 64}) {
+            for (const std::vector<int32_t>& lens : kEmptySlots) {
+                AttentionCase c = {"Read", lens, r.queries, r.heads, 1, 64, 16, DType::kBFloat16};
+                c.split_tokens = split_tokens;
+                c.max_seq_len = 300;
+                SCOPED_TRACE(std::string(r.name) + " split " + std::to_string(split_tokens) + " first length " +
+                             std::to_string(lens[0]));
+                const AttentionBuffers buffers(c, false);
+                AttentionOnDevice device(buffers, cuda::block_attention_workspace(buffers.params));
+                LateReads late;
+                add_outputs(device, &late);
+                late.expect_awaited(call_of(device));
+                if (HasFatalFailure()) return;
+            }
+        }
+    }
+}
+
 TEST(BlockAttentionCudaErrors, NameTheArgument) {
     MAGE_NEEDS_GPU();
     AttentionBuffers buffers(named_case("Causal"));

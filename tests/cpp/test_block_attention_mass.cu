@@ -67,8 +67,10 @@ std::vector<CudaMassCase> cuda_mass_cases() {
              MassNorm::kContext,
              false});
     }
-    // All of them for every row shape.
-    for (const RowCount& r : kRowCounts) {
+    // All of them for every row shape, and for rows that fill the largest.
+    std::vector<RowCount> rows(std::begin(kRowCounts), std::end(kRowCounts));
+    rows.push_back({"Rows256", 32, 8});
+    for (const RowCount& r : rows) {
         for (const int64_t g : granularities) {
             for (const bool max : {false, true}) {
                 for (const bool prefix : {false, true}) {
@@ -295,7 +297,10 @@ TEST(BlockAttentionMassCudaRange, GrowsWithinAPiece) {
             for (const bool packs : {true, false}) {
                 m.packs = packs;
                 m.run();
-                // 2^-10 for 16 bits; scores of up to 2^9 in log2 are known to 2^-16.
+                // 16 bits take up to 2^-10 of a share (core/unit_sums.h: 9 bits of mantissa, rounded to nearest).
+                // Scores of up to 2^9 in log2 are rounded to 2^-16, which takes 2^-16 * ln 2: a score, the reference
+                // when it moves after that (by 2^8 and more, so twice at most where a share is above 2^-20), and the
+                // total. 2^-14 are five of these; the 1e-3 of smaller scores would leave room for two.
                 expect_naive_mass(m, (packs ? 0x1p-10 : 0.0) + 0x1p-14);
             }
         }
@@ -456,6 +461,27 @@ TEST(BlockAttentionMassCudaOverlap, WaitsForEveryInput) {
             late.add("prefix_lens", m.device_prefix, 0);
             late.expect_awaited(m.call());
             if (HasFatalFailure()) return;
+        }
+    }
+}
+
+// What is written may still be read by a kernel that lets this one start early.
+TEST(BlockAttentionMassCudaOverlap, WaitsForReaders) {
+    MAGE_NEEDS_GPU();
+    for (const RowCount& r : kRowCounts) {
+        for (const bool packs : {false, true}) {
+            for (const std::vector<int32_t>& lens : kEmptySlots) {
+                CudaMassCase c = small_case(r.queries, r.heads, lens);
+                c.attention.max_seq_len = 300;
+                MassOnDevice m(c, packs);
+                SCOPED_TRACE(std::string(r.name) + (packs ? " packed" : "") + " first length " +
+                             std::to_string(lens[0]));
+                LateReads late;
+                add_outputs(m.attention, &late);
+                late.add("mass", m.device_mass);
+                late.expect_awaited(m.call());
+                if (HasFatalFailure()) return;
+            }
         }
     }
 }

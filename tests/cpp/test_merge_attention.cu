@@ -152,6 +152,23 @@ TEST(MergeAttentionCudaOverlap, WaitsForEveryInput) {
     }
 }
 
+// What is written may still be read by a kernel that lets this one start early; of rows without any part too.
+TEST(MergeAttentionCudaOverlap, WaitsForReaders) {
+    MAGE_NEEDS_GPU();
+    for (const MergeCase& c : cases_of_each_kernel()) {
+        MergeOnDevice device(c);
+        for (const bool silent : {false, true}) {
+            if (silent) device.lses.set(std::vector<float>(device.buffers.lses.size(), -INFINITY));
+            SCOPED_TRACE(c.name + (silent ? ", silent" : ""));
+            LateReads late;
+            late.add("out", device.out);
+            late.add("lse", device.lse);
+            late.expect_awaited(device.call());
+            if (HasFatalFailure()) return;
+        }
+    }
+}
+
 TEST(MergeAttentionPlan, TakesVectorsWhereItCan) {
     MergeBuffers buffers(merge_cases()[1]);  // 32 x 28 rows of 256 bytes
     const auto at = [](int64_t address) { return reinterpret_cast<char*>(address); };

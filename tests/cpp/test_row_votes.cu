@@ -190,6 +190,25 @@ TEST(RowVotesCudaOverlap, WaitsForEveryInput) {
     }
 }
 
+// What is written may still be read by a kernel that lets this one start early; of empty prefixes too.
+TEST(RowVotesCudaOverlap, WaitsForReaders) {
+    MAGE_NEEDS_GPU();
+    for (VoteCase c : kLaunchCases) {
+        for (const bool empty : {false, true}) {
+            c.lengths = {0, empty ? 0 : c.lengths[1]};
+            SCOPED_TRACE(c.name + (empty ? ", empty" : ""));
+            DeviceVotes device(vote_buffers(c));
+            LateReads late;
+            late.add("votes", device.votes);
+            late.add("union_size", device.union_size);
+            late.add("coverage", device.coverage);
+            late.add("workspace", device.workspace);
+            late.expect_awaited(device.call());
+            if (HasFatalFailure()) return;
+        }
+    }
+}
+
 TEST(RowVotesCudaErrors, NameTheArgument) {
     MAGE_NEEDS_GPU();
     const VoteBuffers buffers(1, 1, 4, 6, 16);

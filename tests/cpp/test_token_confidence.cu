@@ -290,6 +290,21 @@ TEST(TokenConfidenceCudaOverlap, WaitsForEveryInput) {
     }
 }
 
+// What is written may still be read by a kernel that lets this one start early.
+TEST(TokenConfidenceCudaOverlap, WaitsForReaders) {
+    MAGE_NEEDS_GPU();
+    for (const Memory& memory : memories_of_each_kernel()) {
+        OnDevice device(memory);
+        LateReads late;
+        late.add("token", device.token);
+        late.add("prob", device.prob);
+        late.add("entropy", device.entropy);
+        SCOPED_TRACE(std::to_string(memory.vocab) + " from " + std::to_string(memory.before));
+        late.expect_awaited(device.call());
+        if (HasFatalFailure()) return;
+    }
+}
+
 TEST(TokenConfidencePlan, FewRowsFillTheGpuAndManyAreOneWave) {
     TokenConfidenceParams params;
     params.dtype = DType::kBFloat16;

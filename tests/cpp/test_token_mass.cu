@@ -432,6 +432,28 @@ TEST(TokenMassCudaOverlap, WaitsForEveryInput) {
     }
 }
 
+// What is written may still be read by a kernel that lets this one start early.
+TEST(TokenMassCudaOverlap, WaitsForReaders) {
+    MAGE_NEEDS_GPU();
+    for (const int64_t queries : {32, 48}) {  // one chunk of rows, two
+        for (const std::vector<int32_t>& lens : kEmptySlots) {
+            AttentionCase c = small_case(queries, 7, lens);
+            c.max_seq_len = 300;
+            AttentionBuffers buffers(c);
+            for (const TokenOptions& options : all_options(16)) {
+                SCOPED_TRACE(std::to_string(queries) + " queries, first length " + std::to_string(lens[0]) + " " +
+                             options.name());
+                TokensOnDevice m(buffers, options);
+                LateReads late;
+                late.add("mass", m.device_mass);
+                late.add("workspace", m.attention.workspace);
+                late.expect_awaited(m.call());
+                if (HasFatalFailure()) return;
+            }
+        }
+    }
+}
+
 // A row that doesn't count may hold anything.
 TEST(TokenMassCudaMask, HidesNan) {
     MAGE_NEEDS_GPU();
