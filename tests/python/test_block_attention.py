@@ -404,11 +404,13 @@ LARGE_CASES = {
     "block_of_64": AttentionCase((1500, 200), 64, 28, 4, 128, page=1, dtype=BF16),
 }
 
-# One token beside a long stream, and a million tokens: of weights that are alike, and of few that matter.
+# One token beside a long stream, and a million tokens: of weights that are alike, of few that matter, and of all rows
+# of a block of 7B, whose scores take 2 GB in float64.
 LONG_CASES = {
     "beside_one_token": AttentionCase((1, 131_104), 32, 12, 2, 128, dtype=BF16),
     "million": AttentionCase((1_048_600,), 8, 4, 1, 64, dtype=BF16),
     "million_of_few": AttentionCase((1_048_600,), 8, 4, 1, 64, q_scale=4.0, dtype=BF16),
+    "million_of_7b": AttentionCase((1_048_600,), 32, 7, 1, 128, dtype=BF16),
 }
 
 

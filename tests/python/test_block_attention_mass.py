@@ -110,16 +110,22 @@ def test_matches_reference(name, options):
     assert mass.shape == (len(case.lens), case.kv_heads, -(-case.longest // options["g"]))
 
 
+def assert_mean_mass_sums_to_one(case, g, norm, device):
+    """In requests that have tokens to count: the last is all block, without a prefix."""
+    case = replace(case, lens=(517, 64, 0, 32))
+    options = mass_options(case, {"g": g, "norm": norm})
+    options = on_cuda(options) if device == "cuda" else options
+    mass = ops.block_attention_mass(**case.tensors(device=device), **case.options, **options)[2]
+    totals = mass.double().sum(-1)
+    has_mass = [True, True, False, norm == "context"]
+    for b, expected in enumerate(has_mass):
+        assert (totals[b] - int(expected)).abs().max() < 1e-3
+
+
 @pytest.mark.parametrize("g", [1, 16, 32, 64])
 @pytest.mark.parametrize("norm", ["context", "prefix"])
 def test_mean_mass_sums_to_one(g, norm):
-    case = replace(ATTENTION_CASES["block_of_7b"], lens=(517, 64, 0, 32))
-    options = mass_options(case, {"g": g, "norm": norm})
-    mass = ops.block_attention_mass(**case.tensors(), **case.options, **options)[2]
-    totals = mass.double().sum(-1)
-    has_mass = [True, True, False, norm == "context"]  # the last request is all block, without a prefix
-    for b, expected in enumerate(has_mass):
-        assert (totals[b] - int(expected)).abs().max() < 1e-3
+    assert_mean_mass_sums_to_one(ATTENTION_CASES["block_of_7b"], g, norm, "cpu")
 
 
 def test_zero_where_nothing_counts():
@@ -279,6 +285,21 @@ def test_cuda_matches_float64_on_the_gpu(heads, kv_heads, g):
     for score, exact in (("mean", shares.mean(2)), ("max", shares.amax(2))):
         mass = ops.block_attention_mass(**tensors, max_seq_len=4128, g=g, score=score)[2]
         assert_mass_close(mass, exact)
+
+
+# Unit sums in float32; and of R = 192 where they may take 12 MB, which packs them.
+SUMMED = {
+    "float32": CUDA_ATTENTION_CASES["block_of_7b"],
+    "packed": AttentionCase((), 32, 12, 2, 128, dtype=BF16, max_seq_len=1 << 17),
+}
+
+
+@gpu
+@pytest.mark.parametrize("g", [16, 32, 64])
+@pytest.mark.parametrize("norm", ["context", "prefix"])
+@pytest.mark.parametrize("name", SUMMED)
+def test_cuda_mean_mass_sums_to_one(name, norm, g):
+    assert_mean_mass_sums_to_one(SUMMED[name], g, norm, "cuda")
 
 
 @gpu
