@@ -52,7 +52,7 @@ from mage_ext.testing.compare import assert_out_close
 CONTEXT = 32768
 BATCHES = (1, 4, 16, 64)
 BUDGETS = (256, 512, 1024, 2048, 4096, 8192)
-UNITS = (64, 16, 1)
+UNITS = (64, 32, 16, 1)
 UNEVEN = 8  # the largest count over the smallest
 FA3_SPLITS = (0, 1, 4)
 STAND_IN = 16  # tokens of a page where a peer does not take pages of 1

@@ -21,7 +21,7 @@ from mage_ext.testing.compare import assert_mass_close, assert_out_close
 
 EMISSIONS = {"none": ("none", None), "mass64": ("mass", 64), "mass32": ("mass", 32), "mass16": ("mass", 16)}
 EMISSIONS |= {"rows64": ("rows", 64), "rows32": ("rows", 32), "rows16": ("rows", 16)}
-DEFAULT_EMISSIONS = "none,mass64,mass16"
+DEFAULT_EMISSIONS = "none,mass64,mass32,mass16"
 
 BATCHES = ((1, "4K"), (1, "16K"), (1, "32K"), (1, "128K"), (4, "32K"), (16, "32K"))
 SUB_BLOCK_BATCHES = ((1, "4K"), (1, "32K"), (1, "128K"), (16, "32K"))  # Q = 8

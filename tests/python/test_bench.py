@@ -335,9 +335,9 @@ def test_rows_of_sparse_attention(bench):
     sparse = bench.sparse
     shapes = sparse.all_shapes()
     assert len({json.dumps(shape.case) for shape in shapes}) == len({shape.name for shape in shapes}) == len(shapes)
-    assert len(shapes) == 3 * 4 * 6 * 3 + 3 * 2 * 3 + 3
+    assert len(shapes) == 3 * 4 * 6 * 4 + 3 * 2 * 4 + 4
     chosen = sparse.default_shapes()
-    assert len(chosen) == 48 and set(chosen) <= set(shapes)
+    assert len(chosen) == 58 and set(chosen) <= set(shapes)
     assert {(s.batch, s.budget, s.g) for s in chosen if s.model == "7B" and s.target[1:] == (None, None)} == {
         *((1, k, 16) for k in (256, 1024, 4096, 8192)),  # 1024: uneven
         *((16, k, 16) for k in (256, 1024, 4096, 8192)),
@@ -361,7 +361,7 @@ def test_rows_of_sparse_attention(bench):
         assert not shape.uneven or shape.g == 64 or max(units) / min(units) == pytest.approx(8, rel=0.1)
     assert [s.name for s in shapes if sparse.matches(s, "8b:4:1K:16")] == ["8B 4 K=1024 g=16 Q=32"]
     assert [s.name for s in shapes if sparse.matches(s, "7B:1:::8")] == [s.name for s in shapes if s.q_len == 8]
-    assert sum(sparse.matches(s, "::::uneven") for s in shapes) == 18
+    assert sum(sparse.matches(s, "::::uneven") for s in shapes) == 24
     with pytest.raises(ValueError, match="MODEL:BATCH:K:G:Q, got '1:2:3:4:5:6'"):
         sparse.matches(shapes[0], "1:2:3:4:5:6")
 
@@ -416,7 +416,7 @@ def test_sparse_attention_on_the_cpu_with_the_timer_replaced(bench, monkeypatch,
     sparse = bench.sparse
     shapes = [sparse.SparseShape("1.5B", 1, 512, g) for g in sparse.UNITS]
     shapes += [sparse.SparseShape("8B", 2, 128, 16, uneven=True), sparse.SparseShape("7B", 1, 1024, 64, q_len=8)]
-    times = iter([8.0, 10.0, 9.0, 20.0, 7.6])
+    times = iter([8.0, 8.5, 10.0, 9.0, 20.0, 7.6])
     monkeypatch.setattr(sparse, "CONTEXT", 1024)
     monkeypatch.setattr(sparse, "COLD_BYTES", 4e6)
     monkeypatch.setattr(bench.sets, "COLD_BYTES", 1)
@@ -438,10 +438,10 @@ def test_sparse_attention_on_the_cpu_with_the_timer_replaced(bench, monkeypatch,
     result = json.loads(lines[-1])
     assert result == json.loads(path.read_text()) and result["name"] == "sparse_block_attention"
     rows = result["rows"]
-    assert [row["case"]["g"] for row in rows] == [64, 16, 1, 16, 64]
-    assert [row["peer"] for row in rows] == ["FA3 splits=0"] * 2 + ["FA3 page=16 splits=0"] + ["FA3 splits=0"] * 2
-    assert rows[2]["absent"]["FA3"] == "takes no such page" and "off by" in rows[0]["absent"]["FA3 splits=1"]
-    assert rows[3]["case"]["counts"] == "uneven" and ("layout" in rows[0]["case"]) == (layout == "hnd")
+    assert [row["case"]["g"] for row in rows] == [64, 32, 16, 1, 16, 64]
+    assert [row["peer"] for row in rows] == ["FA3 splits=0"] * 3 + ["FA3 page=16 splits=0"] + ["FA3 splits=0"] * 2
+    assert rows[3]["absent"]["FA3"] == "takes no such page" and "off by" in rows[0]["absent"]["FA3 splits=1"]
+    assert rows[4]["case"]["counts"] == "uneven" and ("layout" in rows[0]["case"]) == (layout == "hnd")
     assert rows[0]["case"]["context"] == 1024 and rows[0]["case"]["K"] == 512 and rows[0]["ratio"] == 1.5
     # The best g of 1.5B has 1.5 where 1.55 is wanted; the sub-block takes 0.1 us too long.
     assert "targets missed: 2" in lines
@@ -453,7 +453,7 @@ def test_rows_of_the_block_total(bench):
     total = bench.total
     shapes = total.all_shapes(28)
     assert len({json.dumps(shape.case) for shape in shapes}) == len({shape.name for shape in shapes}) == len(shapes)
-    assert len(shapes) == 24 and all(shape.is_whole for shape in shapes)
+    assert len(shapes) == 30 and all(shape.is_whole for shape in shapes)
     few = {(shape.dense_layers, shape.forwards): shape for shape in shapes if shape.candidates}
     by_key = {(shape.g, shape.dense_layers, shape.forwards): shape for shape in shapes if not shape.candidates}
     # One multiplies for 98.2 us per exact layer, reads and writes partial sums of no weight; two layers stay exact.
@@ -479,7 +479,7 @@ def test_rows_of_the_block_total(bench):
     assert [s.name for s in shapes if total.matches(s, "1:2:8:4K")] == ["7B 1x128K g=1 of 4K dense=2 T=8"]
     assert [s.name for s in shapes if total.matches(s, "1:2:8:0")] == ["7B 1x128K g=1 dense=2 T=8"]
     assert [s.name for s in shapes if total.matches(s, "16:2:8")] == ["7B 1x128K g=16 dense=2 T=8"]
-    assert len([s for s in shapes if total.matches(s, "::32")]) == 8
+    assert len([s for s in shapes if total.matches(s, "::32")]) == 10
     with pytest.raises(ValueError, match="G:DENSE_LAYERS:T:CANDIDATES, got '1:2:3:4:5'"):
         total.matches(shapes[0], "1:2:3:4:5")
     # Units 1, 2, 3 of one head and 5, 6 of the other, each with K and V.
