@@ -180,6 +180,17 @@ std::vector<SparseCase> cuda_sparse_cases() {
     add("LongG32", {20000, 1}, 4, 2, 1, 64, 64, kFp16, 32);
     add("LongTail", {3000, 900}, 8, 7, 1, 64, 64, kBf16, 32).tail = TailKind::kZero;
     add("LongTailOfOneUnit", {3000, 900}, 8, 7, 1, 128, 64, kBf16, 64).list = ListKind::kOne;
+    // One long list, and short ones that make the plan a cluster whose CTAs bring K and V for one another: tiles follow
+    // one another in its ring, 3 to 5 of them.
+    const std::pair<int32_t, int32_t> rings[] = {{26, 350}, {26, 650}, {13, 650}, {13, 1300}, {10, 1000}, {7, 1300}};
+    for (const auto& [requests, length] : rings) {
+        std::vector<int32_t> lens;
+        for (int32_t b = 0; b < requests; ++b) lens.push_back(b == 1 ? length : 37 * b % 90);
+        const std::string of = "SharedRing" + std::to_string(requests) + "Of" + std::to_string(length);
+        add(of, lens, 43, 3, 1, 128, 16, kBf16, 32).list = ListKind::kAll;
+        add(of + "Causal", lens, 43, 3, 1, 128, 64, kFp16, 32).list = ListKind::kDirty;
+        cases.back().attention.causal = true;
+    }
     // Lists of other widths.
     for (const int64_t g : kGranularities) {
         add(of_g(g) + "LongerThanRoom", {250, 90}, 8, 14, 2, 64, 16, kBf16, g).list = ListKind::kLongerThanRoom;
