@@ -118,7 +118,14 @@ class SelectKvCuda : public testing::TestWithParam<SelectCase> {};
 
 TEST_P(SelectKvCuda, AgreesWithTheCpu) {
     MAGE_NEEDS_GPU();
-    expect_the_cpus(GetParam(), 3);
+    expect_the_cpus(GetParam(), 1);
+}
+
+TEST_P(SelectKvCuda, GivesTheSameBitsAgain) {
+    MAGE_NEEDS_GPU();
+    SelectBuffers buffers = select_buffers(GetParam());
+    DeviceSelect device(buffers);
+    expect_equal_runs(device.call(), 3);
 }
 
 // One for each way of laying rows on CTAs and each rule, and the edges of budgets and lengths.
