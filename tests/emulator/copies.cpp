@@ -10,14 +10,23 @@ namespace emulator {
 
 void* dynamic_shared() { return machine.cta->arena; }
 
+// As long as no thread has come to a variable, nothing lies at its place.
+void* static_shared(const char* name, int line, size_t bytes) {
+    for (const StaticVariable& variable : machine.statics) {
+        if (variable.line == line && strcmp(variable.name, name) == 0) return machine.cta->arena + variable.offset;
+    }
+    const uint32_t offset = (machine.shared_end + 15) / 16 * 16;
+    if (offset + bytes > kMostShared) fail("more than 227 KB of shared memory with %s", name);
+    machine.statics.push_back({name, line, offset});
+    machine.shared_end = offset + static_cast<uint32_t>(bytes);
+    for (int rank = 0; rank < machine.cluster_size; ++rank) memset(machine.pool[rank]->arena + offset, 0xff, bytes);
+    return machine.cta->arena + offset;
+}
+
 uint32_t address_of(const void* pointer) {
-    const char* at = static_cast<const char*>(pointer);
-    const char* arena = machine.cta->arena;
-    const StaticShared& statics = machine.shape.statics;
-    if (at >= arena && at < arena + kStaticOffset) return static_cast<uint32_t>(at - arena);
-    if (at >= statics.begin && at < statics.begin + statics.bytes)
-        return kStaticOffset | static_cast<uint32_t>(at - statics.begin);
-    fail("an address that is not of shared memory, or of a `__shared__` variable of another file than the launch's");
+    const int64_t offset = static_cast<const char*>(pointer) - machine.cta->arena;
+    if (offset < 0 || offset >= machine.shared_end) fail("an address that is not of shared memory");
+    return static_cast<uint32_t>(offset);
 }
 
 // mapa.
@@ -36,13 +45,7 @@ uint32_t full_address(uint32_t address) {
     return (address & kOffsetMask) | (cta_of(address)->rank + 1) << kCtaShift;
 }
 
-char* bytes_at(uint32_t address) {
-    Cta* cta = cta_of(address);
-    const uint32_t offset = address & kOffsetMask;
-    if (offset < kStaticOffset) return cta->arena + offset;
-    char* statics = cta == machine.cta ? machine.shape.statics.begin : cta->statics.data();
-    return statics + (offset - kStaticOffset);
-}
+char* bytes_at(uint32_t address) { return cta_of(address)->arena + (address & kOffsetMask); }
 
 // --- Bytes in flight --------------------------------------------------------------------------------------------------
 
@@ -69,9 +72,7 @@ char* settled(uint32_t address, int bytes, const char* what) {
 // What lies there is lost from now on: who still reads it gets NaN.
 static void take_off(uint32_t to, uint32_t bytes, const char* what) {
     const uint32_t offset = to & kOffsetMask;
-    const size_t end =
-        offset < kStaticOffset ? machine.shape.shared_bytes : kStaticOffset + machine.shape.statics.bytes;
-    if (offset + bytes > end) fail("%s to %x goes past the end of shared memory", what, to);
+    if (offset + bytes > machine.shared_end) fail("%s to %x goes past the end of shared memory", what, to);
     if (is_in_flight(*cta_of(to), offset, bytes)) fail("%s to %x, where another one is in flight", what, to);
     mark_in_flight(to, bytes, true);
     memset(bytes_at(to), 0xff, bytes);

@@ -13,27 +13,14 @@
 
 // --- Qualifiers -------------------------------------------------------------------------------------------------------
 
-// EMULATED_UNIT names the source file. The linker gives the bounds of a section whose name is an identifier.
-#define EMULATOR_STRING_(x) #x
-#define EMULATOR_STRING(x) EMULATOR_STRING_(x)
-#define EMULATOR_JOIN_(a, b) a##b
-#define EMULATOR_JOIN(a, b) EMULATOR_JOIN_(a, b)
-#define EMULATOR_SECTION EMULATOR_JOIN(emulated_, EMULATED_UNIT)
-extern "C" {
-extern char EMULATOR_JOIN(__start_, EMULATOR_SECTION)[] __attribute__((weak));
-extern char EMULATOR_JOIN(__stop_, EMULATOR_SECTION)[] __attribute__((weak));
-}
-
 #undef __device__
 #undef __global__
-#undef __shared__
 #undef __launch_bounds__
 #undef __grid_constant__
 #undef __forceinline__
 #undef __noinline__
 #define __device__
 #define __global__
-#define __shared__ static __attribute__((section(EMULATOR_STRING(EMULATOR_SECTION))))
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define __forceinline__ inline
@@ -46,10 +33,10 @@ extern char EMULATOR_JOIN(__stop_, EMULATOR_SECTION)[] __attribute__((weak));
 
 namespace emulator {
 
-// The `__shared__` variables of this file.
-[[maybe_unused]] static StaticShared static_shared() {
-    char* begin = EMULATOR_JOIN(__start_, EMULATOR_SECTION);
-    return {begin, static_cast<size_t>(EMULATOR_JOIN(__stop_, EMULATOR_SECTION) - begin)};
+// `__shared__ T name;` (translate.py).
+template <typename T>
+T& shared_variable(const char* name, int line) {
+    return *static_cast<T*>(static_shared(name, line, sizeof(T)));
 }
 
 // kernel<<<grid, block, shared_bytes, stream>>>(argument) of the tests' own kernel, which releases its successor at once.

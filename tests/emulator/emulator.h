@@ -24,18 +24,10 @@ void begin_test();
 
 // --- Launches ---------------------------------------------------------------------------------------------------------
 
-// `__shared__` variables of a source file: one section of the program. Every CTA of a cluster has a copy of its own,
-// which is swapped in while its threads run.
-struct StaticShared {
-    char* begin = nullptr;
-    size_t bytes = 0;
-};
-
 struct LaunchShape {
     dim3 grid, block;
     uint32_t shared_bytes = 0;
     uint32_t cluster = 1;
-    StaticShared statics;
 };
 
 // Runs all CTAs of a launch, cluster after cluster in random order. Throws std::runtime_error with the report.
@@ -72,9 +64,10 @@ uint32_t cluster_index();
 
 // --- Shared memory ----------------------------------------------------------------------------------------------------
 
-// An address: 18 bits of offset, a bit for `__shared__` variables, above them the CTA of the cluster plus one, or 0 for
-// the own one.
+// An address: 18 bits of offset, above them the CTA of the cluster plus one, or 0 for the own one.
 void* dynamic_shared();
+// The `__shared__` variable of that name and line, at the same place in every CTA of the launch.
+void* static_shared(const char* name, int line, size_t bytes);
 uint32_t address_of(const void* pointer);
 uint32_t cluster_address(uint32_t address, uint32_t rank);
 

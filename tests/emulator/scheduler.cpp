@@ -175,17 +175,6 @@ bool can_go_on(const Fiber& fiber) {
     return false;
 }
 
-// Puts the CTA's `__shared__` variables in place.
-void enter(Cta* cta) {
-    const StaticShared& statics = machine.shape.statics;
-    if (machine.cta == cta) return;
-    if (statics.bytes > 0) {
-        if (machine.cta != nullptr) memcpy(machine.cta->statics.data(), statics.begin, statics.bytes);
-        memcpy(statics.begin, cta->statics.data(), statics.bytes);
-    }
-    machine.cta = cta;
-}
-
 // Up to `turns` rounds over the lanes of a warp, in random order; whether one of them went on.
 bool run_warp(Cta* cta, int warp, int turns) {
     const int threads = static_cast<int>(cta->fibers.size());
@@ -201,7 +190,7 @@ bool run_warp(Cta* cta, int warp, int turns) {
             if (fiber.is_done || !can_go_on(fiber)) continue;
             fiber.wait = Fiber::Wait::kNone;
             cta->has_started = true;
-            enter(cta);
+            machine.cta = cta;
             machine.current = &fiber;
             emulator_switch(&machine.scheduler_stack, fiber.stack_pointer);
             machine.current = nullptr;
@@ -341,7 +330,7 @@ void run_cluster() {
 
 void check_shape(const LaunchShape& shape) {
     const auto refuse = [](const char* what) { throw std::runtime_error(std::string("launch: ") + what); };
-    if (shape.shared_bytes + shape.statics.bytes > 227 * 1024) refuse("more than 227 KB of shared memory");
+    if (shape.shared_bytes > kMostShared) refuse("more than 227 KB of shared memory");
     if (shape.cluster > kMaxCtas || shape.grid.x % shape.cluster != 0) refuse("the cluster does not divide the grid");
     if (shape.block.x * shape.block.y * shape.block.z > kMaxThreads) refuse("more than 1024 threads in a block");
     if (shape.grid.y > 65535 || shape.grid.z > 65535) refuse("more than 65535 blocks along y or z");
@@ -350,7 +339,7 @@ void check_shape(const LaunchShape& shape) {
 void grow_pool(size_t ctas) {
     while (machine.pool.size() < ctas) {
         auto cta = std::make_unique<Cta>();
-        cta->arena = static_cast<char*>(aligned_alloc(kStaticOffset, kStaticOffset));
+        cta->arena = static_cast<char*>(aligned_alloc(kArenaBytes, kArenaBytes));
         cta->stacks = static_cast<char*>(mmap(nullptr, kStackBytes * kMaxThreads, PROT_READ | PROT_WRITE,
                                               MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
         if (cta->stacks == MAP_FAILED) throw std::runtime_error("no memory for stacks");
@@ -379,9 +368,8 @@ void start_cta(Cta* cta, uint32_t rank, uint3 block) {
     cta->block = block;
     cta->rank = rank;
     cta->has_started = cta->has_exited = false;
-    cta->in_flight.assign((kOffsetMask + 1) / kGranule, 0);
-    memset(cta->arena, 0xff, shape.shared_bytes);
-    cta->statics.assign(shape.statics.bytes, static_cast<char>(0xff));
+    cta->in_flight.assign(kArenaBytes / kGranule, 0);
+    memset(cta->arena, 0xff, machine.shared_end);
     for (Warp& warp : cta->warps) warp = Warp();
     cta->fibers.assign(threads, Fiber());
     for (int thread = 0; thread < threads; ++thread) {
@@ -415,6 +403,8 @@ void run_grid(const LaunchShape& shape, const std::function<void()>& thread) {
     grow_pool(shape.cluster);
     machine.shape = shape;
     machine.thread = &thread;
+    machine.statics.clear();
+    machine.shared_end = shape.shared_bytes;
     machine.cluster_size = static_cast<int>(shape.cluster);
     machine.random_state = (options.seed + 1) * 0x9e3779b97f4a7c15ull + ++launch_number * 0xbf58476d1ce4e5b9ull;
     for (int i = 0; i < 4; ++i) random_bits();

@@ -14,9 +14,10 @@ namespace emulator {
 constexpr int kMaxThreads = 1024;
 constexpr int kMaxWarps = kMaxThreads / 32;
 constexpr int kMaxCtas = 16;
-constexpr uint32_t kStaticOffset = 1u << 18;  // where `__shared__` variables begin
-constexpr int kCtaShift = 19;
-constexpr uint32_t kOffsetMask = (1u << kCtaShift) - 1;
+constexpr int kCtaShift = 18;  // of an address in shared memory
+constexpr uint32_t kArenaBytes = 1u << kCtaShift;
+constexpr uint32_t kOffsetMask = kArenaBytes - 1;
+constexpr uint32_t kMostShared = 227 * 1024;
 constexpr uint32_t kGranule = 16;  // bytes whose copies in flight are known together
 
 // Warps that run only when no other can go on.
@@ -130,9 +131,8 @@ struct Cta {
     uint3 block = {};
     uint32_t rank = 0;
     bool has_started = false, has_exited = false;
-    char* arena = nullptr;  // dynamic shared memory
+    char* arena = nullptr;  // shared memory: the dynamic one, then `__shared__` variables
     char* stacks = nullptr;
-    std::vector<char> statics;  // `__shared__` variables while another CTA of the cluster runs
     std::vector<uint8_t> in_flight;
 };
 
@@ -143,12 +143,21 @@ struct Operation {
     std::function<void()> run;
 };
 
+// A `__shared__` variable. Its place is that of the first thread of a launch that comes to it.
+struct StaticVariable {
+    const char* name = nullptr;
+    int line = 0;
+    uint32_t offset = 0;
+};
+
 struct Machine {
     LaunchShape shape;
+    std::vector<StaticVariable> statics;
+    uint32_t shared_end = 0;
     const std::function<void()>* thread = nullptr;
     std::vector<std::unique_ptr<Cta>> pool;
     int cluster_size = 1;
-    Cta* cta = nullptr;  // whose thread runs, and whose `__shared__` variables are in place
+    Cta* cta = nullptr;  // whose thread runs
     Fiber* current = nullptr;
     void* scheduler_stack = nullptr;
     std::string failure;

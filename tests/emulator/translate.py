@@ -2,9 +2,9 @@
 
     python3 translate.py REPOSITORY FOLDER FILE...
 
-A FILE is a path in the repository; its copy has the same path in FOLDER, `.cpp` appended to `.cu`. Four things change:
-dynamic shared memory, the place of `alignas` beside `__shared__`, launches with <<<>>> (of the tests' own kernel), and
-PTX outside of csrc/device, by the table below. Whatever of these is left over is an error.
+A FILE is a path in the repository; its copy has the same path in FOLDER, `.cpp` appended to `.cu`. Three things change,
+within their lines: shared memory, dynamic or in variables, launches with <<<>>> (of the tests' own kernel), and PTX
+outside of csrc/device, by the table below. Whatever of these is left over is an error.
 """
 
 import re
@@ -12,10 +12,13 @@ import sys
 from pathlib import Path
 
 DYNAMIC_SHARED = re.compile(r"extern __shared__ (?:__align__\(\d+\) )?([\w ]+) (\w+)\[\];")
-SHARED_ALIGNAS = re.compile(r"__shared__ (alignas\(\d+\)) ")
+SHARED = re.compile(r"(?<!extern )__shared__ (?:alignas\(\d+\) )?([^;]+);")
+DIMENSIONS = r"((?:\[[^\]]*\])*)"
+FIRST_DECLARATOR = re.compile(rf"(.+?) (\w+){DIMENSIONS}((?:, \w+{DIMENSIONS})*)$")
+DECLARATOR = re.compile(rf", (\w+){DIMENSIONS}")
 LAUNCH = re.compile(r"(\w+)<<<(.*?)>>>\(")
 PTX = re.compile(r"asm(?: volatile)?\s*\((.*?)\);", re.DOTALL)
-LEFT_OVER = re.compile(r"extern __shared__|<<<|\basm\b")
+LEFT_OVER = re.compile(r"__shared__|<<<|\basm\b")
 
 # An instruction, and C++ for the statements that have it, by the names of their operands.
 INSTRUCTIONS = {
@@ -31,6 +34,14 @@ INSTRUCTIONS = {
 
 
 def translate(name: str, text: str) -> str:
+    def replace_shared(match: re.Match) -> str:
+        first = FIRST_DECLARATOR.match(match[1])
+        if not first:
+            sys.exit(f"{name}: not translated: {match[0]}")
+        variables = [(first[2], first[3]), *DECLARATOR.findall(first[4])]
+        one = 'auto& {0} = emulator::shared_variable<{1}{2}>("{0}", __LINE__);'
+        return " ".join(one.format(variable, first[1], dimensions) for variable, dimensions in variables)
+
     def replace_ptx(match: re.Match) -> str:
         for instruction, code in INSTRUCTIONS.items():
             if instruction in match[1]:
@@ -38,7 +49,7 @@ def translate(name: str, text: str) -> str:
         sys.exit(f"{name}: no C++ for this PTX, add it to INSTRUCTIONS of {__file__}:\n{match[0]}")
 
     text = DYNAMIC_SHARED.sub(r"auto* \2 = static_cast<\1*>(emulator::dynamic_shared());", text)
-    text = SHARED_ALIGNAS.sub(r"\1 __shared__ ", text)
+    text = SHARED.sub(replace_shared, text)
     text = LAUNCH.sub(r"emulator::launch_late(\1, \2, ", text)
     text = PTX.sub(replace_ptx, text)
     for number, line in enumerate(text.splitlines(), 1):
