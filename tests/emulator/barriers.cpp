@@ -5,7 +5,8 @@
 
 namespace emulator {
 
-// --- Warps and CTAs ---------------------------------------------------------------------------------------------------
+// --- Warps and CTAs
+// ---------------------------------------------------------------------------------------------------
 
 static Meeting* meeting_of(Warp* warp, uint32_t mask) {
     for (auto& meeting : warp->meetings) {
@@ -74,7 +75,8 @@ void named_barrier(uint32_t id, uint32_t threads, bool waits) {
     if (!complete_if_last(barrier, barrier->expected) && waits) wait_generation(&barrier->generation, generation);
 }
 
-// --- Clusters ---------------------------------------------------------------------------------------------------------
+// --- Clusters
+// ---------------------------------------------------------------------------------------------------------
 
 void settle_cluster() {
     if (machine.cluster_came == 0 || machine.cluster_came != machine.cluster_alive) return;
@@ -82,8 +84,8 @@ void settle_cluster() {
     ++machine.cluster_phase;
 }
 
-// barrier.cluster.arrive marks the arrival of all threads of the warp, which execute it together (.aligned). Between two
-// arrivals of a thread there is a wait.
+// barrier.cluster.arrive marks the arrival of all threads of the warp, which execute it together (.aligned). Between
+// two arrivals of a thread there is a wait.
 void cluster_arrive() {
     converge("barrier.cluster.arrive");
     Fiber* fiber = machine.current;
@@ -112,7 +114,8 @@ void cluster_wait() {
     to_scheduler();
 }
 
-// --- mbarriers --------------------------------------------------------------------------------------------------------
+// --- mbarriers
+// --------------------------------------------------------------------------------------------------------
 
 // What an mbarrier's bytes hold, so that writes over it are seen.
 static uint64_t mark_of(const Mbarrier& barrier) { return 0x7ba221e7'00000000ull | barrier.offset; }
@@ -143,7 +146,6 @@ void mbarrier_init(uint32_t address, uint32_t arrivals) {
     auto barrier = std::make_unique<Mbarrier>();
     barrier->offset = address & kOffsetMask;
     barrier->expected = barrier->pending = static_cast<int>(arrivals);
-    barrier->waited.assign(machine.cta->fibers.size(), kNeverWaited);
     const uint64_t mark = mark_of(*barrier);
     memcpy(bytes_at(address), &mark, sizeof mark);
     machine.cta->mbarriers.push_back(std::move(barrier));
@@ -179,18 +181,13 @@ void mbarrier_arrive_remote(uint32_t address) {
     add_operation({target, true, [address] { arrive(live_mbarrier(address, "a remote arrival"), 0); }});
 }
 
-// mbarrier.try_wait.parity tells of the phase of that parity: the current one, or the one just before it. A waiter that
-// is two phases behind would take one for the other, so that being lapped is an error.
+// mbarrier.try_wait.parity tells of the phase of that parity: the current one, or the one just before it. Who is let go
+// two phases late would find the wrong one, so that being lapped is an error. Threads may leave out phases; whoever
+// comes late by two therefore waits for another one here, as it would there.
 void mbarrier_wait(uint32_t address, uint32_t parity) {
-    Mbarrier* barrier = live_mbarrier(address, "a wait");
-    int& last = barrier->waited[machine.current->thread];
-    // The phase that is meant: the thread's last one once more, or the next of that parity.
-    int phase = parity == 1 ? -1 : 0;
-    if (last != kNeverWaited) phase = static_cast<uint32_t>(last & 1) == parity ? last : last + 1;
-    last = phase;
-    if (barrier->completed > phase + 1)
-        fail("mbarrier at %x: a wait for phase %d comes when %d are complete", address, phase, barrier->completed);
-    if (barrier->completed == phase + 1) return;
+    const Mbarrier* barrier = live_mbarrier(address, "a wait");
+    const int phase = barrier->completed;
+    if (static_cast<uint32_t>(phase % 2) != parity) return;
     machine.current->wait = Fiber::Wait::kMbarrier;
     machine.current->barrier = barrier;
     machine.current->value = phase;

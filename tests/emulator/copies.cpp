@@ -6,7 +6,8 @@
 
 namespace emulator {
 
-// --- Addresses --------------------------------------------------------------------------------------------------------
+// --- Addresses
+// --------------------------------------------------------------------------------------------------------
 
 void* dynamic_shared() { return machine.cta->arena; }
 
@@ -41,13 +42,12 @@ Cta* cta_of(uint32_t address) {
     return rank == 0 ? machine.cta : machine.pool[rank - 1].get();
 }
 
-uint32_t full_address(uint32_t address) {
-    return (address & kOffsetMask) | (cta_of(address)->rank + 1) << kCtaShift;
-}
+uint32_t full_address(uint32_t address) { return (address & kOffsetMask) | (cta_of(address)->rank + 1) << kCtaShift; }
 
 char* bytes_at(uint32_t address) { return cta_of(address)->arena + (address & kOffsetMask); }
 
-// --- Bytes in flight --------------------------------------------------------------------------------------------------
+// --- Bytes in flight
+// --------------------------------------------------------------------------------------------------
 
 bool is_in_flight(const Cta& cta, uint32_t offset, uint32_t bytes) {
     const auto begin = cta.in_flight.begin() + offset / kGranule;
@@ -84,7 +84,8 @@ static void check_target(uint32_t address, const char* what) {
     if (cta->has_exited) fail("%s to CTA %u, which has exited", what, cta->rank);
 }
 
-// --- Operations of the copy engine ------------------------------------------------------------------------------------
+// --- Operations of the copy engine
+// ------------------------------------------------------------------------------------
 
 void add_operation(Operation operation) {
     const Landing landing = machine.landing;
@@ -110,8 +111,8 @@ bool run_one_operation() {
     return true;
 }
 
-// ...mbarrier::complete_tx::bytes: the bytes are there, then they are counted on the current phase of the barrier. Which
-// must be the one in which they were asked for, or a waiter has been let go too early.
+// ...mbarrier::complete_tx::bytes: the bytes are there, then they are counted on the current phase of the barrier.
+// Which must be the one in which they were asked for, or a waiter has been let go too early.
 void copy_async(uint32_t to, uint32_t bytes, uint32_t barrier_address, std::function<void(char*)> write) {
     if (cta_of(to) != cta_of(barrier_address)) fail("bytes and their mbarrier are in different CTAs");
     to = full_address(to);
@@ -151,7 +152,8 @@ void copy_shared_async(uint32_t to, uint32_t from, uint32_t bytes, uint32_t barr
     }
 }
 
-// --- cp.async ---------------------------------------------------------------------------------------------------------
+// --- cp.async
+// ---------------------------------------------------------------------------------------------------------
 
 static void do_copy(ThreadCopy* copy) {
     if (copy->is_done) return;
@@ -161,7 +163,8 @@ static void do_copy(ThreadCopy* copy) {
     memcpy(to, copy->from, copy->bytes);
 }
 
-// cp.async.cg of 16 bytes: reads `bytes` of them and fills the rest with zeros, some time before its group is waited for.
+// cp.async.cg of 16 bytes: reads `bytes` of them and fills the rest with zeros, some time before its group is waited
+// for.
 void cp_async(uint32_t to, const void* from, uint32_t bytes) {
     if (to % 16 != 0 || (bytes > 0 && reinterpret_cast<uintptr_t>(from) % 16 != 0)) fail("cp.async is not on 16 bytes");
     take_off(to, 16, "cp.async");

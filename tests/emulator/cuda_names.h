@@ -11,7 +11,8 @@
 
 #include "emulator.h"
 
-// --- Qualifiers -------------------------------------------------------------------------------------------------------
+// --- Qualifiers
+// -------------------------------------------------------------------------------------------------------
 
 #undef __device__
 #undef __global__
@@ -39,7 +40,8 @@ T& shared_variable(const char* name, int line) {
     return *static_cast<T*>(static_shared(name, line, sizeof(T)));
 }
 
-// kernel<<<grid, block, shared_bytes, stream>>>(argument) of the tests' own kernel, which releases its successor at once.
+// kernel<<<grid, block, shared_bytes, stream>>>(argument) of the tests' own kernel, which releases its successor at
+// once.
 template <typename T>
 void launch_late(std::common_type_t<void (*)(T)> kernel, dim3 grid, dim3 block, size_t, cudaStream_t stream,
                  const T& argument) {
@@ -69,8 +71,8 @@ T from_bits(uint64_t bits) {
     return value;
 }
 
-// shfl.sync: from a lane outside of the warp comes the own value. From one outside of the mask PTX gives anything; here it
-// is what that lane gave last.
+// shfl.sync: from a lane outside of the warp comes the own value. From one outside of the mask PTX gives anything; here
+// it is what that lane gave last.
 template <typename T>
 T shuffle(uint32_t mask, T value, int source, const char* op) {
     uint64_t out[32];
@@ -92,7 +94,8 @@ T reduce(uint32_t mask, T value, const char* op, const Combine& combine) {
 
 }  // namespace emulator
 
-// --- Warps and CTAs ---------------------------------------------------------------------------------------------------
+// --- Warps and CTAs
+// ---------------------------------------------------------------------------------------------------
 
 template <typename T>
 T __shfl_sync(uint32_t mask, T value, int source) {
@@ -148,7 +151,8 @@ inline long long clock64() {
     return clocks += 1 << 20;
 }
 
-// --- Memory: fibers change only where they wait, so that every access is atomic ------------------------------------------
+// --- Memory: fibers change only where they wait, so that every access is atomic
+// ------------------------------------------
 
 template <typename T, typename V>
 T atomicAdd(T* at, V value) {
@@ -183,7 +187,8 @@ T __ldg(const T* at) {
     return *at;
 }
 
-// --- Arithmetic -------------------------------------------------------------------------------------------------------
+// --- Arithmetic
+// -------------------------------------------------------------------------------------------------------
 
 inline int __popc(uint32_t x) { return __builtin_popcount(x); }
 inline int __clz(int32_t x) { return x == 0 ? 32 : __builtin_clz(static_cast<uint32_t>(x)); }

@@ -22,7 +22,8 @@ extern Options options;
 // The launches that follow draw from the seed anew; predecessors that an earlier failure left behind are forgotten.
 void begin_test();
 
-// --- Launches ---------------------------------------------------------------------------------------------------------
+// --- Launches
+// ---------------------------------------------------------------------------------------------------------
 
 struct LaunchShape {
     dim3 grid, block;
@@ -49,7 +50,8 @@ void dependency_wait();
 // Launches of a kernel so far.
 int64_t launches_of(const void* kernel);
 
-// --- Threads ----------------------------------------------------------------------------------------------------------
+// --- Threads
+// ----------------------------------------------------------------------------------------------------------
 
 uint3 thread_index();
 uint3 block_index();
@@ -62,7 +64,8 @@ uint32_t cluster_index();
 // Ends the launch with a report that names the thread.
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
-// --- Shared memory ----------------------------------------------------------------------------------------------------
+// --- Shared memory
+// ----------------------------------------------------------------------------------------------------
 
 // An address: 18 bits of offset, above them the CTA of the cluster plus one, or 0 for the own one.
 void* dynamic_shared();
@@ -74,7 +77,8 @@ uint32_t cluster_address(uint32_t address, uint32_t rank);
 // Where bytes lie that a thread reads or writes now. Fails if an asynchronous copy to them is in flight.
 char* settled(uint32_t address, int bytes, const char* what);
 
-// --- Barriers ---------------------------------------------------------------------------------------------------------
+// --- Barriers
+// ---------------------------------------------------------------------------------------------------------
 
 // All lanes of `mask` meet; out[i] is what lane i gave.
 void collective(uint32_t mask, uint64_t value, const char* op, uint64_t (&out)[32]);
@@ -89,7 +93,8 @@ void mbarrier_arrive(uint32_t address, uint32_t transaction_bytes);
 void mbarrier_arrive_remote(uint32_t address);
 void mbarrier_wait(uint32_t address, uint32_t parity);
 
-// --- Asynchronous copies and tensor cores -----------------------------------------------------------------------------
+// --- Asynchronous copies and tensor cores
+// -----------------------------------------------------------------------------
 
 // `write(destination)` is called at some time; then the bytes are counted on the barrier, which is of the same CTA.
 void copy_async(uint32_t to, uint32_t bytes, uint32_t barrier, std::function<void(char*)> write);

@@ -29,9 +29,9 @@ private:
 
 void print_launches() {
     std::vector<mage::cuda::KernelEntry> all = {mage::cuda::append_kv_kernel()};
-    for (const auto& kernels : {mage::cuda::block_attention_kernels(), mage::cuda::merge_attention_kernels(),
-                                mage::cuda::row_votes_kernels(), mage::cuda::select_kv_kernels(),
-                                mage::cuda::token_confidence_kernels(), mage::cuda::token_mass_kernels()})
+    for (const auto& kernels :
+         {mage::cuda::block_attention_kernels(), mage::cuda::merge_attention_kernels(), mage::cuda::row_votes_kernels(),
+          mage::cuda::select_kv_kernels(), mage::cuda::token_confidence_kernels(), mage::cuda::token_mass_kernels()})
         all.insert(all.end(), kernels.begin(), kernels.end());
     for (const auto& kernel : all)
         printf("%8ld %s\n", static_cast<long>(emulator::launches_of(kernel.function)), kernel.name);

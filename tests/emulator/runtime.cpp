@@ -18,8 +18,8 @@ namespace emulator {
 namespace {
 
 constexpr int kMultiprocessors = 132;
-// Clusters of CTAs of about 227 KB that run at once: measured on an H100 SXM for 1, 2, 4, 8 and 16 CTAs, between them by
-// proportion.
+// Clusters of CTAs of about 227 KB that run at once: measured on an H100 SXM for 1, 2, 4, 8 and 16 CTAs, between them
+// by proportion.
 constexpr int kActiveClusters[kMaxCtas + 1] = {0, 132, 66, 42, 30, 24, 20, 18, 15, 0, 12, 0, 10, 0, 8, 0, 7};
 
 struct Work {
@@ -111,7 +111,8 @@ using emulator::Graph;
 
 extern "C" {
 
-// --- Memory -----------------------------------------------------------------------------------------------------------
+// --- Memory
+// -----------------------------------------------------------------------------------------------------------
 
 cudaError_t cudaMalloc(void** pointer, size_t bytes) {
     *pointer = bytes == 0 ? nullptr : aligned_alloc(256, (bytes + 255) / 256 * 256);
@@ -135,7 +136,8 @@ cudaError_t cudaMemset(void* to, int value, size_t bytes) {
     return cudaSuccess;
 }
 
-// --- Streams and graphs -----------------------------------------------------------------------------------------------
+// --- Streams and graphs
+// -----------------------------------------------------------------------------------------------
 
 cudaError_t cudaDeviceSynchronize() {
     finish_late();
@@ -186,7 +188,8 @@ cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
     return cudaSuccess;
 }
 
-// --- The device -------------------------------------------------------------------------------------------------------
+// --- The device
+// -------------------------------------------------------------------------------------------------------
 
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 

@@ -71,7 +71,8 @@ bool one_in(int n) { return random_bits() % static_cast<uint64_t>(n) == 0; }
 
 void restart_launch_numbers() { launch_number = 0; }
 
-// --- Threads ----------------------------------------------------------------------------------------------------------
+// --- Threads
+// ----------------------------------------------------------------------------------------------------------
 
 uint3 thread_index() {
     if (plain.runs) return plain.thread_index;
@@ -122,7 +123,8 @@ void run_plain_grid(dim3 grid, dim3 block, const std::function<void()>& thread) 
     plain.runs = false;
 }
 
-// --- The life of a fiber ----------------------------------------------------------------------------------------------
+// --- The life of a fiber
+// ----------------------------------------------------------------------------------------------
 
 namespace {
 
@@ -201,7 +203,8 @@ bool run_warp(Cta* cta, int warp, int turns) {
     return any;
 }
 
-// --- Reports ----------------------------------------------------------------------------------------------------------
+// --- Reports
+// ----------------------------------------------------------------------------------------------------------
 
 std::string describe_wait(const Cta& cta, const Fiber& fiber) {
     char text[200];
@@ -248,7 +251,8 @@ std::string describe_deadlock() {
     return text;
 }
 
-// --- The order of warps -----------------------------------------------------------------------------------------------
+// --- The order of warps
+// -----------------------------------------------------------------------------------------------
 
 int warps_of_cta() {
     const dim3 block = machine.shape.block;
@@ -326,7 +330,8 @@ void run_cluster() {
     }
 }
 
-// --- Launches ---------------------------------------------------------------------------------------------------------
+// --- Launches
+// ---------------------------------------------------------------------------------------------------------
 
 void check_shape(const LaunchShape& shape) {
     const auto refuse = [](const char* what) { throw std::runtime_error(std::string("launch: ") + what); };

@@ -18,7 +18,7 @@ constexpr int kCtaShift = 18;  // of an address in shared memory
 constexpr uint32_t kArenaBytes = 1u << kCtaShift;
 constexpr uint32_t kOffsetMask = kArenaBytes - 1;
 constexpr uint32_t kMostShared = 227 * 1024;
-constexpr uint32_t kGranule = 16;  // bytes whose copies in flight are known together
+constexpr uint32_t kGranule = 8;  // bytes whose copies in flight are known together
 
 // Warps that run only when no other can go on.
 enum class Starved {
@@ -42,10 +42,7 @@ struct Mbarrier {
     int pending = 0;    // of them
     int64_t bytes = 0;  // expected less arrived; below 0 where bytes came before their expectation
     int completed = 0;  // phases
-    // The phase that each thread has waited for last: -1 is the one before the first, kNeverWaited none.
-    std::vector<int> waited;
 };
-constexpr int kNeverWaited = -2;
 
 // cp.async of 16 bytes.
 struct ThreadCopy {

@@ -120,8 +120,8 @@ bool run_product(Cta* cta, int warp_number) {
     load_operands(*cta, warp_number, product, &operands);
     multiply(operands, product.columns, result);
 
-    // Lane l holds, of every 8 columns i, d[4 i + 0, 1] of row l / 4, columns 2 (l % 4) + 0, 1, and d[4 i + 2, 3] of the
-    // row 8 below.
+    // Lane l holds, of every 8 columns i, d[4 i + 0, 1] of row l / 4, columns 2 (l % 4) + 0, 1, and d[4 i + 2, 3] of
+    // the row 8 below.
     Accumulators& to = *product.to;
     const int own = product.columns / 2;
     for (int lane = 0; lane < 32; ++lane) {

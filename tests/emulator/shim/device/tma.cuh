@@ -25,8 +25,8 @@ inline void copy_box(const CUtensorMap* map, uint32_t to, uint32_t barrier, cons
                          [=](char* destination) { box.copy(destination, to, {at.x0, at.x1, at.x2, at.x3}); });
 }
 
-// .multicast::cluster: the same offsets in every CTA of the mask, data and bytes on the barrier alike, at times that have
-// nothing to do with each other.
+// .multicast::cluster: the same offsets in every CTA of the mask, data and bytes on the barrier alike, at times that
+// have nothing to do with each other.
 inline void copy_box_multicast(const CUtensorMap* map, uint32_t to, uint32_t barrier, const BoxStart& at, uint16_t ctas,
                                uint64_t policy) {
     for (uint32_t rank = 0; rank < 16; ++rank) {
