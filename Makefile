@@ -15,7 +15,7 @@ NEEDS_GPU = nvidia-smi -L 2>/dev/null | grep -q '^GPU' || { echo "a Hopper GPU m
 CXX_FILES = $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-cpp lint format sanitize bench ncu clean
+.PHONY: help build demo test test-cpp test-emulated lint format sanitize bench ncu clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+: .*##|^[a-z-]+:  ##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -41,6 +41,20 @@ test-cpp:  ## build and run the C++ tests alone, torch absent
 	@PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/cpp -G Ninja -DMAGE_TORCH=OFF -DMAGE_TESTS=ON $(CMAKE_ARGS)
 	@PATH="$(abspath $(BIN)):$$PATH" cmake --build build/cpp
 	@$(CPP_TESTS) build/cpp/tests/cpp/mage_cpp_tests $(GTEST_ARGS)
+
+# The kernels on the CPU (tests/emulator/README.md): the tests that subset.txt names, with two seeds.
+SEEDS ?= 1 2
+EMULATED ?= $(shell grep '^[*A-Z]' tests/emulator/subset.txt | paste -sd:)
+EMULATED_JOBS ?= $(shell nproc)
+test-emulated:  ## GPU tests of C++ on the CPU: SEEDS="1 2 3" EMULATED='*Votes*' (a filter); needs CUDA's headers
+	@$(PREPARE) test-cpp
+	@PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/emulated -G Ninja -DMAGE_TORCH=OFF -DMAGE_TESTS=ON -DMAGE_EMULATOR=ON $(CMAKE_ARGS)
+	@PATH="$(abspath $(BIN)):$$PATH" cmake --build build/emulated --target mage_emulated_tests
+	@status=0; join=; for seed in $(SEEDS); do \
+	  $(CPP_TESTS) build/emulated/tests/emulator/mage_emulated_tests --jobs $(EMULATED_JOBS) --seed=$$seed $$join \
+	    --gtest_filter='$(EMULATED)' $(GTEST_ARGS) || status=1; \
+	  join=--join; \
+	done; exit $$status
 
 lint:  ## check format and style of everything tracked
 	@$(PREPARE) lint

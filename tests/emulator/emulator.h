@@ -16,6 +16,8 @@ struct Options {
     // barrier.cluster.wait lets a warp pass only when all warps of its CTA have come to it. PTX does not say so, but
     // compute-sanitizer's racecheck behaves like that, and a kernel that relies on the opposite hangs there.
     bool cluster_wait_joins_cta = false;
+    // What the device says that it has.
+    int multiprocessors = 132;
 };
 extern Options options;
 

@@ -17,7 +17,6 @@ namespace emulator {
 
 namespace {
 
-constexpr int kMultiprocessors = 132;
 // Clusters of CTAs of about 227 KB that run at once: measured on an H100 SXM for 1, 2, 4, 8 and 16 CTAs, between them
 // by proportion.
 constexpr int kActiveClusters[kMaxCtas + 1] = {0, 132, 66, 42, 30, 24, 20, 18, 15, 0, 12, 0, 10, 0, 8, 0, 7};
@@ -214,7 +213,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
             *value = 0;
             return cudaSuccess;
         case cudaDevAttrMultiProcessorCount:
-            *value = emulator::kMultiprocessors;
+            *value = emulator::options.multiprocessors;
             return cudaSuccess;
         default:
             return cudaErrorNotSupported;
