@@ -51,7 +51,7 @@ test-emulated:  ## GPU tests of C++ on the CPU: SEEDS="1 2 3" EMULATED='*Votes*'
 	@PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/emulated -G Ninja -DMAGE_TORCH=OFF -DMAGE_TESTS=ON -DMAGE_EMULATOR=ON $(CMAKE_ARGS)
 	@PATH="$(abspath $(BIN)):$$PATH" cmake --build build/emulated --target mage_emulated_tests
 	@status=0; join=; for seed in $(SEEDS); do \
-	  $(CPP_TESTS) build/emulated/tests/emulator/mage_emulated_tests --jobs $(EMULATED_JOBS) --seed=$$seed $$join \
+	  OMP_NUM_THREADS=1 $(CPP_TESTS) build/emulated/tests/emulator/mage_emulated_tests --jobs $(EMULATED_JOBS) --seed=$$seed $$join \
 	    --gtest_filter='$(EMULATED)' $(GTEST_ARGS) || status=1; \
 	  join=--join; \
 	done; exit $$status
