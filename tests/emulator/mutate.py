@@ -21,6 +21,7 @@ SEEDS = 6
 SHORT_LISTS = "block_attention/short_lists.cuh"
 MAINLOOP = "block_attention/mainloop.cuh"
 SHORT = "Cases/SparseBlockAttentionCuda*/G16Batch3Rows224:*/G64PageOf16D128Bf16Rows224"
+RINGS = "Cases/SparseBlockAttentionCuda*/SharedRing13Of650*:*/SharedRing7Of1300*"
 PAIRS = "Cases/SparseBlockAttentionCuda*/G64WavesRows224:*/G16ShortTiles40Rows224:*/G16BrokenPagesRows224"
 EXPECTS = "(is_v ? Config::kBoxes : boxes) * (Config::kBox * Config::kDim * 2)"
 
@@ -79,6 +80,19 @@ DEFECTS = {
         "clear_values",
         SHORT,
     ),
+    # The same, tile after tile.
+    "ring_no_remote_release": Defect(
+        SHORT_LISTS, "} else if (shares(args) && lane < args.ctas) {", "} else if (false) {", RINGS
+    ),
+    "ring_producer_does_not_wait": without(
+        SHORT_LISTS, "            device::mbarrier_wait(empty + 8 * stage, parity);\n", RINGS
+    ),
+    "ring_keeps_its_parity": Defect(
+        SHORT_LISTS,
+        "stage ^= 1;\n            if (stage == 0) parity ^= 1;\n        }\n    }\n\n    // Adds up",
+        "stage ^= 1;\n        }\n    }\n\n    // Adds up",
+        RINGS,
+    ),
     # Pairs of CTAs.
     "pair_no_wait_for_releases": Defect(
         MAINLOOP,
@@ -125,13 +139,13 @@ DEFECTS = {
     "token_mass_stage_not_awaited": without(
         "token_mass/mainloop.cuh",
         "device::mbarrier_wait(device::shared_address(&shared.empty_k[ring.stage]), ring.parity ^ 1);",
-        "Cases/TokenMassCuda*",
+        "Cases/TokenMassCuda*/Long*",
     ),
     "token_mass_no_wait_for_q": Defect(
         "token_mass/mainloop.cuh",
         "device::copies_wait();\n                device::named_barrier(kLoaderBarrier",
         "device::named_barrier(kLoaderBarrier",
-        "Cases/TokenMassCuda*",
+        "Cases/TokenMassCuda*/Long*",
     ),
     "merge_attention_overlap": waits_for_nothing("merge_attention/merge_attention.cu", "MergeAttentionCudaOverlap.*"),
 }
