@@ -58,7 +58,7 @@ LEAST_SELECTIONS = 4  # of the graph of the sparse step
 SEARCH_REPLAYS = 3  # for the best number of splits
 # Wanted speed over T + 1 exact steps of our own and of the peer, by T: of the better of these g, without dense layers.
 WANTED = {8: (3.2, 3.5), 32: (6.5, 7.5)}
-WANTED_UNITS = (64, 32, 16)
+WANTED_UNITS = (64, 16)
 
 
 @dataclass(frozen=True)

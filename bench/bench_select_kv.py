@@ -205,6 +205,7 @@ def measure(shape: SelectShape, peers: dict[str, Callable], replays: int, seed: 
         ours = capture([our_call(mass, prefix_lens, outputs, workspace, options) for mass in used])
         graphs = {"ours": ours}
         for name, make in peers.items():
+            calls = []
             try:
                 calls = [make(shape, mass) for mass in used]
                 check_peer(shape, name, calls[0], used[0])
