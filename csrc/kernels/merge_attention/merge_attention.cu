@@ -2,8 +2,8 @@
 // Schedule  one thread per 16-byte vector of a row (per element, where a base, a stride or the row is not a multiple of
 //           16 bytes); consecutive threads take consecutive vectors, then heads, then queries. Every thread finds the
 //           weights of its row by itself. All loads of up to eight parts, lse and out, are on their way before the
-//           first is used: the call is one round trip to memory. Beyond eight, the other lse are walked for the largest
-//           and the sum.
+//           first is used: the call is one round trip to memory. Beyond eight, the other lse are walked once for the
+//           largest.
 // Memory    registers; the parts' addresses are kernel arguments, so that a graph keeps them and nothing is copied.
 // Sync      none; waits for the kernel before it by itself (programmatic dependent launch).
 // Ceiling   (N + 1) * B * Q * H * D * dtype_bytes bytes moved; launch bound below some MB.
@@ -151,12 +151,13 @@ __global__ void __launch_bounds__(kThreads)
     if (item >= args.vectors) return;
 
     constexpr int kGroup = kParts < kFewParts ? kParts : kFewParts;
-    float highest = -INFINITY, sum = 0.0f, inverse = 0.0f;
+    // A power of two that keeps the sum of weights at most 1, so that parts near the largest float do not overflow.
+    constexpr float kShare = 1.0f / kParts;
+    float highest = -INFINITY, sum = 0.0f;
     float merged[kElements] = {};
     const auto raise = [&](float lse) {  // NaN stays once it is met
         if (lse > highest || isnan(lse)) highest = lse;
     };
-    const auto weight_of = [&](float lse) { return lse == -INFINITY ? 0.0f : expf(lse - highest); };
     const float unit = args.log2_in ? kLn2 : 1.0f;
     uint32_t first = 0;
     do {
@@ -180,21 +181,22 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll 8
                 for (uint32_t i = kGroup; i < args.num_parts; ++i) raise(args.parts[i].lse[lse_at] * unit);
             }
-#pragma unroll
-            for (float lse : lses) sum += weight_of(lse);
-            if constexpr (kParts > kGroup) {
-#pragma unroll 8
-                for (uint32_t i = kGroup; i < args.num_parts; ++i) sum += weight_of(args.parts[i].lse[lse_at] * unit);
-            }
-            inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
         }
 #pragma unroll
-        for (int i = 0; i < kGroup; ++i) add<T, kElements>(vectors[i], weight_of(lses[i]) * inverse, merged);
+        for (int i = 0; i < kGroup; ++i) {
+            const float weight = lses[i] == -INFINITY ? 0.0f : kShare * expf(lses[i] - highest);
+            sum += weight;
+            add<T, kElements>(vectors[i], weight, merged);
+        }
         first += kGroup;
     } while (kParts > kGroup && first < args.num_parts);
+
+    const float scale = sum == 0.0f ? 0.0f : 1.0f / sum;
+#pragma unroll
+    for (float& value : merged) value *= scale;
     store<T>(args.out + int64_t{item} * kElements * sizeof(T), merged);
     if (vector == 0) {
-        const float lse = sum == 0.0f ? -INFINITY : highest + logf(sum);
+        const float lse = sum == 0.0f ? -INFINITY : highest + logf(sum / kShare);
         args.lse[lse_at] = args.log2_out ? lse / kLn2 : lse;
     }
 }
