@@ -137,6 +137,18 @@ def test_repeats_bit_for_bit_on_any_number_of_threads():
         assert_same_bits(out, results[0])
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("parts", [2, 3, 8, 9, 40])
+def test_parts_near_the_largest_number(parts, dtype, device):
+    """Whose sum is beyond it: an average is not."""
+    outs = [torch.full((1, 2, 3, 8), -3e38, dtype=dtype, device=device) for _ in range(parts)]
+    lses = [torch.full((1, 3, 2), 0.25 * (i % 3), device=device) for i in range(parts)]
+    out, lse = ops.merge_attention(outs, lses)
+    assert (out.float() / outs[0].float() - 1).abs().max() < 1e-5
+    assert_lse_close(lse, torch.stack(lses).double().logsumexp(0))
+
+
 @pytest.mark.parametrize("name", ["ragged_parts", "no_requests"])
 def test_out_twin_writes_everything(name):
     outs, lses = parts_of(name)
