@@ -1,6 +1,8 @@
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <climits>
+#include <cmath>
 #include <string>
 #include <vector>
 
@@ -357,6 +359,34 @@ TEST(BlockAttentionMassCudaMask, HidesNan) {
                 m.attention.q.set(m.buffers.q);
                 m.run();
                 EXPECT_EQ(m.mass, mass) << r.name;
+            }
+        }
+    }
+}
+
+// NaN of a row that counts shows in every unit of its KV head that has tokens, and in no other.
+TEST(BlockAttentionMassCudaMask, ShowsNanOfRowsThatCount) {
+    MAGE_NEEDS_GPU();
+    const std::vector<int32_t> lens = {300, 127};
+    for (const RowCount& r : kRowCounts) {
+        for (const MassScore score : {MassScore::kMean, MassScore::kMax}) {
+            const CudaMassCase c = {{"Nan", lens, r.queries, 2 * r.heads, 2, 64, 16, DType::kBFloat16},
+                                    16,
+                                    score,
+                                    MassNorm::kContext,
+                                    false};
+            for (const bool packs : {true, false}) {
+                MassOnDevice m(c, packs);
+                for (const size_t b : {0, 1}) std::fill_n(m.buffers.q.begin() + b * m.buffers.q.size() / 2, 2, '\xff');
+                m.attention.q.set(m.buffers.q);
+                m.run();
+                for (size_t i = 0; i < m.mass.size(); ++i) {
+                    const size_t units = m.mass.size() / 4, request = i / units / 2, kv_head = i / units % 2;
+                    const bool has_tokens = i % units * 16 < static_cast<size_t>(lens[request]);
+                    ASSERT_EQ(std::isnan(m.mass[i]), kv_head == 0 && has_tokens)
+                        << r.name << (packs ? ", packed" : "") << ", request " << request << ", KV head " << kv_head
+                        << ", unit " << i % units;
+                }
             }
         }
     }
