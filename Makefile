@@ -64,9 +64,10 @@ format:  ## rewrite files in the house style
 	@$(PREPARE) lint
 	@$(BIN)/ruff check --fix --quiet . ; $(BIN)/ruff format . && $(BIN)/clang-format -i $(CXX_FILES)
 
-# Of the GPU's tests, those that repeat the same launches a hundred times or in thousands of random cases are left out.
+# Of the GPU's tests, those that repeat the same launches a hundred times, in thousands of random cases or beside a kernel
+# that reads late are left out.
 TOOLS ?= memcheck racecheck synccheck initcheck
-SANITIZE ?= *Cuda*-*AreBitwiseEqual*:*Random*:*SameBits*:*LeaveTheWorkspaceAlone*
+SANITIZE ?= *Cuda*-*AreBitwiseEqual*:*Random*:*SameBits*:*LeaveTheWorkspaceAlone*:*WaitsForReaders*
 sanitize:  ## the C++ tests under compute-sanitizer: TOOLS="memcheck racecheck" SECONDS=...; needs a Hopper GPU
 	@command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer must be on PATH (CUDA toolkit)"; exit 1; }
 	@$(NEEDS_GPU)
