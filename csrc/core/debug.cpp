@@ -79,8 +79,10 @@ void check_lists(const char* op, const int32_t* indices, const int32_t* counts, 
             int64_t previous = -1;
             for (int64_t i = 0; i < counts[row]; ++i) {
                 const int32_t unit = indices[row * capacity + i];
-                MAGE_CHECK(unit > previous && unit < tail / g, op, ": indices[", request, ", ", head, ", ", i,
-                           "] must be in [", previous + 1, ", ", tail / g, "), got ", unit);
+                MAGE_CHECK(unit >= 0 && unit < tail / g, op, ": indices[", request, ", ", head, ", ", i,
+                           "] must be in [0, ", tail / g, "), got ", unit);
+                MAGE_CHECK(unit > previous, op, ": indices[", request, ", ", head, ", ", i,
+                           "] must be above the entry before it, ", previous, ", got ", unit);
                 previous = unit;
             }
         }

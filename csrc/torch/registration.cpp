@@ -12,7 +12,10 @@ namespace {
 
 int torch_num_threads() { return static_cast<int>(torch::stable::get_num_threads()); }
 
-void set_num_threads(int64_t n) { mage::core::set_num_threads(static_cast<int>(n)); }
+void set_num_threads(int64_t n) {
+    MAGE_CHECK(n >= 0 && n < int64_t{1} << 31, "set_num_threads: n must be in [0, 2^31), got ", n);
+    mage::core::set_num_threads(static_cast<int>(n));
+}
 
 }  // namespace
 

@@ -54,6 +54,8 @@ def check_device(owner: str, device: object) -> torch.device:
         found = torch.device(device)
     except RuntimeError:
         raise ValueError(f"{owner}: device must be a torch.device or its name, got {got(device)}") from None
+    if found.type not in ("cpu", "cuda", "meta"):
+        raise ValueError(f"{owner}: device must be cpu, cuda or meta, got {found}")
     if found.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"{owner}: device must be one that this machine has (torch finds no CUDA), got {found}")
     return found

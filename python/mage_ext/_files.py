@@ -7,6 +7,9 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+from safetensors import torch as safetensors
+from torch import Tensor
+
 
 def _part_of(path: Path) -> Path:
     """A name beside `path`, short where that is as long as names can be."""
@@ -31,6 +34,18 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             part.unlink()
+
+
+def save_tensors(path: str | os.PathLike, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Writes a safetensors file as `replacing` does, which others may read as they may other new files."""
+    with replacing(path) as part:
+        if part.exists():  # it is written in place: the library would put a file of its own there
+            part.write_bytes(safetensors.save(tensors, metadata))
+            return
+        part.touch()
+        mode = part.stat().st_mode
+        safetensors.save_file(tensors, str(part), metadata)
+        part.chmod(mode)
 
 
 def check_writable(path: str | os.PathLike) -> None:

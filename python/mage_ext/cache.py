@@ -112,8 +112,14 @@ class PagedCache:
             raise ValueError(f"PagedCache: dtype must be float32, bfloat16 or float16, got {actual}")
         device = check_device("PagedCache", device)
         check_type("PagedCache", "growable", growable, bool, "a bool")
-        if num_pages > _MAX_PAGES:
-            raise ValueError(f"PagedCache: num_pages must be in [1, {_MAX_PAGES}], got {num_pages}")
+        for name, value in (
+            ("num_layers", num_layers),
+            ("num_kv_heads", num_kv_heads),
+            ("head_dim", head_dim),
+            ("num_pages", num_pages),
+        ):
+            if value > _MAX_PAGES:
+                raise ValueError(f"PagedCache: {name} must be in [1, {_MAX_PAGES}], got {value}")
         self.page_size = page_size
         self.growable = growable
         needed = num_pages * _page_bytes(num_layers, num_kv_heads, head_dim, page_size, dtype)

@@ -9,6 +9,7 @@ Test: pytest tests/python/test_sampling.py
 
 import math
 import numbers
+import sys
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -35,14 +36,16 @@ _MIN_TEMPERATURE, _MAX_TEMPERATURE = 1e-4, 1e4
 def _check_int(owner: str, name: str, value: object, minimum: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
         raise ValueError(f"{owner}: {name} must be an integer >= {minimum}, got {got(value)}")
+    if value >= 1 << 31:
+        raise ValueError(f"{owner}: {name} must be below 2^31, got {value}")
 
 
 def _check_real(owner: str, name: str, value: object, low: float, high: float, open_low: bool = False) -> None:
-    is_real = isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
-    if not is_real or not low <= value <= high or (open_low and value == low):
+    is_real = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_real or not low <= value <= high or (open_low and value == low):  # NaN is in no interval
         interval = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if math.isinf(high) else ']'}"
         raise ValueError(f"{owner}: {name} must be a number in {interval}, got {got(value)}")
-    if math.isinf(value):
+    if abs(value) > sys.float_info.max:
         raise ValueError(f"{owner}: {name} must be finite, got {value!r}")
 
 
@@ -89,8 +92,6 @@ class SamplerConfig:
         if not isinstance(self.name, str) or self.name not in SAMPLERS:
             raise ValueError(f"SamplerConfig: name must be one of {', '.join(SAMPLERS)}, got {got(self.name)}")
         _check_int("SamplerConfig", "tokens_per_step", self.tokens_per_step, 1)
-        if self.tokens_per_step >= 1 << 31:
-            raise ValueError(f"SamplerConfig: tokens_per_step must be below 2^31, got {self.tokens_per_step}")
         _check_real("SamplerConfig", "threshold", self.threshold, 0.0, 1.0)
         _check_real("SamplerConfig", "entropy_bound", self.entropy_bound, 0.0, math.inf)
         _check_draw("SamplerConfig", self.temperature, self.top_k, self.top_p)
@@ -349,7 +350,7 @@ def low_confidence_dynamic(confidence: Tensor, open: Tensor, threshold: float) -
     index = torch.arange(open.shape[-1], device=open.device)
     most_confident = open & (key == key.amax(-1, keepdim=True))
     first = torch.where(most_confident, index, len(index)).amin(-1, keepdim=True)
-    return open & ((confidence > threshold) | (index == first))
+    return open & ((confidence > float(threshold)) | (index == first))
 
 
 def entropy_bounded(entropy: Tensor, open: Tensor, entropy_bound: float) -> Tensor:
@@ -377,7 +378,7 @@ def entropy_bounded(entropy: Tensor, open: Tensor, entropy_bound: float) -> Tens
     units = (key.clamp(max=_MAX_ENTROPY) * _FIXED_POINT).ceil().long()[:, None]  # [B, 1, Q]
     before = torch.where(precedes, units, 0).sum(-1).double() / _FIXED_POINT
     unbounded = (precedes & (key > _MAX_ENTROPY)[:, None]).any(-1)
-    return open & ~unbounded & (before <= entropy_bound)
+    return open & ~unbounded & (before <= float(entropy_bound))
 
 
 def _confidence_key(confidence: Tensor) -> Tensor:

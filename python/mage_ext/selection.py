@@ -10,6 +10,7 @@ Test: pytest tests/python/test_selection.py
 import dataclasses
 import math
 import operator
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -17,12 +18,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mage_ext import ops
 from mage_ext._arguments import check_device, check_index, check_list, check_path, check_tensor, check_type, got
-from mage_ext._files import replacing
+from mage_ext._files import save_tensors
 from mage_ext.counter_random import random_bits
 
 RULES = ("fixed", "layer", "mass", "joint")
@@ -98,8 +98,8 @@ class SelectionConfig:
             _check_count("capacity", self.capacity, 1)
             if self.capacity > MAX_CAPACITY:
                 raise ValueError(f"SelectionConfig: capacity must be at most {MAX_CAPACITY} units, got {self.capacity}")
-        is_real = isinstance(self.p, (int, float)) and not isinstance(self.p, bool) and not math.isnan(self.p)
-        if not is_real or not 0 < self.p <= 1:
+        is_real = isinstance(self.p, (int, float)) and not isinstance(self.p, bool)
+        if not is_real or not 0 < self.p <= 1:  # NaN is not
             raise ValueError(f"SelectionConfig: p must be a number in (0, 1], got {got(self.p)}")
         if self.candidates is not None:
             self._check_candidates()
@@ -222,6 +222,8 @@ class BlockSelection:
         _check_tails(starts, g)
         if capacity is not None:
             _check_count("capacity", capacity, 1, _OWNER)
+            if capacity > MAX_CAPACITY:
+                raise ValueError(f"{_OWNER}: capacity must be at most {MAX_CAPACITY} units, got {capacity}")
         shape = (len(lists), len(lists[0]) if lists else 0, len(lists[0][0]) if lists and lists[0] else 0)
         if not all(shape):
             raise ValueError(f"BlockSelection: units must have a layer, a request and a head, got shape {list(shape)}")
@@ -366,13 +368,12 @@ class BlockSelection:
             FileNotFoundError: its folder does not exist.
         """
         check_path(_OWNER, path)
-        if not Path(path).parent.is_dir():
+        if not os.path.isdir(Path(path).parent):
             raise FileNotFoundError(f"BlockSelection: path must be in a folder that exists, got {path}")
         tensors = {name: getattr(self, name).cpu().contiguous() for name in _TENSORS}
         try:
-            with replacing(path) as part:
-                save_file(tensors, part, metadata={"format": _FILE_FORMAT, "g": str(self.g)})
-        except (SafetensorError, OSError) as error:
+            save_tensors(path, tensors, {"format": _FILE_FORMAT, "g": str(self.g)})
+        except (SafetensorError, OSError, ValueError) as error:
             raise ValueError(f"BlockSelection: path must be a file that can be written, got {path}: {error}") from None
 
     @classmethod
@@ -385,7 +386,7 @@ class BlockSelection:
         """
         check_path(_OWNER, path)
         device = check_device(_OWNER, device)
-        if not Path(path).is_file():
+        if not os.path.isfile(path):
             raise FileNotFoundError(f"BlockSelection: path must be a file that exists, got {path}")
         try:
             with safe_open(path, framework="pt", device="cpu") as file:

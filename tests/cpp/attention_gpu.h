@@ -106,6 +106,12 @@ inline std::vector<AttentionCase> cuda_attention_cases() {
     }
     add("BrokenPagesRows224", {500}, 32, 7, 1, 64, 128, kBf16).break_page = true;
     add("BrokenPagesOf1Rows128", {150}, 32, 4, 1, 64, 1, kFp16).break_page = true;
+    // A worker has more tiles than there are stages, and of these two are outside of the pool.
+    for (const RowCount& r : kRowCounts) {
+        AttentionCase& c = add(std::string("BrokenPagesRing") + r.name, {2048}, r.queries, r.heads, 1, 64, 128, kBf16);
+        c.break_page = true;
+        c.split_tokens = 1024;
+    }
     // Page ids and kv_lens that are far out of range, for every row shape.
     for (const RowCount& r : kRowCounts) {
         for (const int32_t page : {1, 16}) {

@@ -62,10 +62,10 @@ TEST(Debug, Lists) {
     };
     EXPECT_EQ(check(), "");
     indices[1] = 0;
-    EXPECT_EQ(check(), "op: indices[0, 0, 1] must be in [1, 4), got 0");
+    EXPECT_EQ(check(), "op: indices[0, 0, 1] must be above the entry before it, 0, got 0");
     indices[1] = 2;
     tail_start[0] = 48;
-    EXPECT_EQ(check(), "op: indices[0, 0, 2] must be in [3, 3), got 3");
+    EXPECT_EQ(check(), "op: indices[0, 0, 2] must be in [0, 3), got 3");
     tail_start[0] = 65;
     EXPECT_EQ(check(), "op: tail_start[0] must be a multiple of g = 16 >= 0, got 65");
     tail_start[0] = 64;

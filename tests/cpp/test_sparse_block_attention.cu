@@ -210,6 +210,15 @@ std::vector<SparseCase> cuda_sparse_cases() {
         }
         add(of_g(g) + "BrokenPagesRows224", {500}, 32, 7, 1, 64, 128, kBf16, g).attention.break_page = true;
     }
+    // A worker has more tiles than there are stages, and of these two are outside of the pool.
+    for (const int64_t g : {1, 16}) {
+        for (const RowCount& r : kRowCounts) {
+            SparseCase& c = add(of_g(g) + "BrokenPagesRing" + r.name, {2048}, r.queries, r.heads, 1, 64, 128, kBf16, g);
+            c.attention.break_page = true;
+            c.attention.split_tokens = 1024;
+            c.list = ListKind::kAll;
+        }
+    }
     // 1e-300 is 0 in float32, and a masked score times 0 must not become NaN.
     add("NegativeScale", {190}, 9, 4, 2, 64, 16, kBf16, 16).attention.softmax_scale = -0.2;
     add("ZeroScale", {190}, 9, 4, 2, 64, 16, kFp16, 1).attention.softmax_scale = 0.0;

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mage_ext import models
+from mage_ext import models, sampling
 from mage_ext.cache import OutOfPages, PagedCache, RaggedBatch
 from mage_ext.denoise import DenoiseConfig, generate, prefill
 from mage_ext.evaluation import answers, needles
@@ -21,7 +21,7 @@ from mage_ext.models import builtin
 from mage_ext.models.huggingface import load, load_weights, read_config
 from mage_ext.models.tokenizer import Tokenizer, byte_level_bpe
 from mage_ext.sampling import SamplerConfig
-from mage_ext.selection import SelectionConfig
+from mage_ext.selection import BlockSelection, SelectionConfig
 from mage_ext.testing.tiny import tiny_config, tiny_model
 
 NAN = float("nan")
@@ -675,7 +675,36 @@ def test_evaluation_and_models_in_the_box_name_the_argument():
         _raises(message, call, error)
 
 
+def test_numbers_that_no_float_and_no_int64_holds(tmp_path):
+    row, open_row = torch.rand(1, 4), torch.ones(1, 4, dtype=torch.bool)
+    for message, call in (
+        ("SamplerConfig: entropy_bound must be finite, got 1", lambda: SamplerConfig(entropy_bound=10**400)),
+        (r"SamplerConfig: threshold must be a number in \[0, 1\], got 1", lambda: SamplerConfig(threshold=10**400)),
+        (r"SelectionConfig: p must be a number in \(0, 1\], got 1", lambda: SelectionConfig(p=10**400)),
+        ("sequential: tokens_per_step must be below 2\\^31", lambda: sampling.sequential(open_row, 2**70)),
+        (
+            "BlockSelection: capacity must be at most",
+            lambda: BlockSelection.from_units([[[[0]]]], [16], 16, capacity=2**70),
+        ),
+        (r"PagedCache: head_dim must be in \[1, ", lambda: PagedCache(1, 1, 2**70, num_pages=1)),
+        ("BlockSelection: path must be", lambda: BlockSelection.from_units([[[[0]]]], [16], 16).save("a\0b")),
+    ):
+        _raises(message, call, (ValueError, FileNotFoundError))
+    for name in ("x" * 5000, "a\0b"):
+        _raises("load: path must be", lambda name=name: models.load(name), FileNotFoundError)
+        _raises("BlockSelection: path must be", lambda name=name: BlockSelection.load(name), FileNotFoundError)
+    assert sampling.entropy_bounded(row, open_row, 2**70).all()
+    assert sampling.low_confidence_dynamic(row, open_row, 2**70).sum() == 1
+    (tmp_path / "config.json").write_text('{"model_type": []}')
+    _raises(r"model_type must be one of .*, got \[\]", lambda: models.load(tmp_path))
+    with pytest.raises(RuntimeError, match=r"set_num_threads: n must be in \[0, 2\^31\), got 4294967297"):
+        torch.ops.mage.set_num_threads(2**32 + 1)
+
+
 def test_load_names_a_device_or_dtype_that_there_is_not():
+    for device in ("xpu", "mps"):
+        call = functools.partial(models.load, builtin.NAME, device=device)
+        _raises(f"load: device must be cpu, cuda or meta, got {device}", call)
     if not torch.cuda.is_available():
         _raises("load: device must be one that this machine has", lambda: models.load(builtin.NAME, device="cuda"))
     _raises("load: device must be a torch.device or its name, got 'x'", lambda: models.load(builtin.NAME, device="x"))

@@ -1,6 +1,7 @@
 """Files that appear whole or not at all. Run: pytest tests/python/test_files.py"""
 
 import os
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from mage_ext._files import replacing, write_text
 from mage_ext.evaluation import benchmark_files, figures, needles, pages
 from mage_ext.models.adapter import save_adapter
-from mage_ext.selection import SelectionConfig, select
+from mage_ext.selection import BlockSelection, SelectionConfig, select
 
 ROW = {"task": "t", "method": "exact", "K": 0, "g": 0, "n": 1, "score": 1.0}
 ITEM = SimpleNamespace(source={"index": 0})
@@ -69,6 +70,24 @@ WRITERS = {
     "adapter": lambda path: save_adapter(path, {"mask_row": torch.ones(4)}, base="tiny.gguf"),
     "lists": LISTS.save,
 }
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names")
+def test_tensors_go_into_a_pipe_and_a_new_file_is_as_others_are(tmp_path):
+    fifo, path = tmp_path / "pipe", tmp_path / "lists"
+    os.mkfifo(fifo)
+    read = []
+    reader = threading.Thread(target=lambda: read.append(fifo.read_bytes()))
+    reader.start()
+    LISTS.save(fifo)
+    reader.join()
+    assert fifo.is_fifo()
+    path.write_bytes(read[0])
+    assert torch.equal(BlockSelection.load(path).indices, LISTS.indices)
+    path.unlink()
+    LISTS.save(path)
+    (tmp_path / "other").touch()
+    assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
 @pytest.mark.parametrize("name", WRITERS)

@@ -310,7 +310,7 @@ try:
 except RuntimeError as error:
     print(error)
 """
-    assert "set_num_threads: n must be at least 0, got -1" in run_python(code)
+    assert "set_num_threads: n must be in [0, 2^31), got -1" in run_python(code)
 
 
 def test_forced_instruction_set_is_checked():

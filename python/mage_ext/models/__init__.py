@@ -29,18 +29,18 @@ def load(
     Raises:
         FileNotFoundError, ValueError: naming what is missing or wrong.
     """
-    from pathlib import Path
+    import os
 
     from mage_ext._arguments import check_device
     from mage_ext.models import builtin, huggingface
 
     is_path = isinstance(path, (str, PathLike))
-    if is_path and str(path) not in builtin.names() and not Path(path).exists():
+    if is_path and str(path) not in builtin.names() and not os.path.exists(path):
         names = ", ".join(builtin.names())
         raise FileNotFoundError(
             f"load: path must be a folder with config.json or a model in the box ({names}), got {path}"
         )
-    if not is_path or str(path) not in builtin.names() or Path(path).exists():
+    if not is_path or str(path) not in builtin.names() or os.path.exists(path):
         return huggingface.load(path, dtype, device, **overrides)
     if overrides:
         raise ValueError(f"load: overrides must not be given for {path}, got {', '.join(sorted(overrides))}")

@@ -14,10 +14,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mage_ext._files import replacing
+from mage_ext._files import save_tensors
 from mage_ext.models.config import Cut
 from mage_ext.models.transformer import Transformer
 
@@ -92,8 +91,7 @@ def save_adapter(
     metadata = {"format": _FORMAT, "base": base}
     if cut is not None:
         metadata["cut"] = json.dumps(asdict(cut))
-    with replacing(path) as part:
-        save_file(stored, str(part), metadata=metadata)
+    save_tensors(path, stored, metadata)
 
 
 def _read(path: str | Path, tensors: bool) -> tuple[dict[str, str], dict[str, Tensor]]:

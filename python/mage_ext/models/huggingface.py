@@ -154,7 +154,7 @@ def read_config(path: str | Path, **overrides: Any) -> ModelConfig:
         raise FileNotFoundError(f"load: {folder} must hold config.json, got none")
     config = read_json(folder / "config.json")
     model_type = config.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(f"config.json: model_type must be one of {', '.join(FAMILIES)}, got {model_type!r}")
     family = FAMILIES[model_type]
     _refuse_unsupported(config)

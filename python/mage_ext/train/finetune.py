@@ -12,11 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 
 from mage_ext import models
 from mage_ext._arguments import check_device
-from mage_ext._files import replacing
+from mage_ext._files import save_tensors
 from mage_ext.evaluation import tasks
 from mage_ext.models import builtin
 from mage_ext.models.adapter import adapter_cut, adapter_tensors, load_adapter, save_adapter
@@ -142,8 +141,7 @@ def save_folder(model: Transformer, source: Path, out: Path) -> None:
     if model.config.tie_embeddings:
         del names["lm_head.weight"]
     weights = {stored: model.state_dict()[name].detach().cpu().contiguous() for name, stored in names.items()}
-    with replacing(out / "model.safetensors") as part:
-        save_file(weights, str(part), metadata={"format": "pt"})
+    save_tensors(out / "model.safetensors", weights, {"format": "pt"})
     for path in source.iterdir():
         if path.suffix in (".json", ".txt", ".jinja", ".model") and path.name != "model.safetensors.index.json":
             shutil.copyfile(path, out / path.name)
