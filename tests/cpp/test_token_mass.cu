@@ -284,6 +284,9 @@ std::vector<AttentionCase> cuda_token_cases() {
     // Chunks of rows over a long stream, where a worker goes back to the start of a run.
     cases.push_back({"CutRowsLong", {1500, 70}, 64, 5, 1, 64, 64, DType::kBFloat16});
     cases.back().stair = 16;
+    // More tiles to each of 132 CTAs than a ring has stages: 8, and 7 where a call has 129 to 192 rows.
+    cases.push_back({"RingRows8", {76100}, 2, 4, 1, 128, 64, DType::kBFloat16});
+    cases.push_back({"RingRows140", {67700}, 10, 14, 1, 128, 64, DType::kBFloat16});
     return cases;
 }
 

@@ -100,12 +100,6 @@ DEFECTS = {
         "}\n\n// Of the calling",
         PAIRS,
     ),
-    "pair_releases_early": Defect(
-        MAINLOOP,
-        "mask(token, k_ring.stage, any_broken);\n                release(&shared.empty_k[k_ring.stage]);",
-        "release(&shared.empty_k[k_ring.stage]);\n                mask(token, k_ring.stage, any_broken);",
-        PAIRS,
-    ),
     "attention_overlap": waits_for_nothing(MAINLOOP, "BlockAttentionMassCudaOverlap.*"),
     # The other operators.
     "select_kv_cluster_not_started": without(
@@ -139,13 +133,13 @@ DEFECTS = {
     "token_mass_stage_not_awaited": without(
         "token_mass/mainloop.cuh",
         "device::mbarrier_wait(device::shared_address(&shared.empty_k[ring.stage]), ring.parity ^ 1);",
-        "Cases/TokenMassCuda*/Long*",
+        "Cases/TokenMassCuda*/RingRows8",
     ),
     "token_mass_no_wait_for_q": Defect(
         "token_mass/mainloop.cuh",
         "device::copies_wait();\n                device::named_barrier(kLoaderBarrier",
         "device::named_barrier(kLoaderBarrier",
-        "Cases/TokenMassCuda*/Long*",
+        "Cases/TokenMassCuda*/RingRows8",
     ),
     "merge_attention_overlap": waits_for_nothing("merge_attention/merge_attention.cu", "MergeAttentionCudaOverlap.*"),
 }
