@@ -27,6 +27,8 @@ class OutOfPages(RuntimeError):
 def _check_positive(name: str, value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"PagedCache: {name} must be an integer >= 1, got {got(value)}")
+    if value > _MAX_PAGES:
+        raise ValueError(f"PagedCache: {name} must be in [1, {_MAX_PAGES}], got {value}")
 
 
 def _check_count(name: str, value: object) -> None:
@@ -112,14 +114,6 @@ class PagedCache:
             raise ValueError(f"PagedCache: dtype must be float32, bfloat16 or float16, got {actual}")
         device = check_device("PagedCache", device)
         check_type("PagedCache", "growable", growable, bool, "a bool")
-        for name, value in (
-            ("num_layers", num_layers),
-            ("num_kv_heads", num_kv_heads),
-            ("head_dim", head_dim),
-            ("num_pages", num_pages),
-        ):
-            if value > _MAX_PAGES:
-                raise ValueError(f"PagedCache: {name} must be in [1, {_MAX_PAGES}], got {value}")
         self.page_size = page_size
         self.growable = growable
         needed = num_pages * _page_bytes(num_layers, num_kv_heads, head_dim, page_size, dtype)
