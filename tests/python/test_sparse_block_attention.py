@@ -635,7 +635,10 @@ def test_cuda_debug_switch_names_the_value():
     was_on = ops.set_debug(True)
     try:
         ops.sparse_block_attention(**arguments)
-        with pytest.raises(RuntimeError, match=r"sparse_block_attention: indices\[1, 0, 2\] must be in .*, got 0"):
+        with pytest.raises(
+            RuntimeError,
+            match=r"sparse_block_attention: indices\[1, 0, 2\] must be above the entry before it, .*, got 0",
+        ):
             ops.sparse_block_attention(**arguments | {"indices": falling})
     finally:
         ops.set_debug(was_on)
